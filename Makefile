@@ -81,7 +81,7 @@ types: venv ## mypy over the package
 	$(PY) -m mypy
 
 contracts: venv ## import-linter: a room imports only rooms on lower floors
-	$(BIN)/lint-imports --no-cache
+	$(PY) -c 'from importlinter.cli import lint_imports_command as check; check()' --no-cache
 
 # --- change things
 

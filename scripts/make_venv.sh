@@ -46,12 +46,21 @@ python=$(find_python)
 echo "Python: $python ($("$python" -V))"
 ensure_venv_module "$python"
 
+link_checkout() { # what an editable install comes down to, for a machine that cannot run one
+    local site
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    pwd >"$site/adkit-checkout.pth"
+    printf '#!%s\nimport sys\nfrom adkit.cli import main\nsys.exit(main())\n' "$(cd "$venv/bin" && pwd)/python" \
+        >"$venv/bin/adkit"
+    chmod +x "$venv/bin/adkit"
+}
+
 if [[ ${ADKIT_SYSTEM_SITE:-0} == 1 ]]; then
     "$python" -m venv --system-site-packages "$venv"
     # The system's packages are taken as they are: no pins, no isolated build that would need a network.
-    "$venv/bin/python" -m pip install --no-build-isolation -e '.[dev]' || {
-        echo "Not everything could be installed; linking adkit to the packages that are here." >&2
-        "$venv/bin/python" -m pip install --no-build-isolation --no-deps -e .
+    "$venv/bin/python" -m pip install --retries 1 --no-build-isolation -e '.[dev]' || {
+        echo "Not everything could be installed; adkit is linked to the packages that are here." >&2
+        link_checkout
     }
     exit
 fi
