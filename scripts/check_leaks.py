@@ -58,11 +58,13 @@ def index_hosts() -> set[str]:
     """Hosts that pip would install from: its default ones and those it is configured with."""
     hosts: set[str] = set()
     try:
-        from pip._internal.models.index import PyPI as default_index
+        from pip._internal.models import index as pip_indexes
     except ImportError:  # an environment without pip, or a pip that moved it: the other patterns remain
         pass
     else:
-        hosts |= {default_index.netloc, default_index.file_storage_domain}
+        for known in vars(pip_indexes).values():
+            if isinstance(known, pip_indexes.PackageIndex):
+                hosts |= {known.netloc, known.file_storage_domain}
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     )
