@@ -26,7 +26,7 @@ def gate_fn(gate: Tensor, up: Tensor, act: str, alpha: float | None, limit: floa
     "bool interleaved=False, bool gated=True, float? alpha=None, float? limit=None, float up_offset=0.0) -> Tensor",
     category="moe",
     token_local=True,
-    fake=lambda hidden, *_, **__: torch.empty_like(hidden),
+    fake=lambda hidden, *_, **__: hidden.new_empty(hidden.shape),
 )
 def torch_moe(
     hidden: Tensor,
