@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from adkit.contract import CACHE_INPUTS, AdkitError, CachePool, SequenceBatch
-from adkit.graph.diff import RewriteClass, Site
+from adkit.graph.diff import Site
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot, _map
 from adkit.graph.step import Step
 from adkit.models.loading import load_graph_tensors
@@ -99,8 +99,9 @@ def check_step(
         return CheckResult(step.name, ratio <= limit, max_abs, ratio, limit, "whole graph", source)
     found = []
     skipped = 0
+    recipes = getattr(wb._state.module, "meta", {}).get("adkit_weights", {})
     for rewrite in step.rewrites:
-        outcome = check_site(step, rewrite, rewrite.sites[0], seed)
+        outcome = check_site(step, rewrite.sites[0], seed, recipes)
         if outcome is None:
             skipped += 1
         else:
@@ -278,13 +279,18 @@ def _packed(gm: GraphModule, names: list[str], prompts: list[Tensor], pool: Cach
 # --- one site, cut out
 
 
-def check_site(step: Step, rewrite: RewriteClass, site: Site, seed: int = 0) -> tuple[float, float] | None:
-    """(max abs, rmse ratio) of one site's outputs before and after on random inputs; None if it cannot be run alone."""
+def check_site(
+    step: Step, site: Site, seed: int = 0, recipes: dict[str, tuple[str, ...]] | None = None
+) -> tuple[float, float] | None:
+    """(max abs, rmse ratio) of one site's outputs before and after on random inputs; None if it cannot be run alone.
+
+    ``recipes`` names, for each weight that a pass fused, the weights it is the concatenation of.
+    """
     before, after = step.before, step.after
     outputs = _output_pairs(before, after, site)
     if not outputs:
         return None
-    env = _Inputs(seed)
+    env = _Inputs(seed, before, recipes or {})
     try:
         with torch.inference_mode():
             olds = [_run_site(before, old, set(site.erased) | set(site.changed), env) for old, _ in outputs]
@@ -318,7 +324,9 @@ class _CannotRun(Exception):
 class _Inputs:
     """Random stand-ins for values from outside a site, the same for both sides."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, before: Snapshot, recipes: dict[str, tuple[str, ...]]) -> None:
+        self.weights = {n.target: n for n in before if n.op == "get_attr"}
+        self.recipes = recipes
         self.generator = torch.Generator().manual_seed(seed)
         self.values: dict[Any, Any] = {}
         self.sizes: dict[str, int] = {}
@@ -337,6 +345,8 @@ class _Inputs:
         return self.values[key]
 
     def _make(self, n: NodeRecord) -> Any:
+        if n.op == "get_attr" and n.target not in self.weights and n.target in self.recipes:
+            return torch.cat([self.value(self.weights[name]) for name in self.recipes[n.target]])
         val = n.val
         if isinstance(val, torch.SymInt):
             return self.size(val)

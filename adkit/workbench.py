@@ -16,8 +16,10 @@ from adkit.contract import AdkitError, ConfigError, ModelError, nearest
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
+from adkit.models.export import retarget_device
 from adkit.models.loading import load_graph_tensors
 from adkit.passes import Context, Pass, Stage, get_pass
+from adkit.passes.pipeline_cache import PipelineCache, fingerprint, read_entry
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
 
 
@@ -124,6 +126,8 @@ class Workbench:
         Returns the Workbench. An error leaves it at the last good step.
         """
         stop = self._end_of(until) if until is not None else len(self._passes)
+        if self.position == 0:
+            self._restore(stop)
         while self.position < stop:
             self.step()
         return self
@@ -136,6 +140,8 @@ class Workbench:
         p = self._passes[i]
         if p.key == "load_weights" and p.config.enabled and self.factory.weights != "none" and not self.force:
             self.factory.memory_estimate(self.config.engine, self.device).require()
+        if isinstance(p, PipelineCache):
+            self._context.fingerprint = fingerprint(self._context, self._passes[:i])
         before = self._state
         with self._progress():
             state, step = run_pass(p, before, self._context)
@@ -144,6 +150,31 @@ class Workbench:
         self._steps[i] = step
         self._bind()
         return step
+
+    def _restore(self, stop: int) -> None:
+        """Start from the latest enabled ``pipeline_cache`` whose entry is on disk."""
+        for i in range(stop - 1, -1, -1):
+            p = self._passes[i]
+            if not isinstance(p, PipelineCache) or not p.config.enabled:
+                continue
+            self._context.fingerprint = fingerprint(self._context, self._passes[:i])
+            folder = p.entry(self._context.fingerprint)
+            if not (folder / "graph.json").is_file():
+                continue
+            snapshot, holder, caches = read_entry(folder, self._context)
+            gm = rebuild(snapshot, holder)
+            if any(q.key == "load_weights" and q.config.enabled for q in self._passes[:i]) and self.factory.weights != "none":
+                load_graph_tensors(gm, self.factory, _on_meta(gm), self.device)
+                retarget_device(gm, self.device)
+            for j in range(i + 1):
+                step = pending_step(self._passes[j])
+                step.status, step.after, step.before = "skipped", snapshot, snapshot
+                step.info.reason = f"restored from the pipeline cache ({folder.name})"
+                self._steps[j] = step
+            self._history = [State()] * (i + 1)
+            self._state = State(gm, snapshot, caches)
+            self._bind()
+            return
 
     def rewind(self, to: str | int = 0) -> Workbench:
         """Go back to just before the step ``to`` (key or index); what came before is kept.
