@@ -20,7 +20,7 @@ from adkit.contract import CACHE_INPUTS, AdkitError, CachePool, SequenceBatch
 from adkit.graph.diff import Site
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot, _map
 from adkit.graph.step import Step
-from adkit.models.loading import load_graph_tensors
+from adkit.models.graph_weights import load_graph_tensors
 from adkit.passes.pipeline import rebuild
 
 if TYPE_CHECKING:

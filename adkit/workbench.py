@@ -17,7 +17,7 @@ from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
-from adkit.models.loading import load_graph_tensors
+from adkit.models.graph_weights import load_graph_tensors
 from adkit.passes import Context, Pass, Stage, get_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint, read_entry
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
@@ -50,6 +50,8 @@ class Workbench:
         **engine: Any,
     ) -> None:
         fragments = [config] if isinstance(config, (str, Path, dict)) else list(cast(Iterable[Fragment], config))
+        if force:
+            overrides = [*overrides, "transforms.load_weights.force=true"]
         self.config: AdkitConfig = load_config(fragments, overrides, **engine)
         self.device = self._device()
         self.factory: ModelFactory = resolve(
@@ -61,7 +63,6 @@ class Workbench:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        self.force = force
         self.progress = progress
         self._context = Context(
             factory=self.factory, engine=self.config.engine, device=self.device, weights=self.factory.weights
@@ -138,8 +139,6 @@ class Workbench:
         if i >= len(self._passes):
             raise IndexError("every step of this pipeline has run; wb.rewind(...) goes back")
         p = self._passes[i]
-        if p.key == "load_weights" and p.config.enabled and self.factory.weights != "none" and not self.force:
-            self.factory.memory_estimate(self.config.engine, self.device).require()
         if isinstance(p, PipelineCache):
             self._context.fingerprint = fingerprint(self._context, self._passes[:i])
         before = self._state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,10 @@ class ModelFactory:
                     yield alias, tensor
                 if progress is not None:
                     progress(done, total)
+
+    def with_random_weights(self, seed: int = 0) -> ModelFactory:
+        """The same model with weights drawn from ``seed``."""
+        return replace(self, weights="random", seed=seed)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None (``why_no_tokenizer`` says why; prompts are then lists of token ids)."""

@@ -82,7 +82,7 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     snapshot = take(gm)
     writer = SnapshotWriter()
     rows = writer.add(snapshot)
-    owned = set(ctx.factory.tensor_names())
+    owned = set(ctx.factory.tensors)
     recipes: dict[str, Any] = gm.meta.get("adkit_weights", {})
     constants = {
         n.target: _tensor(gm, n.target).detach().cpu().contiguous()
