@@ -63,14 +63,12 @@ _SIZES: dict[str, Any] = {
 
 #: What a type needs beyond sizes. Keys are merged over ``_SIZES``.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "mistral": {"num_hidden_layers": 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
     "gemma2": {"query_pre_attn_scalar": 12},
     "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {
-        "head_dim": None,
         "original_max_position_embeddings": 16,
         "rope_parameters": {
             "rope_type": "longrope",
@@ -81,7 +79,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "phimoe": {
-        "head_dim": None,
         "original_max_position_embeddings": 16,
         "rope_parameters": {
             "rope_type": "longrope",
@@ -109,12 +106,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "llama4_text": {"no_rope_layers": [1, 0], "layer_types": None, "interleave_moe_layer_step": 1, "max_position_embeddings": 512},
-    "bloom": {"hidden_size": 48},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
-    "glm4": {"head_dim": 12},
 }
 
 
