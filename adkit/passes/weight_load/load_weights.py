@@ -8,19 +8,18 @@ from pydantic import Field
 from torch.fx import GraphModule
 
 from adkit.graph.step import PassInfo
-from adkit.models.graph_weights import load_graph_tensors
+from adkit.models.loading import load_graph_tensors
 from adkit.models.memory import human
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 
 
 class LoadWeightsConfig(PassConfig):
-    """Whether to load into memory that looks too small."""
+    """Common fields; memory grows."""
 
     run_graph_cleanup: bool = Field(False, description="Loading changes no node")
     requires_clean_graph: bool = Field(False, description="Loading reads no node but get_attr")
     expect_mem_change: bool = Field(True, description="Weights arrive on the device")
-    force: bool = Field(False, description="Load even when the memory estimate says that it cannot fit")
 
 
 @register
@@ -41,12 +40,10 @@ class LoadWeights(Pass):
     Config: ClassVar[type[PassConfig]] = LoadWeightsConfig
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
-        """Load; raises MemoryLimitError, CheckpointError, ModelError."""
+        """Load; raises CheckpointError, ModelError (the Workbench has checked memory before)."""
         factory = ctx.factory
         if factory.weights == "none":
             return PassInfo(skipped=True, reason=factory.why_no_weights)
-        estimate = factory.memory_estimate(ctx.engine, ctx.device)
-        estimate.check(force=self.config.force)
         if factory.weights == "checkpoint":
             fit = factory.check_checkpoint()
             if fit.unexpected or fit.made or fit.untied:
@@ -67,4 +64,8 @@ class LoadWeights(Pass):
 
 def _origin(factory: object) -> str:
     weights = getattr(factory, "weights", "")
-    return f"seed {getattr(factory, 'seed', 0)}" if weights == "random" else str(getattr(factory, "directory", ""))
+    return (
+        f"seed {getattr(factory, 'seed', 0)}"
+        if weights == "random"
+        else str(getattr(factory, "directory", ""))
+    )

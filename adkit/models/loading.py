@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ def load_graph_tensors(
     began = time.perf_counter()
     device = torch.device(device)
     wanted = graph_tensor_names(gm) if names is None else list(dict.fromkeys(names))
-    fused: dict[str, tuple[str, ...]] = {n: tuple(p) for n, p in gm.meta.get(FUSED, {}).items() if n in set(wanted)}
+    fused: dict[str, tuple[str, ...]] = {
+        n: tuple(p) for n, p in gm.meta.get(FUSED, {}).items() if n in set(wanted)
+    }
     known = factory.tensors
     plain, constants, lost = [], [], []
     for name in wanted:
@@ -100,7 +103,7 @@ def load_graph_tensors(
                 result.bytes += whole.numel() * whole.element_size()
         del tensor
     for name in constants:
-        _set(gm, name, _get(gm, name).detach().to(device))  # type: ignore[union-attr]
+        _set(gm, name, cast(Tensor, _get(gm, name)).detach().to(device))
     result.seconds = time.perf_counter() - began
     return result
 
