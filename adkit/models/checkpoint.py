@@ -75,7 +75,9 @@ class Checkpoint:
         handle = self._handle(file)
         if self.pickled:
             names = {t: n for n, t in _DTYPES.items()}
-            return {k: Stored(file, tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in handle.items()}
+            return {
+                k: Stored(file, tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in handle.items()
+            }
         found = {}
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             view = handle.get_slice(name)
@@ -95,7 +97,9 @@ class Checkpoint:
 
 def has_weights(directory: Path) -> bool:
     """Whether the directory has any weight file, of any kind."""
-    return any(any(directory.glob(p)) for p in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"))
+    return any(
+        any(directory.glob(p)) for p in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    )
 
 
 def _open_safetensors(file: Path) -> Any:

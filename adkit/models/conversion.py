@@ -13,12 +13,17 @@ import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from adkit.models.checkpoint import Stored
 
@@ -46,7 +51,7 @@ class Group:
             return {self.key: tensor}
         converter = deepcopy(self.converter)
         for (name, pattern), tensor in zip(self.sources, tensors, strict=True):
-            converter.add_tensor(self.key, name, pattern, tensor)
+            converter.add_tensor(self.key, name, pattern, cast(Any, tensor))
         made = converter.convert(self.key, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -95,10 +100,13 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
     where: dict[str, Group] = {}
     mismatched: dict[str, str] = {}
     for group in groups.values():
-        shells = [torch.empty(stored[n].shape, dtype=stored[n].dtype or torch.uint8, device="meta") for n, _ in group.sources]
+        shells = [
+            torch.empty(stored[n].shape, dtype=stored[n].dtype or torch.uint8, device="meta")
+            for n, _ in group.sources
+        ]
         try:
             made = group.convert(shells, model)
-        except Exception as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             names = [n for n, _ in group.sources]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             mismatched[group.key] = f"cannot be made from {shown}: {type(error).__name__}: {error}"
@@ -110,8 +118,12 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
             where[target] = group
             group.shapes[target] = tuple(shell.shape)
             if shell.shape != state[target].shape:
-                source = group.sources[0][0] if len(group.sources) == 1 else f"{len(group.sources)} stored tensors"
-                mismatched[target] = f"{list(shell.shape)} from {source}, the model has {list(state[target].shape)}"
+                source = (
+                    group.sources[0][0] if len(group.sources) == 1 else f"{len(group.sources)} stored tensors"
+                )
+                mismatched[target] = (
+                    f"{list(shell.shape)} from {source}, the model has {list(state[target].shape)}"
+                )
     return Plan(list(groups.values()), where, unexpected, mismatched)
 
 
@@ -136,4 +148,6 @@ def float32_names(model: Any, dtype: torch.dtype) -> list[str]:
     """Parameters and persistent buffers that the model class keeps in float32 when the rest is ``dtype``."""
     plan = model._get_dtype_plan(dtype)
     keep = [re.compile(p.replace("*", ".*")) for p, kept in plan.items() if kept == torch.float32]
-    return [n for n, t in model.state_dict().items() if isinstance(t, Tensor) and any(p.search(n) for p in keep)]
+    return [
+        n for n, t in model.state_dict().items() if isinstance(t, Tensor) and any(p.search(n) for p in keep)
+    ]

@@ -2,7 +2,7 @@
 
 Neighbours: ``resolve`` finds what a user means and makes a factory; ``checkpoint`` reads files; ``conversion``
 maps stored names to the model's; ``initialise`` makes what is not stored; ``memory`` counts bytes;
-``graph_weights`` fills a graph module from a factory.
+``loading`` fills a graph module from a factory.
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ class ModelFactory:
         stored = [n for n in aliases if n not in self.computed]
         total = sum(_bytes(table[n]) for n in aliases)
         done = 0
-        source = self._from_checkpoint(stored, device) if self.weights == "checkpoint" else self._from_seed(stored, device)
+        source = (
+            self._from_checkpoint(stored, device)
+            if self.weights == "checkpoint"
+            else self._from_seed(stored, device)
+        )
         for stream in (source, self._computed(computed, device)):
             for name, tensor in stream:
                 done += _bytes(table[name])
@@ -144,7 +148,9 @@ class ModelFactory:
             try:
                 return GenerationConfig.from_pretrained(self.directory)
             except (OSError, ValueError, TypeError) as error:
-                warnings.warn(f"{self.directory}/generation_config.json cannot be read ({error}); ignored", stacklevel=2)
+                warnings.warn(
+                    f"{self.directory}/generation_config.json cannot be read ({error}); ignored", stacklevel=2
+                )
         return GenerationConfig.from_model_config(self.config)
 
     @property
@@ -156,7 +162,9 @@ class ModelFactory:
                 return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
         return ()
 
-    def memory_estimate(self, engine: EngineConfig, device: torch.device | str | None = None) -> memory.MemoryEstimate:
+    def memory_estimate(
+        self, engine: EngineConfig, device: torch.device | str | None = None
+    ) -> memory.MemoryEstimate:
         """Bytes of weights, KV cache and workspace against what is free on the device."""
         where = engine.resolved_device() if device is None else torch.device(device)
         once = [t for n, t in self.tensors.items() if self._canonical[n] == n]
@@ -166,11 +174,27 @@ class ModelFactory:
         """Compare the checkpoint's headers with the model, reading no weights."""
         return self._fit[1]
 
+    def with_random_weights(self, seed: int = 0) -> ModelFactory:
+        """The same model with seeded random weights."""
+        other = copy.copy(self)
+        if self.weights == "checkpoint" and not self._tied_in_checkpoint:
+            other.config = copy.deepcopy(self.config)
+            other.config.tie_word_embeddings = False
+        other.weights, other.seed = "random", seed
+        return other
+
+    def tensor_names(self) -> list[str]:
+        """Names of every parameter and buffer, in the model's order."""
+        return list(self.tensors)
+
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer as a meta tensor by name, tied names and computed buffers included."""
         model = self._skeleton
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        named = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
         return dict(named)
 
     @cached_property
@@ -207,14 +231,14 @@ class ModelFactory:
             self.why_no_tokenizer = "there is no tokenizer beside a config without files"
             return None
         if not any((self.directory / f).exists() for f in _TOKENIZER_FILES):
-            self.why_no_tokenizer = f"{self.directory} has no tokenizer files ({_TOKENIZER_FILES[0]} and the like)"
+            self.why_no_tokenizer = (
+                f"{self.directory} has no tokenizer files ({_TOKENIZER_FILES[0]} and the like)"
+            )
             return None
         try:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raise whatever their parser raises
-            self.why_no_tokenizer = (
-                f"the tokenizer in {self.directory} cannot be read ({type(error).__name__}: {str(error).strip()[:200]})"
-            )
+            self.why_no_tokenizer = f"the tokenizer in {self.directory} cannot be read ({type(error).__name__}: {str(error).strip()[:200]})"
             return None
 
     @cached_property
@@ -269,7 +293,11 @@ class ModelFactory:
             for stored_name, _ in group.sources:
                 stored = self._checkpoint.tensors[stored_name]
                 kind = stored.dtype
-                if kind is None or (kind.is_floating_point and kind.itemsize >= 2) != self.tensors[name].is_floating_point():
+                if (
+                    kind is None
+                    or (kind.is_floating_point and kind.itemsize >= 2)
+                    != self.tensors[name].is_floating_point()
+                ):
                     wrong[name] = f"stored as {stored.dtype_name}, the model has {self.tensors[name].dtype}"
         return wrong
 
@@ -313,7 +341,9 @@ class ModelFactory:
     def _computed(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         if not names:
             return
-        made = initialise.computed_buffers(self._skeleton, names, lambda: self._construct(torch.device("cpu"), None))
+        made = initialise.computed_buffers(
+            self._skeleton, names, lambda: self._construct(torch.device("cpu"), None)
+        )
         for name in names:
             yield name, made[name].to(device)
 

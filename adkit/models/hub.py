@@ -30,13 +30,18 @@ def fetch_weights(repo: str, directory: Path, allow_pickle: bool = False) -> Pat
 
     ``directory`` names the commit, so config and weights are of one revision. Raises ModelError.
     """
-    for index in ("model.safetensors.index.json", *(("pytorch_model.bin.index.json",) if allow_pickle else ())):
+    for index in (
+        "model.safetensors.index.json",
+        *(("pytorch_model.bin.index.json",) if allow_pickle else ()),
+    ):
         path = directory / index
         if path.exists():
             try:
                 shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
-                raise ModelError(f"{path} is not a weight index ({error}); delete it and download again") from error
+                raise ModelError(
+                    f"{path} is not a weight index ({error}); delete it and download again"
+                ) from error
             return _snapshot(repo, directory.name, shards)
     patterns = ["model.safetensors"] + (["pytorch_model.bin"] if allow_pickle else [])
     return _snapshot(repo, directory.name, patterns)
@@ -75,7 +80,9 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
             f"(`hf auth login`, or the variable HF_TOKEN), or {advice}"
         )
     if is_a("HFValidationError"):
-        return f"{repo!r} is neither a directory here, nor a bundled config, nor a hub id (owner/name): {error}"
+        return (
+            f"{repo!r} is neither a directory here, nor a bundled config, nor a hub id (owner/name): {error}"
+        )
     if is_a("RepositoryNotFoundError"):
         return (
             f"no repository {repo!r} on the Hugging Face hub that this login may see: check the spelling, "

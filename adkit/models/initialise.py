@@ -46,7 +46,9 @@ def computed_buffers(model: Any, names: list[str], make: Callable[[], nn.Module]
     return made
 
 
-def random_tensors(model: Any, names: list[str], device: torch.device, seed: int) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(
+    model: Any, names: list[str], device: torch.device, seed: int
+) -> Iterator[tuple[str, Tensor]]:
     """Seeded values of parameters and persistent buffers, made on ``device`` module by module.
 
     Each is what Hugging Face initialises it to: norms 1 (0 where the code adds 1), biases 0, matrices
@@ -55,7 +57,10 @@ def random_tensors(model: Any, names: list[str], device: torch.device, seed: int
     wanted = set(names)
     for path, leaves in _by_module(names).items():
         module = model.get_submodule(path)
-        own = [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]
+        own = [
+            *module._parameters,
+            *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
+        ]
         # All of the module's tensors, always: one generator serves them in turn.
         all_leaves = [leaf for leaf in own if getattr(module, leaf) is not None]
         made = _initialise(model, path, all_leaves, device, seed)
@@ -100,18 +105,24 @@ def _by_module(names: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _initialise(model: Any, path: str, leaves: list[str], device: torch.device, seed: int) -> dict[str, Tensor]:
+def _initialise(
+    model: Any, path: str, leaves: list[str], device: torch.device, seed: int
+) -> dict[str, Tensor]:
     """Those of a module's own tensors that ``_init_weights`` fills, by full name."""
     module = model.get_submodule(path)
     owner = _owner(model, path)
     exact = [leaf for leaf in leaves if not getattr(module, leaf).is_floating_point()]
     runs = []
-    for fill in (0, 1) if exact else (0,):  # integers have no NaN: what two different fills agree on was written
+    for fill in (
+        (0, 1) if exact else (0,)
+    ):  # integers have no NaN: what two different fills agree on was written
         shadow = copy.copy(module)
         shadow._parameters, shadow._buffers = dict(module._parameters), dict(module._buffers)
         for leaf in leaves:
             meta = getattr(module, leaf)
-            real = torch.full(meta.shape, fill if leaf in exact else torch.nan, dtype=meta.dtype, device=device)
+            real = torch.full(
+                meta.shape, fill if leaf in exact else torch.nan, dtype=meta.dtype, device=device
+            )
             if leaf in module._parameters:
                 shadow._parameters[leaf] = nn.Parameter(real, requires_grad=False)
             else:
@@ -119,7 +130,8 @@ def _initialise(model: Any, path: str, leaves: list[str], device: torch.device, 
         try:
             with torch.no_grad(), _seeded(device, tensor_seed(path, seed)):
                 owner._init_weights(shadow)
-        except Exception:  # an initialiser that reaches beyond its module meets meta tensors there
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+            # An initialiser that reaches beyond its module meets meta tensors there.
             return {}
         runs.append({leaf: getattr(shadow, leaf).detach() for leaf in leaves})
     filled = {}

@@ -51,14 +51,14 @@ class MemoryEstimate:
         """Whether the least needed is free."""
         return self.needed <= self.free
 
-    def check(self, *, force: bool = False) -> None:
-        """Raise MemoryLimitError when the model cannot fit, unless ``force``."""
-        if not self.fits and not force:
+    def require(self) -> None:
+        """Raise MemoryLimitError when the model cannot fit."""
+        if not self.fits:
             raise MemoryLimitError(
                 f"{self.name} needs at least {human(self.needed)} ({human(self.weights)} weights, "
                 f"{human(self.kv_minimum)} KV cache for one sequence, {human(self.workspace)} workspace) and "
-                f"{self.device} has {human(self.free)} free: use a smaller dtype, a shorter max_seq_len, another "
-                "device, or force=True to try all the same"
+                f"{self.device} has {human(self.free)} free: use a smaller dtype, a shorter max_seq_len, "
+                "another device, or force=True to try all the same"
             )
 
     def __repr__(self) -> str:
@@ -79,16 +79,20 @@ class MemoryEstimate:
 
 
 def estimate(
-    name: str, config: Any, dtype: torch.dtype, tensors: Iterable[Tensor], engine: EngineConfig, device: torch.device
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    tensors: Iterable[Tensor],
+    engine: EngineConfig,
+    device: torch.device,
 ) -> MemoryEstimate:
     """Estimate for a model with these (meta) tensors, each given once, under an engine's sizes."""
     by_dtype: dict[str, int] = {}
     largest = 0
     for t in tensors:
-        by_dtype[str(t.dtype).removeprefix("torch.")] = (
-            by_dtype.get(str(t.dtype).removeprefix("torch."), 0) + t.numel() * t.element_size()
-        )
-        largest = max(largest, t.numel() * t.element_size())
+        kind, size = str(t.dtype).removeprefix("torch."), t.numel() * t.element_size()
+        by_dtype[kind] = by_dtype.get(kind, 0) + size
+        largest = max(largest, size)
     text = config.get_text_config(decoder=True)
     per_token = kv_bytes_per_token(text, dtype)
     pages = -(-engine.max_seq_len // engine.page_size)

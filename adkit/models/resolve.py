@@ -15,8 +15,15 @@ from adkit.models.bundled import bundled_config, bundled_names, demo_directory
 from adkit.models.checkpoint import Checkpoint, has_weights
 from adkit.models.factory import ModelFactory
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_SHAPES_ONLY = "shapes only: pass random_weights=True for seeded random weights, or a checkpoint's directory or hub id"
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SHAPES_ONLY = (
+    "shapes only: pass random_weights=True for seeded random weights, or a checkpoint's directory or hub id"
+)
 
 
 def resolve(
@@ -68,9 +75,11 @@ def resolve(
     elif not _has_causal_lm(config) and not (trust_remote_code and _has_remote_code(config)):
         raise ModelError(
             f"{name}: transformers has no causal language model for config type {config.model_type!r} "
-            f"({type(config).__name__})" + (
+            f"({type(config).__name__})"
+            + (
                 "; it comes with its own code: pass trust_remote_code=True if you trust it"
-                if _has_remote_code(config) else "; adkit runs decoder-only text generation"
+                if _has_remote_code(config)
+                else "; adkit runs decoder-only text generation"
             )
         )
 
@@ -80,7 +89,14 @@ def resolve(
         _refuse_quantised(name, config, kind)
         if repo is None and not has_weights(directory):
             Checkpoint(directory)  # raises, saying what was looked for
-    chosen = _dtype(dtype, kind, parent, device, directory if weights == "checkpoint" and repo is None else None, allow_pickle)
+    chosen = _dtype(
+        dtype,
+        kind,
+        parent,
+        device,
+        directory if weights == "checkpoint" and repo is None else None,
+        allow_pickle,
+    )
     fetch = None
     if repo is not None and weights == "checkpoint":
         here = directory
@@ -183,7 +199,12 @@ def _refuse_quantised(name: str, *configs: Any) -> None:
 
 
 def _dtype(
-    asked: str | torch.dtype, config: Any, parent: Any, device: torch.device | str | None, directory: Path | None, allow_pickle: bool
+    asked: str | torch.dtype,
+    config: Any,
+    parent: Any,
+    device: torch.device | str | None,
+    directory: Path | None,
+    allow_pickle: bool,
 ) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         asked = str(asked).removeprefix("torch.")
@@ -191,7 +212,11 @@ def _dtype(
         return _DTYPES[asked]
     if asked != "auto":
         raise ModelError(f"dtype {asked!r}{nearest(asked, ('auto', *_DTYPES))}")
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = (
+        torch.device(device)
+        if device is not None
+        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if where.type == "cpu":
         return torch.float32
     for source in (config, parent):
