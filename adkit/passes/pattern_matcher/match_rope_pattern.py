@@ -168,14 +168,10 @@ def _turn(match: Match) -> _Turn | None:
     """The rotation a match stands for, with everything the op takes for granted checked; None if it does not hold."""
     out = dtype_of(match.root)
     rotated, whole = match["x"], match["x"]
-    if "rest" in match.bound:  # partial: x and the rest are the two ends of one tensor
-        head, rest = term_of(uncast(whole)), term_of(uncast(match["rest"]))
-        if head is None or rest is None or head.op != "slice" or rest.op != "slice":
+    if "rest" in match.bound:
+        whole = _whole(whole, match["rest"])
+        if whole is None:
             return None
-        width = (shape_of(head.args[0]) or (None,))[-1]
-        if head.args[0] is not rest.args[0] or rest.args[1:] != (-1, head.args[3], width, 1) or head.args[1:3] != (-1, 0):
-            return None
-        whole = head.args[0]
     x = uncast(whole, out) if out is not None else None
     shape = shape_of(rotated)
     if x is None or shape is None or len(shape) != 4 or not same_shape(x, match.root):
@@ -189,6 +185,19 @@ def _turn(match: Match) -> _Turn | None:
     compute = dtype_of(match["rotated"])
     width = match["mid"] if match.pattern in (halves, halves_partial) else shape[-1]
     return _with_tables(match, x, (match["cos"], match["sin"]), width, compute)
+
+
+def _whole(head: Node, rest: Node) -> Node | None:
+    """The tensor whose start is ``head`` and whose end is ``rest`` (which may be empty); None if there is none."""
+    end, start = term_of(uncast(rest)), term_of(uncast(head))
+    if end is None or end.op != "slice":
+        return None
+    whole, width, split = end.args[0], (shape_of(end.args[0]) or (None,))[-1], (shape_of(head) or (None,))[-1]
+    if end.args[1:] != (-1, split, width, 1):
+        return None
+    if split == width:
+        return whole if uncast(head) is uncast(whole) else None
+    return whole if start is not None and start.op == "slice" and start.args == (whole, -1, 0, split, 1) else None
 
 
 def _with_tables(
