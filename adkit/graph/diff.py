@@ -61,6 +61,10 @@ class RewriteClass:
     def __str__(self) -> str:
         made = ", ".join(_tally(self.after)) or "nothing"
         was = ", ".join(_tally(self.before))
+        if not self.before and not self.after and not self.changed:
+            gone, made = (sum(len(ids) for ids in (getattr(s, side) for s in self.sites)) for side in ("erased", "created"))
+            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{made} added"] if made else []))
+            return f"{self.count} x parameters: {what} ({self.where})"
         if not self.before and not self.after:
             return f"{self.count} x rewired {', '.join(_tally(self.changed))} ({self.where})"
         was = f"[{len(self.before)} nodes: {was}]" if len(self.before) > 1 else (was or "nothing")
