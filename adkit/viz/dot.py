@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from adkit.graph.diff import RewriteClass, Site
+from adkit.graph.diff import Diff, RewriteClass, Site
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import COLOURS
@@ -120,7 +120,7 @@ def draw(
     )  # fmt: skip
 
 
-def draw_rewrite(step: Step, rewrite: RewriteClass | int = 0, site: int | Site = 0) -> Drawing:
+def draw_rewrite(step: Step | Diff, rewrite: RewriteClass | int = 0, site: int | Site = 0) -> Drawing:
     """Draw one site of a rewrite class, before and after side by side; erased red, created green, neighbours grey."""
     chosen = step.rewrites[rewrite] if isinstance(rewrite, int) else rewrite
     return Drawing(rewrite_picture(step, chosen, site))

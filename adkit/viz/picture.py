@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from adkit.graph.code import Symbols, op_text
-from adkit.graph.diff import RewriteClass, Site
+from adkit.graph.diff import Diff, RewriteClass, Site
 from adkit.graph.folding import LEAVES, Folding, Segment, fold, layers_text
 from adkit.graph.provenance import layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Snapshot
@@ -315,7 +315,7 @@ def _short(path: str) -> str:
     return ".".join(path.split(".")[-2:])
 
 
-def rewrite_picture(step: Step, rewrite: RewriteClass, site: int | Site = 0) -> Picture:
+def rewrite_picture(step: Step | Diff, rewrite: RewriteClass, site: int | Site = 0) -> Picture:
     """One site of a rewrite class: left what was there, right what replaced it, neighbours in grey.
 
     Raises IndexError for a site number the class does not have.
@@ -353,7 +353,7 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
         detail = tuple(_parameter(m, symbols) for m in parameters[:4])
         title = n.target_name if n.op == "placeholder" else op_text(n)
         tip = tooltip(n, symbols)
-        picture.boxes.append(Box(f"{side}{n.id}", title, category_of(n), detail if mark != "context" else (), tip, cluster, mark))
+        picture.boxes.append(Box(f"{side}{n.id}", title, category_of(n), detail if mark != "context" else tuple(_short(m.target_name) for m in parameters[:1]), tip, cluster, mark))
 
     drawn: set[int] = set()
     for n in calls:
