@@ -30,7 +30,7 @@ class Site:
     layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RewriteClass:
     """Sites of one shape: the same operations became the same operations.
 
@@ -58,13 +58,22 @@ class RewriteClass:
             return f"{text} + {outside} outside"
         return text or "outside the layers"
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         made = ", ".join(_tally(self.after)) or "nothing"
         was = ", ".join(_tally(self.before))
+        if not self.before and not self.after and not self.changed:
+            gone, made = (sum(len(ids) for ids in (getattr(s, side) for s in self.sites)) for side in ("erased", "created"))
+            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{made} added"] if made else []))
+            return f"{self.count} x parameters: {what} ({self.where})"
         if not self.before and not self.after:
             return f"{self.count} x rewired {', '.join(_tally(self.changed))} ({self.where})"
         was = f"[{len(self.before)} nodes: {was}]" if len(self.before) > 1 else (was or "nothing")
         return f"{self.count} x {was} -> {made} ({self.where})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from adkit.graph.display import mimebundle
+
+        return mimebundle(self)
 
     @property
     def where(self) -> str:
