@@ -61,16 +61,17 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+#: Leaves a field to the config class.
+DROP = object()
+
 #: What a type needs beyond sizes. Keys are merged over ``_SIZES``.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "mistral": {"num_hidden_layers": 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
     "gemma2": {"query_pre_attn_scalar": 12},
     "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {
-        "head_dim": None,
         "original_max_position_embeddings": 16,
         "rope_parameters": {
             "rope_type": "longrope",
@@ -81,7 +82,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "phimoe": {
-        "head_dim": None,
         "original_max_position_embeddings": 16,
         "rope_parameters": {
             "rope_type": "longrope",
@@ -93,9 +93,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
-    "smollm3": {"no_rope_layers": [1, 0], "layer_types": None},
+    "smollm3": {"no_rope_layers": [1, 0], "layer_types": DROP},
     "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    "gpt_neox": {"num_key_value_heads": None},
+    "gpt_neox": {"num_key_value_heads": DROP},
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "q_lora_rank": 24,
@@ -103,35 +103,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 12,
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
-        "head_dim": None,
+        "head_dim": DROP,
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
-    "llama4_text": {"no_rope_layers": [1, 0], "layer_types": None, "interleave_moe_layer_step": 1, "max_position_embeddings": 512},
-    "bloom": {"hidden_size": 48},
+    "llama4_text": {"no_rope_layers": [1, 0], "layer_types": DROP, "interleave_moe_layer_step": 1, "max_position_embeddings": 512},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
-    "glm4": {"head_dim": 12},
 }
 
 
 def tiny_config(model_type: str, **more: Any) -> Any:
-    """A tiny config of the type; fields the config class does not know are left out."""
-    wanted = {**_SIZES, **OVERRIDES.get(model_type, {}), **more}
+    """A tiny config of the type; sizes that the config class does not know are left out."""
+    special = {**OVERRIDES.get(model_type, {}), **more}
     default = AutoConfig.for_model(model_type)
-    known = set(default.to_dict()) | set(getattr(default, "attribute_map", {})) | set(OVERRIDES.get(model_type, {})) | set(more)
     aliases = getattr(default, "attribute_map", {})
-    given = {}
-    for name, value in wanted.items():
-        if name in known and not (name in aliases and aliases[name] in wanted and name not in more):
-            given[name] = value
-    given = {name: value for name, value in given.items() if value is not None or name in OVERRIDES.get(model_type, {})}
-    if "layer_types" in given and given["layer_types"] is None:
-        del given["layer_types"]
-    return AutoConfig.for_model(model_type, **given)
+    known = set(default.to_dict()) | set(aliases)
+    given = {n: v for n, v in _SIZES.items() if n in known and aliases.get(n) not in _SIZES}
+    given.update(special)
+    return AutoConfig.for_model(model_type, **{n: v for n, v in given.items() if v is not DROP})
 
 
 def tiny(model_type: str, seed: int = 0, **more: Any) -> tuple[Any, Any]:

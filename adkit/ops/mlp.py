@@ -9,15 +9,20 @@ from adkit.ops.activation import ACTIVATIONS
 from adkit.ops.registry import define
 
 
+def _fake(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    shape = torch.broadcast_shapes(gate.shape, up.shape)
+    return up.new_empty(shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+
+
 @define(
     'torch_swiglu(Tensor gate, Tensor up, str act="silu") -> Tensor',
     category="mlp",
     token_local=True,
-    fake=lambda gate, up, act="silu": torch.empty_like(up),
+    fake=_fake,
 )
 def torch_swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     """act(gate) * up; [..., F] each -> [..., F]. act silu: SwiGLU; gelu, gelu_tanh: GeGLU (arXiv 2002.05202)."""
-    return ACTIVATIONS[act](gate) * up
+    return (ACTIVATIONS[act](gate) * up).contiguous()
 
 
 @define(
@@ -29,4 +34,4 @@ def torch_swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
 def torch_swiglu_packed(gate_up: Tensor, act: str = "silu") -> Tensor:
     """act(first half) * second half; [..., 2F] -> [..., F]: the gate of a fused gate-up projection."""
     gate, up = gate_up.chunk(2, -1)
-    return ACTIVATIONS[act](gate) * up
+    return (ACTIVATIONS[act](gate) * up).contiguous()

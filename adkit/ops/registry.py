@@ -18,7 +18,7 @@ _LIB = torch.library.Library("adkit", "DEF")
 
 @dataclass(frozen=True)
 class OpInfo:
-    """Facts about one op. ``cost(*fake_args, **kwargs) -> (flops, bytes)`` overrides the generic estimate."""
+    """Facts about one op, and the functions behind it: ``reference`` runs it, ``fake`` gives shapes and dtypes."""
 
     name: str
     schema: str
@@ -26,8 +26,8 @@ class OpInfo:
     backend: str
     token_local: bool
     reference: Callable[..., Any]
+    fake: Callable[..., Any]
     doc: str
-    cost: Callable[..., tuple[float, float]] | None = None
 
     @property
     def overload(self) -> Any:
@@ -44,7 +44,6 @@ def define(
     category: str,
     token_local: bool,
     fake: Callable[..., Any],
-    cost: Callable[..., tuple[float, float]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define ``torch.ops.adkit.<name>`` with the decorated function as implementation.
 
@@ -56,7 +55,8 @@ def define(
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIB.impl(name, fn, "CompositeExplicitAutograd")
         torch.library.register_fake(f"adkit::{name}", fake, lib=_LIB)
-        OPS[name] = OpInfo(name, schema, category, name.split("_", 1)[0], token_local, fn, (fn.__doc__ or "").strip(), cost)
+        backend, doc = name.split("_", 1)[0], (fn.__doc__ or "").strip()
+        OPS[name] = OpInfo(name, schema, category, backend, token_local, fn, fake, doc)
         return fn
 
     return add

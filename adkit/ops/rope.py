@@ -6,14 +6,16 @@ in cos and sin: 1 for bnsd, 2 for bsnd.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from adkit.ops.registry import define
 
 
-def _fake(q, k, *_, **__):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q), torch.empty_like(k)
+def _fake(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int, interleaved: bool) -> Tensor:

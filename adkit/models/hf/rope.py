@@ -9,6 +9,7 @@ Formulas: Hugging Face's ``ROPE_INIT_FUNCTIONS``, called as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +18,58 @@ from torch import Tensor, nn
 from adkit.contract import ExportError
 
 Frequencies = Callable[[Tensor], Tensor]
-Layout = Callable[[Tensor, float], tuple[Tensor, ...]]
+Layout = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def _half(freqs: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _half(freqs: Tensor) -> tuple[Tensor, ...]:
     emb = torch.cat((freqs, freqs), -1)
-    return emb.cos() * scale, emb.sin() * scale
+    return emb.cos(), emb.sin()
 
 
-def _interleaved(freqs: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _interleaved(freqs: Tensor) -> tuple[Tensor, ...]:
     emb = torch.repeat_interleave(freqs, 2, -1)
-    return emb.cos() * scale, emb.sin() * scale
+    return emb.cos(), emb.sin()
 
 
-def _single(freqs: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return freqs.cos() * scale, freqs.sin() * scale
+def _single(freqs: Tensor) -> tuple[Tensor, ...]:
+    return freqs.cos(), freqs.sin()
 
 
-def _complex(freqs: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return (torch.polar(torch.ones_like(freqs), freqs) * scale,)
+def _complex(freqs: Tensor) -> tuple[Tensor, ...]:
+    return (torch.polar(torch.ones_like(freqs), freqs),)
 
 
 LAYOUTS: tuple[Layout, ...] = (_half, _interleaved, _single, _complex)
+
+
+@dataclass(frozen=True)
+class _Regime:
+    """What a module does on one side of its boundary: frequencies from lengths, their layout, a factor."""
+
+    frequencies: Frequencies
+    layout: Layout
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """Cos and sin for short sequences and for those longer than ``boundary`` tokens."""
+
+    boundary: int
+    short: _Regime
+    long: _Regime
+
+    def __call__(self, x: Tensor, position_ids: Tensor, lengths: Tensor) -> Any:
+        """Cos and sin [B, S, R] in x's dtype, or one complex tensor; position_ids and lengths int64 [B, S]."""
+        is_long = (lengths > self.boundary)[..., None]
+        inv_freq = self.short.frequencies(lengths)
+        if self.long.frequencies is not self.short.frequencies:
+            inv_freq = torch.where(is_long, self.long.frequencies(lengths), inv_freq)
+        scale: Any = self.short.scale
+        if self.long.scale != scale:
+            scale = torch.where(is_long, self.long.scale, scale)
+        out = tuple(t * scale for t in self.short.layout(position_ids[..., None].float() * inv_freq))
+        return out[0] if len(out) == 1 else tuple(t.to(x.dtype) for t in out)
 
 
 def layer_types(module: nn.Module) -> list[str | None]:
@@ -63,42 +94,41 @@ def _updates(module: nn.Module) -> bool:
 class PerTokenRope:
     """The forward of one rotary module with per-token frequencies, checked against the module itself.
 
-    ``lengths()`` gives the graph's ``rope_lengths``. Raises ExportError naming the module when the result of none
-    of the known layouts equals the module's at a short and a long length.
+    ``lengths()`` gives the graph's ``rope_lengths``. Raises ExportError naming the module when no known layout,
+    frequencies and factor give what the module gives on both sides of its boundary.
     """
 
     def __init__(self, module: nn.Module, name: str, lengths: Callable[[], Tensor]) -> None:
         self.original = module.forward
         self.lengths = lengths
-        keys = layer_types(module)
-        self.sets: dict[str | None, tuple[Frequencies, Layout, float]] = {}
-        try:
-            with torch.device("cpu"):
-                twin = type(module)(module.config)
-        except Exception as error:
-            raise ExportError(f"cannot rebuild {name} ({type(module).__name__}) to check its frequencies: {error}") from error
-        for key in keys:
-            frequencies, boundary = _frequencies(module, key)
-            scale = getattr(twin, "attention_scaling" if key is None else f"{key}_attention_scaling", 1.0)
-            layout = _layout(twin, name, key, frequencies, boundary, scale)
-            self.sets[key] = (frequencies, layout, scale)
+        self.scalings = {key: _scaling(module, name, key) for key in layer_types(module)}
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Cos and sin [B, S, R] in x's dtype (or one complex tensor), as the module returns them."""
-        if layer_type not in self.sets:
+        if layer_type not in self.scalings:
             return self.original(x, position_ids, layer_type)
-        frequencies, layout, scale = self.sets[layer_type]
-        return _embed(x, position_ids, self.lengths(), frequencies, layout, scale)
+        return self.scalings[layer_type](x, position_ids, self.lengths())
 
 
-def _embed(x: Tensor, position_ids: Tensor, lengths: Tensor, frequencies: Frequencies, layout: Layout, scale: float) -> Any:
-    freqs = position_ids[..., None].float() * frequencies(lengths)
-    out = layout(freqs, scale)
-    return out[0] if len(out) == 1 else tuple(t.to(x.dtype) for t in out)
+def _scaling(module: nn.Module, name: str, key: str | None) -> _Scaling:
+    boundary, candidates = _frequencies(module, key)
+    try:
+        with torch.device("cpu"):
+            twin = type(module)(module.config)
+        short = _fit(twin, key, candidates, (min(8, boundary), boundary))
+        long = _fit(twin, key, candidates, (boundary + 1, 2 * boundary + 3, 3 * boundary + 5))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(f"the rotary scaling of {name} ({type(module).__name__}) cannot be evaluated: {error}") from error
+    if short is None or long is None or short.layout is not long.layout:
+        raise ExportError(
+            f"{name} ({type(module).__name__}) changes its rotary frequencies with length in a way that adkit cannot "
+            "compute for each token; only another rope scaling can be served"
+        )
+    return _Scaling(boundary, short, long)
 
 
-def _frequencies(module: nn.Module, key: str | None) -> tuple[Frequencies, int]:
-    """The function from lengths [B, S] to frequencies [B, S, R/2], and the length where it changes."""
+def _frequencies(module: nn.Module, key: str | None) -> tuple[int, tuple[Frequencies, ...]]:
+    """The length above which frequencies may change, and what they may be: functions of lengths [B, S]."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config: Any = module.config
@@ -106,49 +136,43 @@ def _frequencies(module: nn.Module, key: str | None) -> tuple[Frequencies, int]:
     kind = kind if key is None else kind[key]
     keyed = {} if key is None else {"layer_type": key}
     init = ROPE_INIT_FUNCTIONS[kind]
-    original: Tensor = init(config, torch.device("cpu"), **keyed)[0].clone()
+    cpu = torch.device("cpu")
+
+    def constant(seq_len: int | None) -> Frequencies:
+        values: Tensor = init(config, cpu, seq_len=seq_len, **keyed)[0].clone()
+        return lambda lengths: values.to(lengths.device)
+
     if kind == "longrope":
         parameters = config.rope_parameters if key is None else config.rope_parameters[key]
         boundary = int(parameters["original_max_position_embeddings"])
-        long: Tensor = init(config, torch.device("cpu"), seq_len=boundary + 1, **keyed)[0].clone()
-
-        def longrope(lengths: Tensor) -> Tensor:
-            return torch.where((lengths > boundary)[..., None], long.to(lengths.device), original.to(lengths.device))
-
-        return longrope, boundary
+        return boundary, (constant(None), constant(boundary + 1))
     boundary = int(getattr(module, "original_max_seq_len", config.max_position_embeddings))
-
-    def dynamic(lengths: Tensor) -> Tensor:
-        grown = init(config, lengths.device, seq_len=lengths[..., None], **keyed)[0]
-        return torch.where((lengths > boundary)[..., None], grown, original.to(lengths.device))
-
-    return dynamic, boundary
+    return boundary, (constant(None), lambda lengths: init(config, lengths.device, seq_len=lengths[..., None], **keyed)[0])
 
 
-def _layout(
-    twin: nn.Module, name: str, key: str | None, frequencies: Frequencies, boundary: int, scale: float
-) -> Layout:
-    x = torch.zeros(1, 1)
+def _fit(
+    twin: nn.Module, key: str | None, candidates: tuple[Frequencies, ...], lengths: tuple[int, ...]
+) -> _Regime | None:
+    """The frequencies, layout and factor that give the module's output at every one of ``lengths``."""
+    samples = []
+    for length in lengths:
+        positions = torch.tensor([[0, 1, 5, length - 1]])
+        with torch.no_grad():
+            want = twin(torch.zeros(1, 1), positions, *(() if key is None else (key,)))
+        samples.append((positions, torch.full_like(positions, length), want if isinstance(want, tuple) else (want,)))
+    scale = float(samples[0][2][0][0, 0, 0].real)  # at position 0 cos is 1
     for layout in LAYOUTS:
-        try:
-            if all(_agrees(twin, key, x, length, frequencies, layout, scale) for length in (8, 2 * boundary + 3)):
-                return layout
-        except (RuntimeError, TypeError):  # shapes of another layout
-            continue
-    raise ExportError(
-        f"{name} ({type(twin).__name__}) scales its rotary frequencies with length in a way that adkit cannot compute "
-        "per token; it can only run with another rope_scaling"
-    )
+        for frequencies in candidates:
+            regime = _Regime(frequencies, layout, scale)
+            if all(_gives(regime, *sample) for sample in samples):
+                return regime
+    return None
 
 
-def _agrees(
-    twin: nn.Module, key: str | None, x: Tensor, length: int, frequencies: Frequencies, layout: Layout, scale: float
-) -> bool:
-    positions = torch.tensor([[0, 1, 5, length - 1]])
-    with torch.no_grad():
-        want = twin(x, positions, key) if key is not None else twin(x, positions)
-        got = _embed(x, positions, torch.full_like(positions, length), frequencies, layout, scale)
-    want, got = (t if isinstance(t, tuple) else (t,) for t in (want, got))
+def _gives(regime: _Regime, positions: Tensor, lengths: Tensor, want: tuple[Tensor, ...]) -> bool:
+    freqs = positions[..., None].float() * regime.frequencies(lengths)
+    got = tuple(t * regime.scale for t in regime.layout(freqs))
     return len(want) == len(got) and all(
-        w.shape == g.shape and torch.allclose(w, g, rtol=1e-6, atol=1e-6) for w, g in zip(want, got, strict=True)
+        w.shape == g.shape and w.dtype == g.dtype and torch.allclose(w, g, rtol=1e-6, atol=1e-6)
+        for w, g in zip(want, got, strict=True)
     )
