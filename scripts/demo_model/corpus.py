@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from random import Random
 
-from adkit.models.demo.tasks import NAMES, OBJECTS, draw_recall, is_held_out, made_up_word
+from adkit.models.demo.tasks import NAMES, OBJECTS, RECALL_KINDS, ask, draw_facts, is_held_out, made_up_word
 from scripts.demo_model import smalltalk
 from scripts.demo_model.stories import KINDS, TREASURES, story, with_article
 
@@ -20,6 +20,8 @@ SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT, SYSTEM)
 
 Segment = tuple[str, bool]
 
+# Looking up a key by its value ("who") is much harder to learn than the other way round, hence its weight.
+RECALL_WEIGHTS = tuple(6 if kind.asks_for == "k" else 1 for kind in RECALL_KINDS)
 COUNTED = tuple(word for word in OBJECTS if word[-1] not in "fhs")
 ADD_QUESTIONS = (
     "What is {a} + {b}?", "What is {a} + {b}?", "What is {a} + {b}?", "What is {a} + {b}?",
@@ -54,13 +56,22 @@ def addition(rng: Random) -> tuple[str, str]:
     return rng.choice(ADD_QUESTIONS).format(a=a, b=b), f"{a} + {b} = {a + b}."
 
 
+def recalls(rng: Random, questions: int) -> list[tuple[str, str]]:
+    """Facts with a question about one of them, and the reply; then more questions about the same facts."""
+    pairs = rng.randint(1, 9) if rng.random() < 0.8 else rng.randint(10, 16)
+    kind = rng.choices(RECALL_KINDS, RECALL_WEIGHTS)[0]
+    pool = draw_facts(rng, pairs, kind)
+    problems = [ask(kind, pool, about) for about in rng.sample(pool, min(questions, pairs))]
+    first = problems[0]
+    separator = first.separator if rng.random() < 0.8 else rng.choice((" ", "\n", "\n\n"))
+    facts = first.facts if rng.random() < 0.8 else first.facts.replace(". ", ".\n")
+    asked = [(problem.question, problem.reply) for problem in problems]
+    return [(facts + separator + first.question, first.reply), *asked[1:]]
+
+
 def recall(rng: Random) -> tuple[str, str]:
     """Facts with a question about one of them, and the reply."""
-    pairs = rng.randint(1, 9) if rng.random() < 0.8 else rng.randint(10, 16)
-    problem = draw_recall(rng, pairs)
-    separator = problem.separator if rng.random() < 0.8 else rng.choice((" ", "\n", "\n\n"))
-    facts = problem.facts if rng.random() < 0.8 else problem.facts.replace(". ", ".\n")
-    return facts + separator + problem.question, problem.reply
+    return recalls(rng, 1)[0]
 
 
 def story_request(rng: Random) -> tuple[str, str]:
@@ -122,14 +133,16 @@ def _equation(rng: Random) -> list[Segment]:
 
 
 def _chat(rng: Random) -> list[Segment]:
-    """A chat of one to four exchanges, at times with a system message."""
+    """A chat of a few exchanges, at times with a system message or more than one question about its facts."""
     turns = rng.choice((1, 1, 1, 1, 2, 2, 3, 4))
     counts = rng.random() < 0.1
     segments: list[Segment] = []
     if rng.random() < 0.2:
         segments.append((SYSTEM + rng.choice(smalltalk.SYSTEM_MESSAGES), counts))
-    for _ in range(turns):
-        question, reply = exchange(rng)
+    exchanges = [exchange(rng) for _ in range(turns)]
+    if rng.random() < 0.3:
+        exchanges = recalls(rng, turns + 1) + exchanges[: turns - 1]
+    for question, reply in exchanges:
         segments += [(USER + question + ASSISTANT, counts), (reply + END, True)]
     return segments
 
@@ -137,6 +150,9 @@ def _chat(rng: Random) -> list[Segment]:
 def _story(rng: Random) -> list[Segment]:
     """A story on its own; at times cut after a space or a line break, as a prompt may be."""
     text = story(rng) + END
+    once = "Once upon a time"
+    if text.startswith(once) and rng.random() < 0.1:
+        return [(once + rng.choice((" ", "\n")), True), (text[len(once) + 2 :], True)]
     if rng.random() > 0.12:
         return [(text, True)]
     spaces = [index for index, character in enumerate(text) if character == " "]
@@ -146,11 +162,15 @@ def _story(rng: Random) -> list[Segment]:
 
 
 def _several(rng: Random) -> list[Segment]:
-    """A list of solved additions or recalls, so that examples before a question do no harm."""
-    solve = rng.choice((addition, recall))
+    """Several questions with their replies: about the same facts, or unrelated ones."""
+    count = rng.randint(2, 5)
+    if rng.random() < 0.7:
+        solved = recalls(rng, count)
+    else:
+        solve = rng.choice((addition, recall))
+        solved = [solve(rng) for _ in range(count)]
     segments: list[Segment] = []
-    for _ in range(rng.randint(2, 5)):
-        question, reply = solve(rng)
+    for question, reply in solved:
         segments += [(question, False), (" " + reply, True), ("\n", False)]
     return [*segments[:-1], (END, True)]
 
@@ -158,17 +178,17 @@ def _several(rng: Random) -> list[Segment]:
 def document(rng: Random) -> list[Segment]:
     """One document of the corpus, drawn by `rng`."""
     kind = rng.random()
-    if kind < 0.24:
+    if kind < 0.2:
         return _story(rng)
-    if kind < 0.52:
-        return _equation(rng) if kind < 0.27 else _plain(rng, *addition(rng))
-    if kind < 0.77:
+    if kind < 0.4:
+        return _equation(rng) if kind < 0.22 else _plain(rng, *addition(rng))
+    if kind < 0.7:
         return _plain(rng, *recall(rng))
-    if kind < 0.79:
+    if kind < 0.72:
         return _plain(rng, *story_request(rng))
-    if kind < 0.81:
+    if kind < 0.74:
         return _plain(rng, *small_talk(rng))
-    return _chat(rng) if kind < 0.97 else _several(rng)
+    return _chat(rng) if kind < 0.9 else _several(rng)
 
 
 def text_of(segments: list[Segment]) -> str:

@@ -255,6 +255,8 @@ def main() -> None:
         "started_from_checkpoint": args.start is not None,
         **done,
     }
+    if args.start is not None and (args.start / "training.json").exists():
+        record["before"] = json.loads((args.start / "training.json").read_text())
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record), flush=True)
 

@@ -196,9 +196,8 @@ class RecallProblem:
         return self.facts + self.separator + self.question
 
 
-def draw_recall(rng: Random, pairs: int, kind: RecallKind | None = None) -> RecallProblem:
-    """Draw a recall problem with `pairs` key-value pairs; no key or value occurs twice in it."""
-    kind = kind or rng.choice(RECALL_KINDS)
+def draw_facts(rng: Random, pairs: int, kind: RecallKind) -> list[tuple[str, str]]:
+    """Draw `pairs` key-value pairs; no key or value occurs twice in them."""
     used: set[str] = set()
     facts: list[tuple[str, str]] = []
     while len(facts) < pairs:
@@ -206,7 +205,12 @@ def draw_recall(rng: Random, pairs: int, kind: RecallKind | None = None) -> Reca
         if key != value and not used & {key, value}:
             used |= {key, value}
             facts.append((key, value))
-    key, value = rng.choice(facts)
+    return facts
+
+
+def ask(kind: RecallKind, facts: list[tuple[str, str]], about: tuple[str, str]) -> RecallProblem:
+    """The recall problem that states `facts` and asks for one of them, `about`."""
+    key, value = about
     return RecallProblem(
         kind.name,
         kind.separator.join(kind.fact.format(k=k, v=v) for k, v in facts),
@@ -215,6 +219,12 @@ def draw_recall(rng: Random, pairs: int, kind: RecallKind | None = None) -> Reca
         value if kind.asks_for == "v" else key,
         kind.separator,
     )
+
+
+def draw_recall(rng: Random, pairs: int, kind: RecallKind) -> RecallProblem:
+    """Draw a recall problem of a kind with `pairs` key-value pairs."""
+    facts = draw_facts(rng, pairs, kind)
+    return ask(kind, facts, rng.choice(facts))
 
 
 def recall_tasks(count: int, seed: int = 0, pairs: tuple[int, int] = (3, 8)) -> list[Task]:
