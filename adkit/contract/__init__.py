@@ -1,0 +1,41 @@
+"""The data that rooms hand to each other: batches, caches, requests, engine settings, errors."""
+
+from adkit.contract.batch import CACHE_INPUTS, SequenceBatch
+from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
+from adkit.contract.engine import CompiledModel, EngineConfig
+from adkit.contract.errors import (
+    AdkitError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    MemoryLimitError,
+    ModelError,
+    PassError,
+    RequestError,
+    nearest,
+)
+from adkit.contract.sampling import Completion, Delta, FinishReason, SamplingParams, TokenLogprob
+
+__all__ = [
+    "CACHE_INPUTS",
+    "AdkitError",
+    "CachePool",
+    "CacheSpec",
+    "CheckpointError",
+    "CompiledModel",
+    "Completion",
+    "ConfigError",
+    "Delta",
+    "EngineConfig",
+    "ExportError",
+    "FinishReason",
+    "MemoryLimitError",
+    "MixerDescriptor",
+    "ModelError",
+    "PassError",
+    "RequestError",
+    "SamplingParams",
+    "SequenceBatch",
+    "TokenLogprob",
+    "nearest",
+]

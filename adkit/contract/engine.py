@@ -1,0 +1,61 @@
+"""Engine settings, and what the runtime needs of a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from adkit.contract.batch import SequenceBatch
+from adkit.contract.cache import CachePool
+
+
+class EngineConfig(BaseModel):
+    """Sizes and placement of the engine."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    max_seq_len: int = Field(2048, ge=1, description="Longest sequence served, prompt and output (tokens)")
+    max_batch_size: int = Field(32, ge=1, description="Most sequences in one step")
+    max_num_tokens: int = Field(2048, ge=1, description="Most tokens in one step (T)")
+    page_size: int = Field(16, ge=1, description="Tokens a cache page holds")
+    free_gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="Share of the memory left after loading that the cache may take (GPU)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights' dtype; auto: the checkpoint's on GPU, float32 on CPU"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    def resolved_device(self) -> torch.device:
+        """The device meant: CUDA where there is one, else the CPU."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+
+@dataclass
+class CompiledModel:
+    """A packed, cached graph ready to run: what the pipeline hands to the runtime.
+
+    ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
+    does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
+    """
+
+    forward: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+    caches: CachePool
+    vocab_size: int
+    device: torch.device
+    eos_token_ids: tuple[int, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, batch: SequenceBatch) -> Tensor:
+        """Run one packed step; returns float logits [L, V] of the tokens asked for."""
+        feed = {n: self.caches.tensors[n] if n in self.caches.tensors else getattr(batch, n) for n in self.inputs}
+        logits = self.forward(**feed)[0]
+        return logits if "logits_indices" in self.inputs else logits[batch.logits_indices]

@@ -1,0 +1,47 @@
+"""The errors adkit raises on purpose. Each message says what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdkitError(Exception):
+    """Base of every error adkit raises on purpose."""
+
+
+class ConfigError(AdkitError, ValueError):
+    """A configuration names something unknown or a value that cannot work."""
+
+
+class ModelError(AdkitError):
+    """A model cannot be found, read or built."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint is missing, corrupt, or does not fit the model."""
+
+
+class ExportError(AdkitError):
+    """A model could not be turned into a graph, or what its graph means could not be established."""
+
+
+class PassError(AdkitError):
+    """A pass failed or left a broken graph; the Workbench stands at the step before it."""
+
+
+class MemoryLimitError(AdkitError):
+    """Something does not fit the device's memory."""
+
+
+class RequestError(AdkitError, ValueError):
+    """A generation request cannot be served as given."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest known name, else the known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, 1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,92 @@
+"""What a request asks for and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adkit.contract.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens for one request; greedy by default.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 switch those filters off.
+    ``repetition_penalty`` divides positive and multiplies negative logits of tokens seen in prompt or output
+    (CTRL, arXiv 1909.05858). ``seed`` makes a request reproducible whatever else is in the batch. ``stop``
+    strings end the text before them; ``stop_token_ids`` end it as eos does; ``ignore_eos`` runs on to
+    ``max_tokens``. ``logprobs`` n returns the n most likely tokens' log-probabilities at each position
+    (0: only the chosen token's; None: none). Raises RequestError for values out of range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive finite number"),
+            ("top_k", self.top_k >= 0, "0 (off) or a positive number of tokens"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a positive finite number"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or 0 to 20"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+        )
+        for name, ok, expected in checks:
+            if not ok:
+                raise RequestError(f"SamplingParams.{name} is {getattr(self, name)!r}; expected {expected}")
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of the chosen token and of the most likely ones at one position."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a streamed answer: request index, new text, new token ids; the last has ``finish_reason``."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None

@@ -1,0 +1,189 @@
+"""What a pass did, as one object: :class:`Step`, and the list of them, :class:`Steps`."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adkit.graph.diff import Diff, RewriteClass, diff
+from adkit.graph.edit import SiteRecord
+from adkit.graph.snapshot import Snapshot
+
+Status = Literal["done", "skipped", "disabled", "failed", "pending"]
+
+
+@dataclass(slots=True)
+class PassInfo:
+    """What a pass says of its own run.
+
+    ``num_matches`` sites rewritten; ``is_clean`` no dead code left; ``has_valid_shapes`` every node's
+    ``meta["val"]`` holds; ``skipped`` with ``reason`` when it had nothing to work on.
+    """
+
+    skipped: bool = False
+    num_matches: int = 0
+    is_clean: bool = True
+    has_valid_shapes: bool = True
+    reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """One pass of the pipeline: what it is, and once run, what it did.
+
+    ``seconds`` is the pass's own time, ``record_seconds`` the time spent recording it; ``memory_bytes`` the
+    change of tensor memory on the device.
+    """
+
+    name: str
+    stage: str
+    config: dict[str, Any]
+    doc: str
+    status: Status = "pending"
+    before: Snapshot = field(default_factory=Snapshot)
+    after: Snapshot = field(default_factory=Snapshot)
+    info: PassInfo = field(default_factory=PassInfo)
+    sites: tuple[SiteRecord, ...] = ()
+    seconds: float = 0.0
+    record_seconds: float = 0.0
+    memory_bytes: int = 0
+    log: list[str] = field(default_factory=list)
+    source: str = ""
+    _diff: Diff | None = field(default=None, repr=False)
+    _checker: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @property
+    def diff(self) -> Diff:
+        """Exact difference between ``before`` and ``after``."""
+        if self._diff is None:
+            self._diff = diff(self.before, self.after, self.sites)
+        return self._diff
+
+    @property
+    def rewrites(self) -> tuple[RewriteClass, ...]:
+        """The change as rewrite classes."""
+        return self.diff.rewrites
+
+    @property
+    def changed(self) -> bool:
+        """True when the graph differs after the step."""
+        return self.before is not self.after and not self.diff.empty
+
+    def check(self, **options: Any) -> Any:
+        """Compare the graph before and after on the same inputs and weights; see ``Workbench.check``."""
+        if self._checker is None:
+            raise RuntimeError(
+                f"step {self.name!r} is not part of a live Workbench (loaded from a file?), so it cannot be run; "
+                "build a Workbench for the model and check the step there"
+            )
+        return self._checker(self, **options)
+
+    def explain(self) -> str:
+        """What the pass does and why, what it did here, in prose."""
+        lines = [f"{self.name}  (stage {self.stage}, {self.status})", "", textwrap.dedent(self.doc).strip(), ""]
+        if self.info.reason:
+            lines.append(f"Here: {self.status}: {self.info.reason}")
+        elif self.status == "done" and self.changed:
+            lines.append(f"Here: {len(self.before)} -> {len(self.after)} nodes in {self.seconds:.3f} s.")
+            lines += [f"  {r}" for r in self.rewrites]
+        elif self.status == "done":
+            lines.append("Here: nothing to change in this graph.")
+        return Text("\n".join(lines))
+
+    def text_diff(self, *, context: int = 3) -> str:
+        """Unified diff of the two code views."""
+        return "\n".join(
+            difflib.unified_diff(
+                self.before.code().splitlines(), self.after.code().splitlines(), "before", "after", n=context, lineterm=""
+            )
+        )
+
+    def summary(self) -> str:
+        """One line: mark, name, what changed."""
+        mark = {"done": "+", "skipped": "-", "disabled": "x", "failed": "!", "pending": " "}[self.status]
+        if self.status == "done" and not self.changed:
+            mark = "="
+        what = self.info.reason or ("; ".join(str(r) for r in self.rewrites[:2]) if self.changed else "")
+        return f"{mark} {self.name:<32} {what}".rstrip()
+
+    def __repr__(self) -> str:
+        head = f"Step {self.name!r} ({self.stage}, {self.status})"
+        if self.info.reason:
+            return f"{head}: {self.info.reason}"
+        if self.status != "done":
+            return head
+        body = [f"{head}: {len(self.before)} -> {len(self.after)} nodes"]
+        body += [f"  {r}" for r in self.rewrites] or ["  no change"]
+        return "\n".join(body)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from adkit.graph.display import mimebundle
+
+        return mimebundle(self)
+
+
+class Text(str):
+    """A string whose repr is itself, so that a notebook prints it readably."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Steps:
+    """The steps of a pipeline, in order; takes a key, an index, or a slice."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, key: object) -> bool:
+        return any(s.name == key for s in self._steps)
+
+    def __getitem__(self, key: str | int) -> Step:
+        if isinstance(key, int):
+            return self._steps[key]
+        for s in self._steps:
+            if s.name == key:
+                return s
+        close = difflib.get_close_matches(key, [s.name for s in self._steps], 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"no step {key!r} in this pipeline{hint}")
+
+    def keys(self) -> list[str]:
+        """Names of all steps, in order."""
+        return [s.name for s in self._steps]
+
+    def table(self) -> Any:
+        """The steps as a pandas DataFrame (stage, status, matches, nodes, seconds)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "step": s.name,
+                "stage": s.stage,
+                "status": s.status,
+                "matches": s.info.num_matches,
+                "nodes": len(s.after),
+                "added": len(s.diff.created) if s.changed else 0,
+                "removed": len(s.diff.erased) if s.changed else 0,
+                "seconds": s.seconds,
+            }
+            for s in self._steps
+        ).set_index("step")
+
+    def __repr__(self) -> str:
+        return "\n".join(s.summary() for s in self._steps)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from adkit.graph.display import mimebundle
+
+        return mimebundle(self)

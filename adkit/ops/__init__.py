@@ -1,0 +1,26 @@
+"""``torch.ops.adkit.*``: canonical reference ops (``torch_*``), kernels, and token mixers' descriptors.
+
+Importing this package defines every op; it needs neither triton nor CUDA.
+"""
+
+from adkit.ops import attention, cached_attention, linear, mlp, moe, norm, rope, triton
+from adkit.ops.backends import pick
+from adkit.ops.mixers import MIXERS
+from adkit.ops.registry import OPS, OpInfo, define, info_of
+
+__all__ = [
+    "MIXERS",
+    "OPS",
+    "OpInfo",
+    "attention",
+    "cached_attention",
+    "define",
+    "info_of",
+    "linear",
+    "mlp",
+    "moe",
+    "norm",
+    "pick",
+    "rope",
+    "triton",
+]

@@ -1,0 +1,81 @@
+"""Canonical norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adkit.ops.registry import define
+
+
+def _fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _fake_rms(
+    input: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, weight_in_float: bool = False
+) -> Tensor:
+    promoted = input.dtype if weight is None or weight_in_float else torch.promote_types(input.dtype, weight.dtype)
+    return input.new_empty(input.shape, dtype=promoted)
+
+
+def _fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(input.shape, residual.shape)
+    total = input.new_empty(shape, dtype=torch.promote_types(input.dtype, residual.dtype))
+    return _fake_rms(total, *args, **kwargs), total
+
+
+@define(
+    "torch_rmsnorm(Tensor input, Tensor? weight, float eps, float weight_offset=0.0, bool weight_in_float=False) "
+    "-> Tensor",
+    category="norm",
+    token_local=True,
+    fake=_fake_rms,
+)
+def torch_rmsnorm(
+    input: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, weight_in_float: bool = False
+) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467).
+
+    input [..., D], weight [D] or None (scale-free) -> [..., D] in input's dtype. ``weight_offset`` 1 is
+    Gemma's 1 + w. ``weight_in_float``: multiply before casting back (Gemma, OLMo2) instead of after (Llama).
+    """
+    x = input.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return x.to(input.dtype).contiguous()
+    if weight_in_float:
+        return (x * (weight.float() + weight_offset)).to(input.dtype).contiguous()
+    return (x.to(input.dtype) * (weight + weight_offset if weight_offset else weight)).contiguous()
+
+
+@define(
+    "torch_fused_add_rmsnorm(Tensor input, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0, "
+    "bool weight_in_float=False) -> (Tensor normed, Tensor sum)",
+    category="norm",
+    token_local=True,
+    fake=_fake_add_rms,
+)
+def torch_fused_add_rmsnorm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``torch_rmsnorm`` of input + residual, and that sum, rounded to its dtype before the norm reads it.
+
+    input and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
+    """
+    total = (input + residual).contiguous()
+    return torch_rmsnorm(total, weight, eps, weight_offset, weight_in_float), total
+
+
+@define("torch_l2norm(Tensor input, float eps) -> Tensor", category="norm", token_local=True, fake=_fake)
+def torch_l2norm(input: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(sum(x^2) + eps) over the last dimension in float32; [..., D] -> [..., D]."""
+    x = input.float()
+    return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)).to(input.dtype).contiguous()

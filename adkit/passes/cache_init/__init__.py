@@ -1,0 +1,1 @@
+"""The batch packed, token mixers given their caches."""

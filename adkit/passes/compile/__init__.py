@@ -1,0 +1,1 @@
+"""The graph made callable by the engine."""

@@ -1,0 +1,1 @@
+"""The module captured as a flat ATen graph."""

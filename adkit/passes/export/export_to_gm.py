@@ -1,0 +1,43 @@
+"""``export_to_gm``: the module as one flat graph."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from adkit.graph.step import PassInfo
+from adkit.models.export import export_model
+from adkit.passes.base import BuildPass, Context, PassConfig, Stage
+from adkit.passes.registry import register
+
+
+class ExportConfig(PassConfig):
+    """How attention and experts are captured."""
+
+    attention: Literal["interface", "sdpa", "eager"] = Field(
+        "interface",
+        description="interface: canonical ops through HF's extension points; sdpa, eager: HF's code, matched later",
+    )
+
+
+@register
+class ExportToGM(BuildPass):
+    """Capture the module with non-strict ``torch.export`` into a flat FX graph.
+
+    Inputs are keywords with dynamic batch and sequence. Attention and experts come in as canonical ops through
+    Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not guessed.
+
+        before: LlamaForCausalLM (a tree of modules)
+        after:  input_ids, position_ids -> embedding -> ... -> adkit.torch_attention -> ... -> logits
+    """
+
+    key = "export_to_gm"
+    stage = Stage.EXPORT
+    Config: ClassVar[type[PassConfig]] = ExportConfig
+
+    def build(self, module: torch.nn.Module | None, ctx: Context) -> tuple[torch.nn.Module, PassInfo]:
+        """The graph module."""
+        gm = export_model(module, attention=self.config.attention)
+        return gm, PassInfo(num_matches=1, is_clean=False)

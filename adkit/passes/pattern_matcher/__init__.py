@@ -1,0 +1,1 @@
+"""Common blocks recognised and replaced by canonical ops."""

@@ -1,0 +1,1 @@
+"""Clean-ups of what export leaves behind."""

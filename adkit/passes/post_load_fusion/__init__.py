@@ -1,0 +1,1 @@
+"""Fusions that need the weights, or the last word on the graph before caching."""

@@ -1,0 +1,1 @@
+"""Weights read onto the device."""

@@ -1,0 +1,1 @@
+"""The runtime: paged cache, scheduler, sampler, engine."""
