@@ -6,6 +6,7 @@ R sequences lie one after another in T tokens; their keys and values live in P p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,15 +81,15 @@ def torch_attention_with_paged_cache(
     write_slots(v_cache, slot_mapping, value[0])
     out = q.new_zeros((*q.shape[:-1], value.shape[-1]))
     starts, cached = cu_seqlens.tolist(), cache_lens.tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    rule = {"is_causal": True, "window": window, "chunk": chunk}
-    how = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "sinks": sinks}
+    counts = [end - start for start, end in pairwise(starts)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def attended(rows: Tensor, k: Tensor, v: Tensor, q_pos: Tensor) -> Tensor:
         """rows [..., N, Q, H] at q_pos [..., Q] over k, v [..., K, L, *]."""
         k_pos = torch.arange(k.shape[-2], device=q.device)
         bias = None if alibi_slopes is None else alibi_bias(alibi_slopes, q_pos, k_pos)
-        return attend(rows, k, v, allowed(q_pos, k_pos, **rule).unsqueeze(-3), bias=bias, **how)
+        mask = allowed(q_pos, k_pos, True, window, chunk).unsqueeze(-3)
+        return attend(rows, k, v, mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
 
     single = [r for r, n in enumerate(counts) if n == 1]
     if single:

@@ -51,7 +51,7 @@ def torch_moe(
     alternating), down [E, D, F]; ``transposed``: [E, D, 2F] and [E, F, D]. Not ``gated``: gate_up is [E, F, D].
     An id of E or more means no expert. -> [T, D]
     """
-    out = torch.zeros_like(hidden)
+    out = hidden.new_zeros(hidden.shape)
     for e in range(gate_up.shape[0]):
         token, slot = torch.where(topk_ids == e)
         if token.numel() == 0:

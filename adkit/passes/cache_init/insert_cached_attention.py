@@ -12,7 +12,6 @@ from adkit.contract import CachePool, CacheSpec, ExportError, MixerDescriptor
 from adkit.graph.inputs import add_input
 from adkit.graph.provenance import source_of
 from adkit.graph.step import PassInfo
-from adkit.ops.backends import resolve_backend
 from adkit.ops.mixers import MIXERS
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.cache_init.token_local import mixing_nodes
@@ -64,7 +63,9 @@ class InsertCachedAttention(Pass):
             )
         self._refuse(gm, mixers)
         specs: list[CacheSpec] = []
-        backend = resolve_backend(self.config.backend, ctx.device)
+        backend = self.config.backend
+        if backend == "auto":
+            backend = "triton" if ctx.device.type == "cuda" else "torch"
         metadata = {
             name: add_input(gm, name, *_METADATA[name]) for name in dict.fromkeys(m for n in mixers for m in MIXERS[n.target].metadata)
         }

@@ -1,0 +1,73 @@
+"""Compile the kernels for named GPUs without one; run by test_triton.py in a process of its own.
+
+Checks what the interpreter cannot: types, ``tl.dot`` shapes, and shared memory (A100 163 KiB, H100 227 KiB a block).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adkit.ops.triton import attention, mlp, norm, rope
+
+LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
+    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+
+
+def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, full: bool) -> None:
+    pointers = dict.fromkeys(("q_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "sinks_ptr", "slopes_ptr"), f"*{dtype}")
+    tables = dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr"), "*i32")
+    counts = dict.fromkeys(("sequences", "pages_stride", "q_token", "q_head", "out_token", "out_head"), "i32")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": head_dim,
+        "KV_HEADS": 2,
+        "HEADS_PER_KV": 4,
+        "PAGE_SIZE": 16,
+        "WINDOW": 128 if full else 0,
+        "CHUNK": 256 if full else 0,
+        "HAS_SOFTCAP": full,
+        "HAS_SINKS": full,
+        "HAS_ALIBI": full,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "WIDE_DOT": False,
+        "BLOCK_R": 4,
+        **attention.blocks(head_dim, head_dim, 4, itemsize, decode),
+    }
+    types = {**pointers, **tables, **counts, "scale": "fp32", "softcap": "fp32"}
+    shared = compiled(attention._attend, types, constants, arch).metadata.shared
+    assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
+
+
+def main() -> None:
+    attend(64, "bf16", 2, False, 80, full=True)
+    attend(80, "bf16", 2, True, 80, full=False)
+    attend(256, "bf16", 2, False, 80, full=False)
+    attend(256, "fp32", 4, False, 80, full=False)
+    attend(128, "fp16", 2, True, 90, full=True)
+    write = {n: "*bf16" for n in ("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr")}
+    counts = dict.fromkeys(("k_width", "v_width", "key_token", "value_token"), "i32")
+    compiled(attention._write_kv, {**write, **counts, "slot_ptr": "*i64"}, {"BLOCK": 1024}, 90)
+    pointers = {n: "*bf16" for n in ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr")}
+    for residual, in_float in ((True, False), (False, True)):
+        flags = {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "IN_FLOAT": in_float, "BLOCK": 4096}
+        compiled(norm._rmsnorm, {**pointers, "width": "i32", "eps": "fp32", "offset": "fp32"}, flags, 90)
+    for act in ("silu", "gelu"):
+        types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
+        compiled(mlp._swiglu_packed, types, {"ACT": act, "BLOCK": 1024}, 90)
+    for interleaved in (True, False):
+        names = [n for n in rope._rotate.arg_names if not n.isupper()]
+        types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in names}
+        compiled(rope._rotate, types, {"INTERLEAVED": interleaved, "HEADS": 32, "PAIRS": 64, "REST": 16}, 90)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Triton kernels in triton's interpreter; run by test_triton.py in a process of its own with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adkit.ops import pick
+from tests.ops.paged import Case, serve, whole
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Of the largest output: order of sums and, in 16 bits, a few last places (the interpreter cuts bfloat16 off).
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-9}
+
+
+def assert_same(got: Any, want: Any, dtype: torch.dtype) -> None:
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous()
+        limit = TOLERANCE[dtype] * b.float().abs().max()
+        assert (a.float() - b.float()).abs().max() <= limit
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 80, 300])
+@pytest.mark.parametrize("kind", ["plain", "scale-free", "offset", "float", "float-offset", "float32-weight"])
+def test_rmsnorm(dtype: torch.dtype, width: int, kind: str) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, width, dtype=dtype), torch.randn(2, 3, width, dtype=dtype)
+    weight = None if kind == "scale-free" else torch.randn(width, dtype=torch.float32 if kind == "float32-weight" else dtype)
+    args = (weight, 1e-5, 1.0 if "offset" in kind else 0.0, kind in ("float", "float-offset"))
+    assert_same(pick("rmsnorm", "triton")(x, *args), pick("rmsnorm", "torch")(x, *args), dtype)
+    fused = pick("fused_add_rmsnorm", "triton")(x, residual, *args)
+    assert_same(fused, pick("fused_add_rmsnorm", "torch")(x, residual, *args), dtype)
+    if dtype != torch.bfloat16:
+        assert torch.equal(fused[1], x + residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"])
+def test_swiglu_packed(dtype: torch.dtype, act: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2 * 1100, dtype=dtype) * 2
+    assert_same(pick("swiglu_packed", "triton")(x, act), pick("swiglu_packed", "torch")(x, act), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["rope_with_explicit_cos_sin", "rope_with_qk_interleaving"])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(32, 32), (80, 80), (40, 12)])
+@pytest.mark.parametrize("bsnd", [True, False])
+def test_rope(dtype: torch.dtype, op: str, head_dim: int, rotary: int, bsnd: bool) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, n, head_dim, dtype=dtype) for n in (5, 2))
+    if not bsnd:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    angle = torch.randn(2, 3, rotary)
+    args = (q, k, angle.cos().to(dtype), angle.sin().to(dtype), 2 if bsnd else 1)
+    wide = [t.float() if isinstance(t, torch.Tensor) else t for t in args]
+    want = tuple(t.to(dtype) for t in pick(op, "torch")(*wide))
+    assert_same(pick(op, "triton")(*args), want, dtype)
+
+
+def assert_attention(case: Case) -> None:
+    served = serve(case, pick("attention_with_paged_cache", "triton"))
+    for got, want in zip(served.outputs, whole(case, pick("attention", "torch"), torch.float64), strict=True):
+        assert (got.double() - want).abs().max() <= TOLERANCE[case.dtype] * want.abs().max()
+    same = serve(case, pick("attention_with_paged_cache", "torch"))
+    # Page 0 takes every padding token, in no particular order.
+    assert torch.equal(served.k_cache[1:], same.k_cache[1:]) and torch.equal(served.v_cache[1:], same.v_cache[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (64, 64), (80, 80), (96, 64), (256, 256)])
+def test_attention_head_sizes(dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    assert_attention(Case([[7, 1, 2], [1, 1]], head_dim=head_dim, value_dim=value_dim, dtype=dtype))
+
+
+def test_attention_over_many_blocks_of_queries_and_keys() -> None:
+    options = {"window": 70}
+    assert_attention(Case([[100, 40, 1], [3]], heads=6, kv_heads=1, page_size=16, options=options, sinks=True))
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    kv_heads = draw(st.sampled_from([1, 2]))
+    return Case(
+        chunks=draw(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=3)),
+        heads=kv_heads * draw(st.sampled_from([1, 3, 4])),
+        kv_heads=kv_heads,
+        page_size=draw(st.sampled_from([1, 4, 5])),
+        options={
+            "scale": draw(st.sampled_from([None, 0.5])),
+            "window": draw(st.sampled_from([None, 1, 4])),
+            "chunk": draw(st.sampled_from([None, 3])),
+            "softcap": draw(st.sampled_from([None, 5.0])),
+        },
+        sinks=draw(st.booleans()),
+        alibi=draw(st.booleans()),
+        padding=draw(st.sampled_from([0, 2])),
+        seed=draw(st.integers(0, 100)),
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases())
+def test_attention_of_any_kind(case: Case) -> None:
+    assert_attention(case)
