@@ -7,6 +7,7 @@ from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
     ConfigError,
+    EngineError,
     ExportError,
     MemoryLimitError,
     ModelError,
@@ -14,7 +15,7 @@ from adkit.contract.errors import (
     RequestError,
     nearest,
 )
-from adkit.contract.sampling import Completion, Delta, FinishReason, SamplingParams, TokenLogprob
+from adkit.contract.sampling import Completion, Completions, Delta, FinishReason, SamplingParams, TokenLogprob
 
 __all__ = [
     "CACHE_INPUTS",
@@ -24,9 +25,11 @@ __all__ = [
     "CheckpointError",
     "CompiledModel",
     "Completion",
+    "Completions",
     "ConfigError",
     "Delta",
     "EngineConfig",
+    "EngineError",
     "ExportError",
     "FinishReason",
     "MemoryLimitError",

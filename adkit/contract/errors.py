@@ -34,6 +34,10 @@ class MemoryLimitError(AdkitError):
     """Something does not fit the device's memory."""
 
 
+class EngineError(AdkitError):
+    """The model failed while it served requests."""
+
+
 class RequestError(AdkitError, ValueError):
     """A generation request cannot be served as given."""
 

@@ -67,9 +67,15 @@ class TokenLogprob:
     top: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Completion:
-    """The answer to one prompt."""
+    """The answer to one prompt.
+
+    ``text`` ends before the stop string or the token that ended it, and has no special tokens; it is empty
+    for a model without a tokenizer. ``token_ids`` are all tokens generated, including that ending token
+    (eos). ``error`` says what went wrong when ``finish_reason`` is "error"; what was generated until then is
+    kept.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -81,12 +87,33 @@ class Completion:
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        shown = _shorten(repr(self.text) if self.text else str(list(self.token_ids)))
+        error = f", error={self.error!r}" if self.error else ""
+        return f"Completion({shown}, {len(self.token_ids)} tokens, {self.finish_reason!r}{error})"
+
+
+class Completions(list[Completion]):
+    """The answers to a list of prompts, in its order; prints one a line."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"[{i}] {c!r}" for i, c in enumerate(self)) or "[]"
+
+
+def _shorten(text: str, width: int = 300) -> str:
+    return text if len(text) <= width else f"{text[: width - 20]} ... {text[-15:]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of a streamed answer: request index, new text, new token ids; the last has ``finish_reason``."""
+    """A piece of a streamed answer: request index, new text, new token ids; the last has ``finish_reason``.
+
+    ``logprobs`` go with ``token_ids`` where asked for; ``error`` is set when the reason is "error".
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None

@@ -57,8 +57,7 @@ class Journal:
             for node in record.made:
                 found[node] = record.matched
         for old, new in self.replaced:
-            if new not in found and new in set(self.made):
-                found[new] = (old,)
+            found.setdefault(new, (old,))
         return found
 
 
@@ -72,11 +71,9 @@ def journal(gm: GraphModule) -> Iterator[Journal]:
 
     def replaced(old: Node, new: str, user: Node) -> None:
         tag = tag_of(old)
-        if tag is None:
-            return
-        for node in user.all_input_nodes or ():
-            if node.name == new:
-                log.replaced.append((tag.id, node))
+        node = next((n for n in reversed(log.made) if n.name == new), None)
+        if tag is not None and node is not None:
+            log.replaced.append((tag.id, node))
 
     outer = gm.meta.get("adkit_journal")
     gm.meta["adkit_journal"] = log
@@ -129,6 +126,10 @@ class Site:
         node.meta["val"] = val
         self.record.made.append(node)
         return node
+
+    def adopt(self, *nodes: Node) -> None:
+        """Count nodes made outside :meth:`call` (graph inputs) as made by this rewrite."""
+        self.record.made.extend(nodes)
 
     def replace(self, old: Node, new: Node) -> None:
         """Every reader of ``old`` reads ``new`` instead."""

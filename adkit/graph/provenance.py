@@ -45,6 +45,8 @@ def short_path(path: str) -> str:
     for marker in ("site-packages/", "dist-packages/"):
         if marker in path:
             return path.split(marker, 1)[1]
+    if not path.startswith("/"):
+        return path
     return "/".join(path.split("/")[-2:])
 
 

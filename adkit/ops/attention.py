@@ -133,3 +133,19 @@ def torch_attention(
         bias=bias,
     )
     return (out.transpose(1, 2) if layout == "bsnd" else out).contiguous()
+
+
+@define(
+    "torch_attention_repeat_kv(Tensor input, int n_rep, int dim=1) -> Tensor",
+    category="attention",
+    token_local=True,
+    fake=lambda input, n_rep, dim=1: input.new_empty(
+        [d * n_rep if i == dim else d for i, d in enumerate(input.shape)]
+    ),
+)
+def torch_attention_repeat_kv(input: Tensor, n_rep: int, dim: int = 1) -> Tensor:
+    """Each key or value head repeated ``n_rep`` times in a row; [B, K, S, H] -> [B, K * n_rep, S, H].
+
+    ``dim`` is where the heads are: 1 for bnsd, 2 for bsnd.
+    """
+    return input.repeat_interleave(n_rep, dim)

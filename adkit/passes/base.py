@@ -62,7 +62,7 @@ class Context:
     ``factory`` makes the model and reads its weights; ``device`` is where it will run; ``weights`` says what
     ``load_weights`` will find: ``checkpoint``, ``random`` or ``none``. ``caches`` and ``compiled`` are filled
     by cache_init and compile. ``report(text)`` adds a line to the step's log; ``progress(done, total, what)``
-    drives a progress bar.
+    drives a progress bar. ``fingerprint`` hashes all that decided the graph so far (for ``pipeline_cache``).
     """
 
     factory: Any
@@ -74,6 +74,7 @@ class Context:
     report: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     facts: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 class Pass(ABC):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from adkit.graph.step import PassInfo
-from adkit.models.export import export_model
+from adkit.models.export import ExportFacts, export_model
 from adkit.passes.base import BuildPass, Context, PassConfig, Stage
 from adkit.passes.registry import register
 
@@ -27,7 +28,8 @@ class ExportToGM(BuildPass):
     """Capture the module with non-strict ``torch.export`` into a flat FX graph.
 
     Inputs are keywords with dynamic batch and sequence. Attention and experts come in as canonical ops through
-    Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not guessed.
+    Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not guessed. A
+    model that does not use them keeps its own attention code in the graph; ``details`` says so.
 
         before: LlamaForCausalLM (a tree of modules)
         after:  input_ids, position_ids -> embedding -> ... -> adkit.torch_attention -> ... -> logits
@@ -38,6 +40,9 @@ class ExportToGM(BuildPass):
     Config: ClassVar[type[PassConfig]] = ExportConfig
 
     def build(self, module: torch.nn.Module | None, ctx: Context) -> tuple[torch.nn.Module, PassInfo]:
-        """The graph module."""
+        """The graph module; ``details`` says its inputs, the attention mode that held, and what to know of it."""
         gm = export_model(module, attention=self.config.attention)
-        return gm, PassInfo(num_matches=1, is_clean=False)
+        facts: ExportFacts = gm.meta["adkit_export"]
+        for note in facts.notes:
+            ctx.report(note)
+        return gm, PassInfo(num_matches=1, is_clean=False, details=asdict(facts))

@@ -1,0 +1,5 @@
+"""``python -m adkit``."""
+
+from adkit.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""The ``adkit`` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adkit.contract import AdkitError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Set = Annotated[list[str], typer.Option("--set", help="Override, as transforms.fuse_gemms.enabled=false")]
+Config = Annotated[list[Path], typer.Option("--config", help="YAML fragment merged over the defaults; repeatable")]
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="demo, a bundled config, a local directory, or a Hugging Face id")],
+    until: Annotated[str | None, typer.Option(help="Stop after this stage or transform")] = None,
+    overrides: Set = [],  # noqa: B006
+    config: Config = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to go on from; repeatable")] = [],  # noqa: B006
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens for each prompt")] = 128,
+    report: Annotated[Path | None, typer.Option(help="Write the walk as one HTML file")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the record as JSON")] = None,
+    random_weights: Annotated[bool, typer.Option(help="Seeded random weights where there is no checkpoint")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code")] = False,
+) -> None:
+    """Walk a model through the pipeline, a line a stage; then generate and report if asked to."""
+    from adkit import SamplingParams, Workbench
+
+    start = time.perf_counter()
+    wb = Workbench(
+        model, config=list(config), overrides=overrides, random_weights=random_weights, trust_remote_code=trust_remote_code
+    )
+    print(f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: {wb.factory.weights}")
+    stages = list(dict.fromkeys(s.stage for s in wb.steps))
+    stop = wb._end_of(until) if until else len(wb.steps)
+    for stage in stages:
+        first = wb.position
+        begin = time.perf_counter()
+        while wb.position < stop and wb.steps[wb.position].stage == stage:
+            wb.step()
+        ran = list(wb.steps)[first : wb.position]
+        if ran:
+            print(_stage_line(stage, ran, time.perf_counter() - begin), flush=True)
+    completions = []
+    if prompt and until is None:
+        params = SamplingParams(max_tokens=max_tokens)
+        completions = wb.llm().generate(prompt, params, progress=False)
+        for text, completion in zip(prompt, completions, strict=True):
+            print(f"\n> {text}\n{completion.text.strip()}")
+    if report is not None:
+        print(f"\nreport: {wb.report(report, completions)}")
+    if save is not None:
+        print(f"record: {wb.save(save)}")
+    print(f"\n{time.perf_counter() - start:.1f} s")
+
+
+def _stage_line(stage: str, ran: list[Any], seconds: float) -> str:
+    changed = [s for s in ran if s.changed]
+    nodes = len(ran[-1].after)
+    what = ", ".join(f"{s.name} x{s.info.num_matches}" for s in changed if s.info.num_matches) or "nothing to change"
+    skipped = [f"{s.name} skipped: {s.info.reason}" for s in ran if s.status in ("skipped", "failed") and s.info.reason]
+    if stage in ("factory", "export", "weight_load", "compile"):
+        what = ", ".join(s.name for s in ran if s.status == "done") or "-"
+    line = f"[{stage:<16}] {seconds:6.2f} s  {nodes:>5} nodes  {what}"
+    return "\n".join([line, *(f"{'':29}{s}" for s in skipped)])
+
+
+@app.command()
+def passes(key: Annotated[str | None, typer.Argument(help="A transform to explain")] = None) -> None:
+    """List the transforms, or explain one with its configuration fields."""
+    import inspect
+
+    from adkit.passes import all_passes, get_pass
+
+    if key is None:
+        for cls in sorted(all_passes().values(), key=lambda c: (c.stage.position, c.key)):
+            summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
+            print(f"{cls.stage.value:<17} {cls.key:<34} {summary}")
+        return
+    cls = get_pass(key)
+    print(f"{cls.key}  (stage {cls.stage.value})\n\n{inspect.cleandoc(cls.__doc__ or '')}\n\nFields:")
+    for name, field in cls.Config.model_fields.items():
+        default = cls.stage.value if name == "stage" else field.default
+        kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
+        print(f"  {name:<22} {kind} = {default!r}\n{'':25}{field.description}")
+
+
+@app.command("config")
+def show_config(
+    model: Annotated[str, typer.Argument(help="A model, as for run")],
+    overrides: Set = [],  # noqa: B006
+    config: Config = [],  # noqa: B006
+) -> None:
+    """Print the configuration that a run of the model would use, as YAML."""
+    from adkit.config import load_config
+    from adkit.models import resolve
+
+    settings = load_config(list(config), overrides)
+    resolve(model, dtype=settings.dtype, device=settings.engine.resolved_device())
+    print(settings.to_yaml(), end="")
+
+
+def main() -> None:
+    """Entry point: adkit's own errors are one line, not a traceback."""
+    try:
+        app()
+    except (AdkitError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"adkit: {text}", file=sys.stderr)
+        sys.exit(1)

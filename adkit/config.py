@@ -1,0 +1,118 @@
+"""The configuration: engine fields and transforms, YAML fragments deep-merged over ``default.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+
+from adkit.contract import ConfigError, EngineConfig, nearest
+from adkit.passes import PassConfig, get_pass
+
+Fragment = str | Path | Mapping[str, Any]
+
+
+class AdkitConfig(EngineConfig):
+    """Engine fields, and ``transforms``: each transform's config by key, in pipeline order."""
+
+    transforms: dict[str, SerializeAsAny[PassConfig]] = Field(default_factory=dict)
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The engine fields alone."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML; transform fields at their defaults are left out."""
+        data = self.model_dump(mode="json", exclude={"transforms"})
+        data["transforms"] = {
+            key: {"stage": config.stage.value, **config.model_dump(mode="json", exclude_defaults=True, exclude={"stage"})}
+            for key, config in self.transforms.items()
+        }
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def load_config(fragments: Iterable[Fragment] = (), overrides: Sequence[str] = (), **engine: Any) -> AdkitConfig:
+    """``default.yaml``, then each fragment (a YAML file or a mapping), then ``a.b.c=value`` overrides, then keywords.
+
+    Raises ConfigError naming the nearest valid name for an unknown key, and the field for a value that cannot be.
+    """
+    merged = read_fragment(Path(str(files("adkit.passes") / "default.yaml")))
+    for fragment in fragments:
+        merged = deep_merge(merged, read_fragment(fragment))
+    for text in overrides:
+        merged = deep_merge(merged, parse_override(text))
+    merged = deep_merge(merged, engine)
+    return build_config(merged)
+
+
+def build_config(data: Mapping[str, Any]) -> AdkitConfig:
+    """Validate merged settings into a configuration."""
+    fields = {k: v for k, v in data.items() if k != "transforms"}
+    for key in fields:
+        if key not in EngineConfig.model_fields:
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, (*EngineConfig.model_fields, 'transforms'))}")
+    given = data.get("transforms") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"transforms must map transform keys to their fields, not be a {type(given).__name__}")
+    engine = _validate(EngineConfig, fields, "engine settings")
+    transforms: dict[str, PassConfig] = {}
+    for key, values in given.items():
+        cls = get_pass(key)
+        values = values or {}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"transforms.{key} must be a mapping of fields, not {values!r}")
+        for name in values:
+            if name not in cls.Config.model_fields:
+                raise ConfigError(f"transforms.{key} has no field {name!r}{nearest(name, cls.Config.model_fields)}")
+        transforms[key] = _validate(cls.Config, {"stage": cls.stage, **values}, f"transforms.{key}")
+    return AdkitConfig(**engine.model_dump(), transforms=transforms)
+
+
+def _validate(cls: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        raise ConfigError(f"{where}: {name} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def read_fragment(fragment: Fragment) -> dict[str, Any]:
+    """A mapping as it is, or the mapping a YAML file holds."""
+    if isinstance(fragment, Mapping):
+        return dict(fragment)
+    path = Path(fragment)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {str(path)!r}; give a YAML file or a mapping")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path.name} must hold a mapping, not a {type(data).__name__}")
+    return data
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``transforms.fuse_gemms.enabled=false`` as a nested mapping; the value is read as YAML."""
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"override {text!r} is not of the form a.b.c=value")
+    result: Any = yaml.safe_load(value)
+    for part in reversed(key.strip().split(".")):
+        result = {part: result}
+    return dict(result)
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``: mappings merge key by key, anything else replaces."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,15 @@
+"""``LLM``: generate without looking inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def LLM(model: Any, **options: Any) -> Any:  # noqa: N802 - it stands where a class would
+    """Compile ``model`` and return the engine: ``adkit.LLM("demo").generate("Once upon a time")``.
+
+    Takes what :class:`adkit.Workbench` takes, and runs its whole pipeline.
+    """
+    from adkit.workbench import Workbench
+
+    return Workbench(model, **options).llm()

@@ -1,0 +1,153 @@
+"""Checkpoint names -> model names, by transformers' own conversion rules.
+
+transformers 5 renames keys and merges tensors (per-expert ``w1``/``w3`` into one ``gate_up_proj``) while it
+loads. This module is the only one that touches that private API (``core_model_loading``,
+``conversion_mapping``; written against 5.17 and 5.23). It turns stored names into a :class:`Plan`: groups of
+stored tensors, each of which becomes one or more of the model's tensors. A plan is made from headers alone:
+converters are run on meta tensors, so every shape is known before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from adkit.models.checkpoint import Stored
+
+# Path segments under which a multi-modal checkpoint keeps its language model.
+_NESTED = re.compile(r"(^|\.)(?:language_model|text_model)\.")
+
+
+@dataclass
+class Group:
+    """Stored tensors that become one or more tensors of the model.
+
+    ``sources``: (stored name, the converter's pattern that it matched); ``converter`` None: one tensor under a
+    new name; ``shapes``: what the group makes, known before reading.
+    """
+
+    key: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    converter: WeightConverter | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def convert(self, tensors: Iterable[Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensors made from the stored ones (in the order of ``sources``)."""
+        if self.converter is None:
+            (tensor,) = tensors
+            return {self.key: tensor}
+        converter = deepcopy(self.converter)
+        for (name, pattern), tensor in zip(self.sources, tensors, strict=True):
+            converter.add_tensor(self.key, name, pattern, cast(Any, tensor))
+        made = converter.convert(self.key, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass
+class Plan:
+    """How a checkpoint becomes a model.
+
+    ``where`` model name -> group; ``unexpected`` stored names with no place in the model; ``mismatched`` model
+    name -> what is wrong with its shape or assembly.
+    """
+
+    groups: list[Group]
+    where: dict[str, Group]
+    unexpected: list[str]
+    mismatched: dict[str, str]
+
+
+def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False) -> Plan:
+    """Match stored tensors to a (meta) model's names.
+
+    ``nested``: the checkpoint is a multi-modal model's and ``model`` its language model alone.
+    """
+    state = {k: t for k, t in model.state_dict().items() if isinstance(t, Tensor)}
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    prefix = model.base_model_prefix
+
+    groups: dict[str, Group] = {}
+    unexpected: list[str] = []
+    # Natural order puts expert 2 before expert 10: converters stack in the order they are given.
+    for name in sorted(stored, key=dot_natural_key):
+        candidate = _NESTED.sub(r"\1", name, count=1) if nested else name
+        key, pattern = rename_source_key(candidate, renamings, converters, prefix, state)
+        if key not in state and candidate in state:  # a rule fired on a name that already fits
+            key, pattern = rename_source_key(candidate, [], [], prefix, state)
+        if key not in state:
+            unexpected.append(name)
+        elif pattern is None:
+            groups[key] = Group(key, [(name, name)])
+        else:
+            groups.setdefault(key, Group(key, converter=by_pattern[pattern])).sources.append((name, pattern))
+
+    where: dict[str, Group] = {}
+    mismatched: dict[str, str] = {}
+    for group in groups.values():
+        shells = [
+            torch.empty(stored[n].shape, dtype=stored[n].dtype or torch.uint8, device="meta")
+            for n, _ in group.sources
+        ]
+        try:
+            made = group.convert(shells, model)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            names = [n for n, _ in group.sources]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            mismatched[group.key] = f"cannot be made from {shown}: {type(error).__name__}: {error}"
+            continue
+        for target, shell in made.items():
+            if target not in state:
+                unexpected.append(f"{target} (made from {group.sources[0][0]})")
+                continue
+            where[target] = group
+            group.shapes[target] = tuple(shell.shape)
+            if shell.shape != state[target].shape:
+                source = (
+                    group.sources[0][0] if len(group.sources) == 1 else f"{len(group.sources)} stored tensors"
+                )
+                mismatched[target] = (
+                    f"{list(shell.shape)} from {source}, the model has {list(state[target].shape)}"
+                )
+    return Plan(list(groups.values()), where, unexpected, mismatched)
+
+
+def may_be_missing(model: Any) -> re.Pattern[str] | None:
+    """Names that the model class itself says a checkpoint need not have."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
+
+
+def may_be_unexpected(model: Any) -> re.Pattern[str] | None:
+    """Stored names that mean nothing today: those the class lists, and buffers that old checkpoints stored."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.append(r"(^|\.)position_ids$")
+    return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
+
+
+def float32_names(model: Any, dtype: torch.dtype) -> list[str]:
+    """Parameters and persistent buffers that the model class keeps in float32 when the rest is ``dtype``."""
+    plan = model._get_dtype_plan(dtype)
+    keep = [re.compile(p.replace("*", ".*")) for p, kept in plan.items() if kept == torch.float32]
+    return [
+        n for n, t in model.state_dict().items() if isinstance(t, Tensor) and any(p.search(n) for p in keep)
+    ]

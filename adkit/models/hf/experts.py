@@ -1,0 +1,146 @@
+"""Hugging Face's experts interface, answered with ``torch.ops.adkit.torch_moe``.
+
+An experts module says how its weights lie (``is_transposed``, ``is_concatenated``, ``has_bias``, ``has_gate``) and
+brings its gate as code (``_apply_gate``). The gate is recognised by its values on random inputs; one that is not
+recognised is traced as it stands over every expert: right, and as slow as dense.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adkit.ops.activation import ACTIVATIONS
+from adkit.ops.moe import gate_fn
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Arguments of ``torch_moe`` that say what happens between an expert's two projections."""
+
+    act: str
+    interleaved: bool = False
+    alpha: float | None = None
+    limit: float | None = None
+    up_offset: float = 0.0
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module goes through Hugging Face's experts interface."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def recognise_gate(module: nn.Module) -> Gate | None:
+    """The gate of an experts module, by value on random float32 inputs, or None when it is none of the known ones."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.1, 1.0, 4.0, 30.0]).repeat(8)[:, None]
+    try:
+        with torch.no_grad():
+            if not module.has_gate:
+                x = torch.randn(32, 64, generator=generator) * scales
+                want = module.act_fn(x.clone())  # type: ignore[operator]
+                return next((Gate(act) for act, fn in ACTIVATIONS.items() if _same(fn(x), want)), None)
+            x = torch.randn(32, 2 * _ffn_dim(module), generator=generator) * scales
+            want = module._apply_gate(x.clone())  # type: ignore[operator]
+            for gate in _candidates(module):
+                first, second = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, -1)
+                if _same(gate_fn(first, second, gate.act, gate.alpha, gate.limit, gate.up_offset), want):
+                    return gate
+    except Exception:  # a gate that cannot run on its own (it reads weights, say) is not a known one
+        return None
+    return None
+
+
+def _ffn_dim(module: nn.Module) -> int:
+    down: Any = module.down_proj
+    return int(down.shape[1] if module.is_transposed else down.shape[2])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+def _candidates(module: nn.Module) -> Iterator[Gate]:
+    """Gates to try, plainest first; constants are whatever numbers the module or its config's gate fields hold."""
+    numbers = [float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)]
+    constants = sorted({v for v in numbers if 0 < v <= 1000})
+    layouts = (False, True) if getattr(module, "is_concatenated", True) else (True, False)
+    offsets = (0.0, 1.0)
+    for limit, interleaved, offset in itertools.product((None, *constants), layouts, offsets):
+        for act in ACTIVATIONS:
+            yield Gate(act, interleaved, None, limit, offset)
+        for alpha in (1.702, *constants):
+            yield Gate("silu", interleaved, alpha, limit, offset)
+
+
+class ExpertsInterface:
+    """Calls ``torch_moe`` for every experts module; ``gates`` were recognised before tracing, by module id."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gates: dict[int, Gate | None] = {}
+        self.notes: list[str] = []
+        known: dict[Any, Gate | None] = {}
+        for name, module in model.named_modules():
+            if not is_experts(module):
+                continue
+            key = (type(module), tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float))))
+            if key not in known:
+                known[key] = recognise_gate(module)
+                if known[key] is None:
+                    self.notes.append(f"{name} ({type(module).__name__}): gate not recognised, every expert is computed")
+            self.gates[id(module)] = known[key]
+
+    def __call__(self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden [T, D], topk_ids and topk_weights [T, k] -> [T, D]."""
+        gate = self.gates.get(id(module))
+        if gate is None or getattr(module, "has_post_expert_norm", False):
+            return dense_experts(module, hidden, topk_ids, topk_weights)
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        biased = module.has_bias
+        return torch.ops.adkit.torch_moe(
+            hidden,
+            topk_ids,
+            topk_weights,
+            getattr(module, first),
+            module.down_proj,
+            getattr(module, f"{first}_bias") if biased else None,
+            module.down_proj_bias if biased else None,
+            act=gate.act,
+            transposed=module.is_transposed,
+            interleaved=gate.interleaved,
+            gated=module.has_gate,
+            alpha=gate.alpha,
+            limit=gate.limit,
+            up_offset=gate.up_offset,
+        )
+
+
+def dense_experts(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Every expert on every token, the module's own gate in between, weighted by the router; [T, D] -> [T, D].
+
+    Ids of E or more stand for no expert.
+    """
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    up: Tensor = getattr(module, first)
+    down: Tensor = module.down_proj
+    experts = up.shape[0]
+    h = torch.einsum("td,edf->tef" if module.is_transposed else "td,efd->tef", hidden, up)
+    if module.has_bias:
+        h = h + getattr(module, f"{first}_bias")
+    flat = h.flatten(0, 1)
+    flat = module._apply_gate(flat) if module.has_gate else module.act_fn(flat)
+    h = flat.unflatten(0, (-1, experts))
+    y = torch.einsum("tef,efd->ted" if module.is_transposed else "tef,edf->ted", h, down)
+    if module.has_bias:
+        y = y + module.down_proj_bias
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    chosen = F.one_hot(topk_ids.clamp(max=experts), experts + 1)[..., :experts]
+    weights = (chosen.to(topk_weights.dtype) * topk_weights[..., None]).sum(1)
+    return (y * weights[..., None]).sum(1).to(hidden.dtype)

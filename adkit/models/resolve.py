@@ -1,0 +1,234 @@
+"""From what a user names to a :class:`~adkit.models.factory.ModelFactory`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adkit.contract import CheckpointError, ModelError, nearest
+from adkit.models import hub
+from adkit.models.bundled import bundled_config, bundled_names, demo_directory
+from adkit.models.checkpoint import Checkpoint, has_weights
+from adkit.models.factory import ModelFactory
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SHAPES_ONLY = (
+    "shapes only: pass random_weights=True for seeded random weights, or a checkpoint's directory or hub id"
+)
+
+
+def resolve(
+    model: Any,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+) -> ModelFactory:
+    """The factory of a model.
+
+    ``model``: ``"demo"``, a bundled config's name (any case), a local directory, a Hugging Face hub id, a
+    Hugging Face config object, or such a config as a dictionary. ``dtype`` auto: float32 when ``device`` is the
+    CPU, else what the config or the checkpoint says. ``random_weights`` replaces any checkpoint by values
+    drawn from ``seed``. Raises ModelError (CheckpointError for its files) saying what to do.
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    directory: Path | None = None
+    repo: str | None = None
+    why = ""
+    if isinstance(model, dict):
+        config, name = _from_dict(model), str(model.get("model_type", "config"))
+        why = f"a config has {_SHAPES_ONLY}"
+    elif hasattr(model, "model_type") and hasattr(model, "get_text_config"):
+        config, name = model, str(getattr(model, "name_or_path", "") or model.model_type)
+        why = f"a config has {_SHAPES_ONLY}"
+    elif not isinstance(model, str | Path):
+        raise ModelError(
+            f"a model is a name, a directory, a hub id or a Hugging Face config, not {type(model).__name__}; "
+            "for a module that is already built, pass its .config"
+        )
+    elif str(model).lower() in bundled_names():
+        name = str(model).lower()
+        config = _from_dict(bundled_config(name))
+        why = f"the bundled config {name} has {_SHAPES_ONLY}"
+    else:
+        directory, repo = _locate(str(model), revision, trust_remote_code)
+        name = str(model) if repo or str(model) == "demo" else directory.name
+        config = _from_directory(directory, str(model), **options)
+
+    kind, parent = config, None
+    text = config.get_text_config(decoder=True)
+    if text is not config and _has_causal_lm(text):
+        kind, parent = text, config
+    elif not _has_causal_lm(config) and not (trust_remote_code and _has_remote_code(config)):
+        raise ModelError(
+            f"{name}: transformers has no causal language model for config type {config.model_type!r} "
+            f"({type(config).__name__})"
+            + (
+                "; it comes with its own code: pass trust_remote_code=True if you trust it"
+                if _has_remote_code(config)
+                else "; adkit runs decoder-only text generation"
+            )
+        )
+
+    weights = "random" if random_weights else "none" if directory is None else "checkpoint"
+    if weights == "checkpoint":
+        assert directory is not None
+        _refuse_quantised(name, config, kind)
+        if repo is None and not has_weights(directory):
+            Checkpoint(directory)  # raises, saying what was looked for
+    chosen = _dtype(
+        dtype,
+        kind,
+        parent,
+        device,
+        directory if weights == "checkpoint" and repo is None else None,
+        allow_pickle,
+    )
+    fetch = None
+    if repo is not None and weights == "checkpoint":
+        here = directory
+        fetch = lambda: hub.fetch_weights(repo, here, allow_pickle)  # type: ignore[arg-type]  # noqa: E731
+    return ModelFactory(
+        name=name, config=kind, dtype=chosen, weights=weights, why_no_weights=why if weights == "none" else "",  # type: ignore[arg-type]
+        directory=directory, seed=seed, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+        nested=parent is not None, fetch=fetch,
+    )  # fmt: skip
+
+
+def _locate(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str | None]:
+    """The local directory of a model, and its hub id when it came from the hub."""
+    if model == "demo":
+        directory = demo_directory()
+        if not (directory / "config.json").exists():
+            raise ModelError(f"the demo model is not in this installation ({directory}); reinstall adkit")
+        return directory, None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path} has no config.json: give the directory that `save_pretrained` wrote")
+        return path, None
+    if path.exists():
+        raise ModelError(f"{path} is a file: give the directory that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or not model.strip():
+        raise ModelError(f"no directory {model!r}{nearest(model, bundled_names())}")
+    known = ("demo", *bundled_names())
+    close = difflib.get_close_matches(model.lower(), known, 1, cutoff=0.75)
+    if "/" not in model and close:
+        raise ModelError(
+            f"no model {model!r}; did you mean {close[0]!r}? (bundled: {', '.join(known)}; a directory or a hub id "
+            "owner/name works too)"
+        )
+    try:
+        return hub.fetch_small_files(model, revision, code=trust_remote_code), model
+    except ModelError as error:
+        if "/" in model:
+            raise
+        raise ModelError(f"{error} (bundled: {', '.join(known)})") from error
+
+
+def _from_dict(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    rest = dict(values)
+    kind = rest.pop("model_type", None)
+    if not kind:
+        raise ModelError("a config dictionary needs 'model_type', as in a Hugging Face config.json")
+    try:
+        return AutoConfig.for_model(kind, **rest)
+    except Exception as error:
+        raise ModelError(f"no config can be made of model_type {kind!r}: {_first_line(error)}") from error
+
+
+def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.exists():
+        raise ModelError(f"{given!r} has no config.json, so it is not a transformers model")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON ({error}); copy or download it again") from error
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if not trust_remote_code and values.get("auto_map"):
+            raise ModelError(
+                f"{given!r} comes with its own Python code, which is not run by default: pass trust_remote_code=True "
+                "if you trust it"
+            ) from error
+        kind = values.get("model_type")
+        raise ModelError(
+            f"{file} (model_type {kind!r}) cannot be read by this transformers: {_first_line(error)}"
+        ) from error
+
+
+def _has_causal_lm(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _has_remote_code(config: Any) -> bool:
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _refuse_quantised(name: str, *configs: Any) -> None:
+    for config in configs:
+        found = getattr(config, "quantization_config", None)
+        if found:
+            values = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+            method = values.get("quant_method", "unknown method")
+            raise CheckpointError(
+                f"{name}'s checkpoint is quantised ({getattr(method, 'value', method)}), which is not supported yet: use an "
+                "unquantised checkpoint of the model, or random_weights=True to work on its graph"
+            )
+
+
+def _dtype(
+    asked: str | torch.dtype,
+    config: Any,
+    parent: Any,
+    device: torch.device | str | None,
+    directory: Path | None,
+    allow_pickle: bool,
+) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        asked = str(asked).removeprefix("torch.")
+    if asked in _DTYPES:
+        return _DTYPES[asked]
+    if asked != "auto":
+        raise ModelError(f"dtype {asked!r}{nearest(asked, ('auto', *_DTYPES))}")
+    where = (
+        torch.device(device)
+        if device is not None
+        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    if where.type == "cpu":
+        return torch.float32
+    for source in (config, parent):
+        found = getattr(source, "dtype", None)
+        if found is not None:
+            return _DTYPES.get(str(found).removeprefix("torch."), torch.float32)
+    if directory is not None:
+        for stored in Checkpoint(directory, allow_pickle=allow_pickle).tensors.values():
+            if stored.dtype in _DTYPES.values():
+                return stored.dtype  # type: ignore[return-value]
+    return torch.float32
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

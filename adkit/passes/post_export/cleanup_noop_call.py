@@ -1,0 +1,55 @@
+"""``cleanup_noop_call``: calls that return what they were given."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from adkit.graph.step import PassInfo
+from adkit.passes.base import Context, Pass, Stage
+from adkit.passes.post_export._replace import bypass, same_value
+from adkit.passes.registry import register
+
+_aten = torch.ops.aten
+_ALWAYS = frozenset(
+    (
+        _aten.detach.default,
+        _aten.detach_.default,
+        _aten.alias.default,
+        _aten.lift_fresh.default,
+        _aten.lift_fresh_copy.default,
+    )
+)
+_DROPOUTS = frozenset((_aten.dropout.default, _aten.native_dropout.default, _aten.feature_dropout.default))
+_SHAPING = frozenset((_aten.expand.default, _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default))
+
+
+def _is_noop(node: Node) -> bool:
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.target in _ALWAYS:
+        return True
+    if node.target in _DROPOUTS and node.target is not _aten.native_dropout.default:
+        probability, training = node.args[1:3]
+        return probability == 0 or training is False
+    return node.target in _SHAPING and same_value(node.args[0], node)
+
+
+@register
+class CleanupNoopCall(Pass):
+    """Bypass calls that return their input: dropout outside training, detach, expand or view to the same shape.
+
+    They compute nothing. ``detach_`` and ``lift_fresh_copy`` come from tensors that a forward builds from numbers;
+    in inference nobody needs their copy.
+
+        before: %d = aten.dropout(%x, 0.1, False)
+                %y = aten.add.Tensor(%residual, %d)
+        after:  %y = aten.add.Tensor(%residual, %x)
+    """
+
+    key = "cleanup_noop_call"
+    stage = Stage.POST_EXPORT
+
+    def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
+        """Bypass every such call."""
+        return PassInfo(num_matches=bypass(gm, _is_noop))

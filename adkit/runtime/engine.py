@@ -1,0 +1,246 @@
+"""The loop: schedule, run the graph, sample, advance."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from adkit.contract import (
+    CompiledModel,
+    Delta,
+    EngineConfig,
+    EngineError,
+    MemoryLimitError,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+)
+from adkit.runtime.batch import build_batch
+from adkit.runtime.detokenizer import Detokenizer, TokenDecoder
+from adkit.runtime.pages import PageAllocator
+from adkit.runtime.sampler import sample
+from adkit.runtime.scheduler import Scheduler
+from adkit.runtime.sequence import Sequence
+from adkit.runtime.stats import EngineStats
+
+
+class Engine:
+    """Serves requests with one compiled model: ``add`` them, call ``step`` while ``has_work``.
+
+    The handle that ``add`` returns is the request's state: it fills as steps run, whoever calls them, and
+    gives the ``completion()`` in the end. Methods may be called from several threads. A step that fails ends
+    the requests that were in it (finish reason "error"), gives their pages back, and leaves the others and
+    the engine as they were; an interrupt (Ctrl-C) cancels everything in flight.
+    """
+
+    def __init__(self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None) -> None:
+        if model.caches.num_pages < 2:
+            raise MemoryLimitError(
+                f"The cache has {model.caches.num_pages} pages; at least 2 are needed (one for "
+                "padding). Free memory, or raise free_gpu_memory_fraction."
+            )
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
+        eos = getattr(tokenizer, "eos_token_id", None)
+        #: Tokens that end a request unless it ignores them: the model's and the tokenizer's.
+        self.eos_token_ids = frozenset(model.eos_token_ids) | ({eos} if eos is not None else set())
+        self._counts = EngineStats()
+        self._next_id = 0
+        self._lock = threading.RLock()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.pages = PageAllocator(self.model.caches.num_pages, self.model.caches.page_size)
+        self.scheduler = Scheduler(
+            self.config, self.pages, lengths_matter="rope_lengths" in self.model.inputs
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache holds."""
+        return self.pages.capacity * self.pages.page_size
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is unfinished."""
+        return len(self.scheduler) > 0
+
+    @property
+    def stats(self) -> EngineStats:
+        """A copy of the counts so far."""
+        scheduler = self.scheduler
+        return replace(
+            self._counts,
+            preemptions=self._counts.preemptions + scheduler.num_preempted,
+            reused_tokens=self._counts.reused_tokens + scheduler.num_reused_tokens,
+        )
+
+    def check(self, prompt: Iterable[int], params: SamplingParams) -> array[int]:
+        """The prompt as an array of token ids; raises RequestError for a request that cannot be served."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {params!r}; expected a SamplingParams")
+        try:
+            tokens = array("q", prompt)
+        except (TypeError, OverflowError) as error:
+            raise RequestError(f"A prompt is a string or a list of token ids (integers): {error}") from error
+        if not tokens:
+            raise RequestError("The prompt is empty; give at least one token")
+        vocab = self.model.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            at, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab)
+            raise RequestError(
+                f"Token id {token} at position {at} of the prompt is out of range; the vocabulary has "
+                f"{vocab} tokens (0 to {vocab - 1}). Was the prompt made with this model's tokenizer?"
+            )
+        if len(tokens) >= self.config.max_seq_len or len(tokens) > self.capacity:
+            raise RequestError(
+                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and "
+                f"at least one new token) and the cache holds {self.capacity} tokens. Shorten the prompt, or "
+                "raise max_seq_len or the cache's share of memory (free_gpu_memory_fraction)."
+            )
+        if params.stop and self._decoder is None:
+            raise RequestError(
+                f"Stop strings {list(params.stop)} need a tokenizer, and there is none; use stop_token_ids"
+            )
+        return tokens
+
+    def add(self, prompt: Iterable[int], params: SamplingParams | None = None) -> Sequence:
+        """Queue a request; returns its handle.
+
+        The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or fill the
+        cache. Raises RequestError for a request that cannot be served.
+        """
+        params = params if params is not None else SamplingParams()
+        tokens = self.check(prompt, params)
+        # The last token's keys and values are never needed, hence capacity + 1.
+        max_len = min(len(tokens) + params.max_tokens, self.config.max_seq_len, self.capacity + 1)
+        detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop))
+        with self._lock:
+            seq = Sequence(self._next_id, tokens, params, max_len, detokenizer)
+            if not params.ignore_eos:
+                seq.stop_ids |= self.eos_token_ids
+            self._next_id += 1
+            self._counts.requests += 1
+            self.scheduler.add(seq)
+        return seq
+
+    def step(self) -> list[Delta]:
+        """Run one step; returns what each request gained (``index`` is the handle's ``id``).
+
+        Exceptions of the model do not leave this method: they end the step's requests, see
+        ``Sequence.error``.
+        """
+        with self._lock:
+            start = time.perf_counter()
+            try:
+                batch = self.scheduler.schedule()
+                if not batch:
+                    return []
+                try:
+                    results = self._run(batch)
+                except Exception as error:
+                    return self._fail(batch, _explain(error, batch))
+                return self._advance(batch, results)
+            except BaseException:
+                # An interrupt can strike anywhere, so nothing half-done is trusted.
+                self.reset()
+                raise
+            finally:
+                self._counts.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _run(self, batch: Seq[Sequence]) -> list[tuple[int, TokenLogprob | None]]:
+        """Run the graph on the scheduled tokens; a token for each sequence that samples."""
+        self._counts.steps += 1
+        self._counts.step_sequences += len(batch)
+        self._counts.computed_tokens += sum(s.num_scheduled for s in batch)
+        logits = self.model(build_batch(batch, self.pages.page_size, self.model.device))
+        sampling = [s for s in batch if s.samples]
+        if not sampling:
+            return []
+        return sample(logits, sampling).to_host([s.params for s in sampling])
+
+    def _advance(self, batch: Seq[Sequence], results: list[tuple[int, TokenLogprob | None]]) -> list[Delta]:
+        """Write a step's results into its sequences, and let the finished ones go."""
+        deltas = []
+        remaining = iter(results)
+        for seq in batch:
+            if not seq.samples:
+                self.scheduler.advance(seq)
+                continue
+            token, logprob = next(remaining)
+            if token < 0:
+                error = EngineError(
+                    "The model's logits were not finite (NaN or infinite) "
+                    f"after {len(seq.tokens)} tokens of this request"
+                )
+                deltas += self._fail([seq], error)
+                continue
+            self.scheduler.advance(seq)
+            seen = len(seq.text), seq.num_output
+            seq.append(token, logprob)
+            self._counts.output_tokens += 1
+            if seq.finished:
+                self.scheduler.remove(seq)
+            deltas.append(seq.delta(seq.id, *seen))
+        return deltas
+
+    def _fail(self, batch: Iterable[Sequence], error: Exception) -> list[Delta]:
+        """End requests with an error; what their pages hold is not to be trusted."""
+        deltas = []
+        for seq in batch:
+            pages = seq.pages.tolist()
+            self.scheduler.remove(seq, keep_pages=False)
+            # A masked-out NaN still spoils a sum of 0 x NaN, so the pages' next holders must not find any.
+            dirty = [p for p in pages if not self.pages.holders(p)]
+            for cache in self.model.caches.tensors.values():
+                cache[dirty] = 0
+            seen = len(seq.text), seq.num_output
+            seq.finish("error", error)
+            deltas.append(seq.delta(seq.id, *seen))
+        return deltas
+
+    def cancel(self, seq: Sequence) -> None:
+        """End a request now (finish reason "cancelled"), keeping what it has; no effect on a finished one."""
+        with self._lock:
+            if not seq.finished:
+                self.scheduler.remove(seq)
+                seq.finish("cancelled")
+
+    def reset(self) -> None:
+        """Cancel everything in flight and forget the cache's content."""
+        with self._lock:
+            self._counts, in_flight = self.stats, list(self.scheduler)
+            self._start_empty()
+            for seq in in_flight:
+                if not seq.finished:
+                    seq.finish("cancelled")
+
+    def __repr__(self) -> str:
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        pages = f"{self.pages.held} of {self.pages.capacity} pages held"
+        return f"Engine({running} running, {waiting} waiting, {pages}; {self.stats!r})"
+
+
+def _explain(error: Exception, batch: Seq[Sequence]) -> Exception:
+    """The error of a failed step, saying how large the step was and what can be done."""
+    size = f"a step of {sum(s.num_scheduled for s in batch)} tokens in {len(batch)} sequences"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        explained: Exception = MemoryLimitError(
+            f"Out of memory in {size}. Lower max_num_tokens or max_batch_size, or leave the cache less "
+            f"memory (free_gpu_memory_fraction). {error}"
+        )
+        error = error.with_traceback(None)  # its frames hold the tensors that filled the memory
+    else:
+        explained = EngineError(f"The model failed in {size}: {type(error).__name__}: {error}")
+    explained.__cause__ = error
+    return explained

@@ -1,0 +1,191 @@
+"""Tiny random causal LMs of any Hugging Face type, made so that mistakes show.
+
+``tiny("llama")`` builds one from its config class and a few general overrides. Random models of default
+initialisation hardly notice attention or positions, so matrices other than embeddings are scaled by 10, norms and
+biases are made uneven, and windows are short (8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+#: The types that generation must be exact for (issue 2), without bloom.
+INTERFACE_TYPES = (
+    "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 olmo3 granite starcoder2 cohere2 glm4 "
+    "smollm3 exaone4 gpt2 gpt_neox opt phi gpt_oss mixtral qwen3_moe olmoe phimoe"
+).split()
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    # mixtures of experts
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    # names of the GPT-2 family, OPT, MPT, GPT-J
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "n_inner": 80,
+    "d_model": 48,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 256,
+    "ffn_dim": 80,
+    "word_embed_proj_dim": 48,
+    "rotary_dim": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "ffn_hidden_size": 80,
+    "n_ctx": 256,
+    # special tokens must lie in the vocabulary
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+#: Leaves a field to the config class.
+DROP = object()
+
+#: What a type needs beyond sizes. Keys are merged over ``_SIZES``.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    "gemma2": {"query_pre_attn_scalar": 12},
+    "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "phimoe": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "layer_types": DROP},
+    "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_neox": {"num_key_value_heads": DROP},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "head_dim": DROP,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "llama4_text": {"no_rope_layers": [1, 0], "layer_types": DROP, "interleave_moe_layer_step": 1, "max_position_embeddings": 512},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def tiny_config(model_type: str, **more: Any) -> Any:
+    """A tiny config of the type; sizes that the config class does not know are left out."""
+    special = {**OVERRIDES.get(model_type, {}), **more}
+    default = AutoConfig.for_model(model_type)
+    aliases = getattr(default, "attribute_map", {})
+    known = set(default.to_dict()) | set(aliases)
+    given = {n: v for n, v in _SIZES.items() if n in known and aliases.get(n) not in _SIZES}
+    given.update(special)
+    return AutoConfig.for_model(model_type, **{n: v for n, v in given.items() if v is not DROP})
+
+
+def tiny(model_type: str, seed: int = 0, **more: Any) -> tuple[Any, Any]:
+    """``(config, model)`` of the type: float32, CPU, eager attention, eval, sensitive weights."""
+    config = tiny_config(model_type, **more)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    sensitise(model, seed)
+    return config, model
+
+
+def sensitise(model: Any, seed: int = 0) -> None:
+    """Make a random model feel attention, positions, norms and biases, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                if parameter.abs().max() == 0 or not torch.isfinite(parameter).all():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                if id(parameter) not in embeddings:
+                    parameter.mul_(10)
+            else:
+                parameter.nan_to_num_().add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def meta_twin(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a config on meta, without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def with_weights_of(gm: torch.fx.GraphModule, model: Any) -> torch.fx.GraphModule:
+    """Fill a graph exported from meta with the tensors of a real model, by name."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target in tensors:
+            path, _, name = node.target.rpartition(".")
+            owner = gm.get_submodule(path)
+            owner._parameters.pop(name, None)
+            owner._buffers.pop(name, None)
+            owner.register_buffer(name, tensors[node.target].detach())
+    return gm
+
+
+def rmse_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """rmse(actual - expected) / rmse(expected)."""
+    return float((actual - expected).double().norm() / expected.double().norm())
+
+
+def inputs_for(gm: torch.fx.GraphModule, batch: int, length: int, vocab: int = 131, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs by the names of the graph's placeholders."""
+    ids = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    values = {
+        "input_ids": ids,
+        "position_ids": torch.arange(length).expand(batch, length).contiguous(),
+        "rope_lengths": torch.full((batch, length), length),
+    }
+    return {n.target: values[n.target] for n in gm.graph.nodes if n.op == "placeholder"}
+
+
+def all_types() -> list[str]:
+    """Every type of transformers' causal LM mapping."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
