@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -189,20 +190,23 @@ def _rows(call: Call) -> tuple[float, float]:
     return 0.0, float(2 * rows + sum(t.bytes for t in call.inputs if t is not table))
 
 
+@lru_cache(maxsize=256)
 def attended_pairs(
     queries: int, past: int = 0, causal: bool = True, window: int | None = None, chunk: int | None = None
 ) -> int:
     """(query, key) pairs a mask lets through, for ``queries`` tokens after ``past`` earlier ones."""
-    if not causal:
-        total = past + queries
-        return sum(
-            min(total, i + (window or total)) - max(0, i - (window or total) + 1) for i in range(past, total)
-        )
-    if window is None and chunk is None:
+    if causal and window is None and chunk is None:
         return queries * past + queries * (queries + 1) // 2
-    return sum(
-        min(i + 1, window or i + 1, i % chunk + 1 if chunk else i + 1) for i in range(past, past + queries)
-    )
+    total = past + queries
+    pairs = 0
+    for i in range(past, total):
+        low, high = 0, i + 1 if causal else total
+        if window is not None:
+            low, high = max(low, i - window + 1), min(high, i + window)
+        if chunk is not None:
+            low, high = max(low, i // chunk * chunk), min(high, (i // chunk + 1) * chunk)
+        pairs += high - low
+    return pairs
 
 
 @counts("aten.scaled_dot_product_attention")
