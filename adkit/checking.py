@@ -9,6 +9,7 @@ site a rewrite class: the nodes before and after, cut out and run on random inpu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from adkit.contract import CACHE_INPUTS, AdkitError, CachePool, SequenceBatch
 from adkit.graph.diff import Site
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot, _map
 from adkit.graph.step import Step
-from adkit.models.graph_weights import load_graph_tensors
+from adkit.models.loading import load_graph_tensors
 from adkit.passes.pipeline import rebuild
 
 if TYPE_CHECKING:
@@ -206,73 +207,82 @@ def _is_constant(name: str) -> bool:
 
 def logits(gm: GraphModule, snapshot: Snapshot, wb: Workbench, seed: int = 0) -> list[Tensor]:
     """Logits [len, V] of each of a few ragged random prompts at every position, whatever inputs the graph has."""
-    vocab = _vocab(wb)
     generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(vocab, (n,), generator=generator) for n in (11, 5, 23)]
-    names = [n.name if isinstance(n.target, str) is False else n.target for n in snapshot if n.op == "placeholder"]
+    config = wb.factory.config.get_text_config(decoder=True)
+    prompts = [torch.randint(config.vocab_size, (n,), generator=generator) for n in (11, 5, 23)]
+    inputs = [n.target for n in snapshot if n.op == "placeholder"]
+    prefill = [max(1, len(p) // 2) for p in prompts]
     with torch.inference_mode():
-        if not set(names) & set(CACHE_INPUTS):
-            return [_whole_sequence(gm, names, p, wb.device) for p in prompts]
-        return _packed(gm, names, prompts, _scratch_pool(snapshot, wb), wb.device)
+        if not set(inputs) & set(CACHE_INPUTS):
+            return [_whole(gm, inputs, p, n, wb.device) for p, n in zip(prompts, prefill, strict=True)]
+        return packed_logits(gm, inputs, _scratch_pool(wb), prompts, prefill, wb.device)
 
 
-def _vocab(wb: Workbench) -> int:
-    config = wb.factory.config
-    return int(getattr(config, "vocab_size", None) or config.get_text_config().vocab_size)
+def rope_lengths(length: int, prompt: int) -> Tensor:
+    """What length-dependent RoPE sees for each token [length]: the prompt's length, then position + 1."""
+    return (torch.arange(length) + 1).clamp(min=prompt)
 
 
-def _whole_sequence(gm: GraphModule, names: list[str], prompt: Tensor, device: torch.device) -> Tensor:
-    n = len(prompt)
-    at = torch.arange(n, device=device)
+def _whole(gm: GraphModule, inputs: list[str], tokens: Tensor, prompt: int, device: torch.device) -> Tensor:
+    at = torch.arange(len(tokens))
     feed = {
-        "input_ids": prompt.to(device)[None],
+        "input_ids": tokens[None],
         "position_ids": at[None],
-        "rope_lengths": torch.full((1, n), n, device=device),
+        "rope_lengths": rope_lengths(len(tokens), prompt)[None],
         "logits_indices": at,
     }
-    out: Tensor = gm(**{k: feed[k] for k in names})[0][0]
+    out: Tensor = gm(**{k: feed[k].to(device) for k in inputs})[0][0]
     return out
 
 
-def _scratch_pool(snapshot: Snapshot, wb: Workbench) -> CachePool:
+def _scratch_pool(wb: Workbench) -> CachePool:
     for state in (wb._state, *reversed(wb._history)):
         if state.caches is not None:
             return replace(state.caches, tensors={}, num_pages=0)
     raise AdkitError("the graph reads caches but no step declared them")
 
 
-def _packed(gm: GraphModule, names: list[str], prompts: list[Tensor], pool: CachePool, device: torch.device) -> list[Tensor]:
-    """Prefill a part of each prompt in one batch, then decode the rest token by token, all prompts together."""
+def packed_logits(
+    forward: Callable[..., Any],
+    inputs: Sequence[str],
+    pool: CachePool,
+    sequences: Sequence[Tensor],
+    prefill: Sequence[int],
+    device: torch.device,
+) -> list[Tensor]:
+    """Logits [len, V] of known token sequences through a packed, cached graph, all sequences in one batch.
+
+    The first ``prefill[i]`` tokens of each go in at once, the rest one a step, as in generation. ``pool`` is
+    given memory of its own for the purpose.
+    """
     size = pool.page_size
-    pages = [math.ceil(len(p) / size) for p in prompts]
+    pages = [math.ceil(len(s) / size) for s in sequences]
     pool.allocate(1 + sum(pages), device)
-    starts = [1 + sum(pages[:i]) for i in range(len(pages))]
-    table = torch.zeros(len(prompts), max(pages), dtype=torch.int32)
-    for i, (start, count) in enumerate(zip(starts, pages, strict=True)):
-        table[i, :count] = torch.arange(start, start + count)
-    done = [0] * len(prompts)
-    found: list[list[Tensor]] = [[] for _ in prompts]
-    chunk = [max(1, len(p) // 2) for p in prompts]
-    while any(d < len(p) for d, p in zip(done, prompts, strict=True)):
-        live = [i for i, p in enumerate(prompts) if done[i] < len(p)]
-        spans = [(i, done[i], min(len(prompts[i]), done[i] + chunk[i])) for i in live]
+    table = torch.zeros(len(sequences), max(pages), dtype=torch.int32)
+    for i, count in enumerate(pages):
+        table[i, :count] = 1 + sum(pages[:i]) + torch.arange(count)
+    lengths = [rope_lengths(len(s), n) for s, n in zip(sequences, prefill, strict=True)]
+    done, step = [0] * len(sequences), list(prefill)
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    while live := [i for i, s in enumerate(sequences) if done[i] < len(s)]:
+        spans = [(i, done[i], done[i] + step[i]) for i in live]
         position = torch.cat([torch.arange(a, b) for _, a, b in spans])
         owner = torch.cat([torch.full((b - a,), i) for i, a, b in spans])
-        lengths = torch.tensor([b - a for _, a, b in spans])
+        counts = torch.tensor([b - a for _, a, b in spans])
         batch = SequenceBatch(
-            input_ids=torch.cat([prompts[i][a:b] for i, a, b in spans])[None],
+            input_ids=torch.cat([sequences[i][a:b] for i, a, b in spans])[None],
             position_ids=position[None],
-            rope_lengths=torch.tensor([len(p) for p in prompts])[owner][None],
-            cu_seqlens=torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).int(),
+            rope_lengths=torch.cat([lengths[i][a:b] for i, a, b in spans])[None],
+            cu_seqlens=torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))).int(),
             cache_lens=torch.tensor([a for _, a, _ in spans], dtype=torch.int32),
             page_table=table[live],
             slot_mapping=table[owner, position // size].long() * size + position % size,
             logits_indices=torch.arange(len(position)),
         ).to(device)
-        out = gm(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in names})[0][0]
-        for (i, a, b), part in zip(spans, out.split(lengths.tolist()), strict=True):
+        out = forward(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in inputs})[0][0]
+        for (i, _, b), part in zip(spans, out.split(counts.tolist()), strict=True):
             found[i].append(part)
-            done[i], chunk[i] = b, 1
+            done[i], step[i] = b, 1
     return [torch.cat(parts) for parts in found]
 
 

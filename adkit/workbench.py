@@ -17,7 +17,7 @@ from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
-from adkit.models.graph_weights import load_graph_tensors
+from adkit.models.loading import load_graph_tensors
 from adkit.passes import Context, Pass, Stage, get_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint, read_entry
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
@@ -312,11 +312,11 @@ class Workbench:
     # --- using
 
     def llm(self) -> Any:
-        """Run what remains and return the engine (see :class:`adkit.runtime.llm.LiveModel`).
+        """Run what remains and return the engine (see :class:`adkit.runtime.live.LiveModel`).
 
         Raises ModelError when there are no weights to generate with.
         """
-        from adkit.runtime.llm import LiveModel
+        from adkit.runtime.live import LiveModel
 
         if self.factory.weights == "none":
             raise ModelError(

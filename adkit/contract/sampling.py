@@ -71,9 +71,10 @@ class TokenLogprob:
 class Completion:
     """The answer to one prompt.
 
-    ``text`` ends before the stop string or the token that ended it, and has no special tokens; it is empty for a
-    model without a tokenizer. ``token_ids`` are all tokens generated, including that ending token (eos).
-    ``error`` says what went wrong when ``finish_reason`` is "error"; what was generated until then is kept.
+    ``text`` ends before the stop string or the token that ended it, and has no special tokens; it is empty
+    for a model without a tokenizer. ``token_ids`` are all tokens generated, including that ending token
+    (eos). ``error`` says what went wrong when ``finish_reason`` is "error"; what was generated until then is
+    kept.
     """
 
     text: str

@@ -30,7 +30,7 @@ class Site:
     layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RewriteClass:
     """Sites of one shape: the same operations became the same operations.
 
@@ -58,13 +58,22 @@ class RewriteClass:
             return f"{text} + {outside} outside"
         return text or "outside the layers"
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         made = ", ".join(_tally(self.after)) or "nothing"
         was = ", ".join(_tally(self.before))
+        if not self.before and not self.after and not self.changed:
+            gone, made = (sum(len(ids) for ids in (getattr(s, side) for s in self.sites)) for side in ("erased", "created"))
+            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{made} added"] if made else []))
+            return f"{self.count} x parameters: {what} ({self.where})"
         if not self.before and not self.after:
             return f"{self.count} x rewired {', '.join(_tally(self.changed))} ({self.where})"
         was = f"[{len(self.before)} nodes: {was}]" if len(self.before) > 1 else (was or "nothing")
         return f"{self.count} x {was} -> {made} ({self.where})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from adkit.graph.display import mimebundle
+
+        return mimebundle(self)
 
     @property
     def where(self) -> str:
@@ -122,7 +131,7 @@ class Diff:
             o = old.get(n.id)
             if o is None or o is n or (o.target == n.target and o.args == n.args and o.kwargs == n.kwargs):
                 continue
-            if o.target == n.target and _same_but(o, n, gone, new):
+            if o.target == n.target and _same_but(o, n, gone, new, self.before):
                 continue
             found.append(n.id)
         return tuple(found)
@@ -150,10 +159,12 @@ class Diff:
         return tuple(sorted(classes, key=lambda c: (-c.count, c.label)))
 
     def _signature(self, s: Site) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        gone, made = [self.before[i] for i in s.erased], [self.after[i] for i in s.created]
+        calls = any(n.op == "call_function" for n in (*gone, *made))  # reads of weights go without saying, unless alone
         return (
             s.label,
-            tuple(_label(self.before[i]) for i in s.erased if self.before[i].op != "get_attr"),
-            tuple(_label(self.after[i]) for i in s.created if self.after[i].op != "get_attr"),
+            tuple(_label(n) for n in gone if n.op != "get_attr" or not calls),
+            tuple(_label(n) for n in made if n.op != "get_attr" or not calls),
             tuple(_label(self.after[i]) for i in s.changed),
         )
 
@@ -179,15 +190,29 @@ def _label(n: NodeRecord) -> str:
     return n.target_name if n.op == "call_function" else without_layer(f"{n.op} {n.target_name}")
 
 
-def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int]) -> bool:
-    """True when the arguments differ only in references from an erased node to a created one."""
-    pairs = list(zip(old.inputs(), new.inputs(), strict=False))
-    if len(old.inputs()) != len(new.inputs()):
+def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:
+    """True when arguments differ only in references from an erased node to a created one, or to what it was made from."""
+    was, now = old.inputs(), new.inputs()
+    if len(was) != len(now):
         return False
-    if any(a != b and not (a in gone and b in made) for a, b in pairs):
-        return False
+    for a, b in zip(was, now, strict=True):
+        if a != b and not (a in gone and (b in made or _passed_through(a, b, gone, before))):
+            return False
     blank = lambda v: _map(v, lambda r: None, Ref)  # noqa: E731
     return bool(blank(old.args) == blank(new.args) and blank(old.kwargs) == blank(new.kwargs))
+
+
+def _passed_through(erased: int, kept: int, gone: set[int], before: Snapshot) -> bool:
+    """True when ``kept`` is reached backward from ``erased`` through erased nodes only."""
+    stack, seen = [erased], set()
+    while stack:
+        i = stack.pop()
+        if i == kept:
+            return True
+        if i in gone and i not in seen:
+            seen.add(i)
+            stack += before[i].inputs()
+    return False
 
 
 def _sites(d: Diff) -> tuple[Site, ...]:

@@ -127,6 +127,10 @@ class Site:
         self.record.made.append(node)
         return node
 
+    def adopt(self, *nodes: Node) -> None:
+        """Count nodes made outside :meth:`call` (graph inputs) as made by this rewrite."""
+        self.record.made.extend(nodes)
+
     def replace(self, old: Node, new: Node) -> None:
         """Every reader of ``old`` reads ``new`` instead."""
         old.replace_all_uses_with(new)

@@ -132,6 +132,11 @@ class Text(str):
     def __repr__(self) -> str:
         return str(self)
 
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from adkit.graph.display import mimebundle
+
+        return mimebundle(self)
+
 
 class Steps:
     """The steps of a pipeline, in order; takes a key, an index, or a slice."""

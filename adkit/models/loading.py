@@ -78,16 +78,17 @@ def load_graph_tensors(
     result = Loaded(constants=len(constants))
     partial: dict[str, Tensor] = {}
     left = {name: len(parts) for name, parts in fused.items()}
-    set_as: dict[int, tuple[str, nn.Parameter | Tensor]] = {}
+    # holds each tensor too: an id says which tensor it is only while that tensor lives
+    set_as: dict[int, tuple[str, nn.Parameter | Tensor, Tensor]] = {}
     keep = set(plain)
     for name, tensor in factory.load([*plain, *(p for p in slots if p not in keep)], device, progress):
         if name in keep:
             if id(tensor) in set_as:
-                first, value = set_as[id(tensor)]
+                first, value, _ = set_as[id(tensor)]
                 result.tied[name] = first
                 _set(gm, name, value)
             else:
-                set_as[id(tensor)] = (name, _set(gm, name, tensor))
+                set_as[id(tensor)] = (name, _set(gm, name, tensor), tensor)
                 result.bytes += tensor.numel() * tensor.element_size()
             result.tensors += 1
         for target, start in slots.get(name, ()):

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.ops import costs
 from adkit.ops.registry import define
 
 
 def allowed(q_pos: Tensor, k_pos: Tensor, is_causal: bool, window: int | None, chunk: int | None) -> Tensor:
-    """Boolean [..., Q, L]: may the query at position ``q_pos[..., i]`` attend to the key at ``k_pos[..., j]``.
+    """Boolean [..., Q, L]: may the query at ``q_pos[..., i]`` attend to the key at ``k_pos[..., j]``.
 
     ``window`` w: the last w positions, itself included (HF's ``sliding_window``); ``chunk`` c: positions of
     the same block of c (llama4).
@@ -28,7 +29,7 @@ def allowed(q_pos: Tensor, k_pos: Tensor, is_causal: bool, window: int | None, c
 
 
 def alibi_bias(slopes: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """slope * (key position - query position); slopes [N], positions [..., Q] and [..., L] -> [..., N, Q, L]."""
+    """slope * (key position - query position); slopes [N], positions [..., Q], [..., L] -> [..., N, Q, L]."""
     distance = (k_pos[..., None, :] - q_pos[..., :, None]).unsqueeze(-3)
     return wide(slopes)[:, None, None] * distance
 
@@ -49,7 +50,7 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Softmax attention; scores and softmax in float32 at least, probabilities rounded to v's dtype as HF does.
+    """Softmax attention, scores in float32 at least, probabilities rounded to v's dtype as HF does.
 
     q [..., N, Q, H], k [..., K, L, H], v [..., K, L, Hv], mask bool broadcasting to [..., N, Q, L]
     -> [..., N, Q, Hv] in q's dtype. A query that may attend to nothing gives zeros.
@@ -79,11 +80,12 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tens
 
 @define(
     "torch_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_bias=None, Tensor? sinks=None, "
-    "Tensor? alibi_slopes=None, *, float? scale=None, bool is_causal=True, float? softcap=None, int? window=None, "
-    'int? chunk=None, str layout="bsnd") -> Tensor',
+    "Tensor? alibi_slopes=None, *, float? scale=None, bool is_causal=True, float? softcap=None, "
+    'int? window=None, int? chunk=None, str layout="bsnd") -> Tensor',
     category="attention",
     token_local=False,
     fake=_fake,
+    cost=costs.attention,
 )
 def torch_attention(
     query: Tensor,
@@ -105,8 +107,8 @@ def torch_attention(
     Layout bsnd: query [B, S, N, H], key [B, S, K, H], value [B, S, K, Hv] -> [B, S, N, Hv]; bnsd has heads
     before the sequence, in and out. ``scale`` defaults to H ** -0.5. ``softcap`` c: c * tanh(score / c).
     ``sinks`` [N]: one extra logit a head that takes probability and gives nothing (gpt-oss).
-    ``alibi_slopes`` [N]: adds slope * (key position - query position). ``attn_bias`` broadcasts to [B, N, S, S] in
-    either layout and is added to the scores; a boolean one keeps the scores where it is True.
+    ``alibi_slopes`` [N]: adds slope * (key position - query position). ``attn_bias`` broadcasts to [B, N, S,
+    S] in either layout and is added to the scores; a boolean one keeps the scores where it is True.
     """
     if layout == "bsnd":
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
@@ -131,3 +133,19 @@ def torch_attention(
         bias=bias,
     )
     return (out.transpose(1, 2) if layout == "bsnd" else out).contiguous()
+
+
+@define(
+    "torch_attention_repeat_kv(Tensor input, int n_rep, int dim=1) -> Tensor",
+    category="attention",
+    token_local=True,
+    fake=lambda input, n_rep, dim=1: input.new_empty(
+        [d * n_rep if i == dim else d for i, d in enumerate(input.shape)]
+    ),
+)
+def torch_attention_repeat_kv(input: Tensor, n_rep: int, dim: int = 1) -> Tensor:
+    """Each key or value head repeated ``n_rep`` times in a row; [B, K, S, H] -> [B, K * n_rep, S, H].
+
+    ``dim`` is where the heads are: 1 for bnsd, 2 for bsnd.
+    """
+    return input.repeat_interleave(n_rep, dim)

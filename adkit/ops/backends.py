@@ -13,8 +13,8 @@ from adkit.ops.registry import OPS
 def pick(op: str, backend: str = "auto", device: torch.device | str | None = None) -> Any:
     """The overload of ``op`` (its name without a backend, as ``rmsnorm``) on ``backend``.
 
-    ``auto``: triton where the device is CUDA (no device: where there is one) and the op has such a kernel, else
-    torch. Raises ConfigError naming what exists for an unknown op or a backend it does not have.
+    ``auto``: triton where the device is CUDA (no device: where there is one) and the op has such a kernel,
+    else torch. Raises ConfigError naming what exists for an unknown op or a backend it does not have.
     """
     found = {info.backend for name, info in OPS.items() if name == f"{info.backend}_{op}"}
     if not found:

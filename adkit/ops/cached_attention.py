@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.ops import costs
 from adkit.ops.attention import alibi_bias, allowed, attend
 from adkit.ops.registry import define
 
@@ -29,20 +30,22 @@ def write_slots(cache: Tensor, slots: Tensor, new: Tensor) -> None:
 
 
 def read_pages(cache: Tensor, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first ``length`` tokens of the sequences whose pages are ``pages`` [..., M] -> [..., K, length, H]."""
+    """The first ``length`` tokens of the sequences with ``pages`` [..., M] -> [..., K, length, H]."""
     used = pages[..., : -(-length // cache.shape[1])]
     tokens = cache[used].flatten(used.dim() - 1, used.dim())[..., :length, :, :]
     return tokens.to(dtype).transpose(-2, -3)
 
 
 @define(
-    "torch_attention_with_paged_cache(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor cu_seqlens, Tensor cache_lens, Tensor page_table, Tensor slot_mapping, "
+    "torch_attention_with_paged_cache(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, "
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor cu_seqlens, Tensor cache_lens, Tensor page_table, "
+    "Tensor slot_mapping, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, *, float? scale=None, bool is_causal=True, float? softcap=None, "
     "int? window=None, int? chunk=None) -> Tensor",
     category="attention",
     token_local=False,
     fake=_fake,
+    cost=costs.cached_attention,
 )
 def torch_attention_with_paged_cache(
     query: Tensor,
@@ -67,15 +70,17 @@ def torch_attention_with_paged_cache(
     """Write this step's keys and values to their slots, then attend to each sequence's whole history.
 
     query [1, T, N, H], key [1, T, K, H], value [1, T, K, Hv]; cu_seqlens [R + 1], cache_lens [R],
-    page_table [R, M], slot_mapping [T]; k_cache [P, page_size, K, H] and v_cache [P, page_size, K, Hv] change in
-    place -> [1, T, N, Hv], zeros for padding. Masks and ALiBi use absolute positions, cache_lens + offset.
-    Constants as in ``torch_attention``. Sequences of one token (decode) are computed together. Reads the lengths
-    on the host, so a CUDA graph cannot capture it. Raises ValueError for ``attn_bias`` or attention that is not
-    causal, which a paged history cannot serve.
+    page_table [R, M], slot_mapping [T]; k_cache [P, page_size, K, H] and v_cache [P, page_size, K, Hv] change
+    in place -> [1, T, N, Hv], zeros for padding. Masks and ALiBi use absolute positions, cache_lens + offset.
+    Constants as in ``torch_attention``. Sequences of one token (decode) are computed together. Reads the
+    lengths on the host, so a CUDA graph cannot capture it. Raises ValueError for ``attn_bias`` or attention
+    that is not causal, which a paged history cannot serve.
     """
     if attn_bias is not None or not is_causal:
         given = "attn_bias" if attn_bias is not None else "is_causal=False"
-        raise ValueError(f"cached attention was given {given}; it serves causal attention without a general bias")
+        raise ValueError(
+            f"cached attention was given {given}; it serves causal attention without a general bias"
+        )
     q, dtype = query[0], query.dtype
     write_slots(k_cache, slot_mapping, key[0])
     write_slots(v_cache, slot_mapping, value[0])

@@ -30,7 +30,7 @@ def _refuse(values: dict[str, Any]) -> str | None:
     if layout != "bsnd":
         return f"its layout is {layout!r}; cached attention takes 'bsnd' (match_attention_layout converts)"
     if not values.get("is_causal", True):
-        return "it is not causal: later tokens would change what earlier ones attended to, so a cache cannot serve it"
+        return "it is not causal: later tokens change what earlier ones attend to, which no cache can serve"
     if values.get("attn_bias") is not None:
         return (
             "it takes a general attn_bias [B, N, S, S], which has no meaning for a packed batch; "

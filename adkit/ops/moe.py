@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adkit.ops import costs
 from adkit.ops.activation import ACTIVATIONS
 from adkit.ops.registry import define
 
 
-def gate_fn(gate: Tensor, up: Tensor, act: str, alpha: float | None, limit: float | None, up_offset: float) -> Tensor:
+def gate_fn(
+    gate: Tensor, up: Tensor, act: str, alpha: float | None, limit: float | None, up_offset: float
+) -> Tensor:
     """The expert's gate: act(gate) * (up + up_offset), gate clamped above and up both ways by ``limit``.
 
     ``alpha`` a (gpt-oss): gate * sigmoid(a * gate) in place of ``act``.
@@ -23,10 +26,12 @@ def gate_fn(gate: Tensor, up: Tensor, act: str, alpha: float | None, limit: floa
 @define(
     "torch_moe(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor down, "
     'Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str act="silu", bool transposed=False, '
-    "bool interleaved=False, bool gated=True, float? alpha=None, float? limit=None, float up_offset=0.0) -> Tensor",
+    "bool interleaved=False, bool gated=True, float? alpha=None, float? limit=None, "
+    "float up_offset=0.0) -> Tensor",
     category="moe",
     token_local=True,
     fake=lambda hidden, *_, **__: hidden.new_empty(hidden.shape),
+    cost=costs.moe,
 )
 def torch_moe(
     hidden: Tensor,
@@ -47,9 +52,9 @@ def torch_moe(
 ) -> Tensor:
     """Sum over a token's k experts of weight * down(gate(gate_up(hidden))).
 
-    hidden [T, D], topk_ids and topk_weights [T, k], gate_up [E, 2F, D] (gate rows then up rows; ``interleaved``:
-    alternating), down [E, D, F]; ``transposed``: [E, D, 2F] and [E, F, D]. Not ``gated``: gate_up is [E, F, D].
-    An id of E or more means no expert. -> [T, D]
+    hidden [T, D], topk_ids and topk_weights [T, k], gate_up [E, 2F, D] (gate rows then up rows;
+    ``interleaved``: alternating), down [E, D, F]; ``transposed``: [E, D, 2F] and [E, F, D]. Not ``gated``:
+    gate_up is [E, F, D]. An id of E or more means no expert. -> [T, D]
     """
     out = hidden.new_zeros(hidden.shape)
     for e in range(gate_up.shape[0]):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.ops import costs
 from adkit.ops.registry import define
 
 
@@ -15,9 +16,15 @@ def _fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _fake_rms(
-    input: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, weight_in_float: bool = False
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
 ) -> Tensor:
-    promoted = input.dtype if weight is None or weight_in_float else torch.promote_types(input.dtype, weight.dtype)
+    promoted = (
+        input.dtype if weight is None or weight_in_float else torch.promote_types(input.dtype, weight.dtype)
+    )
     return input.new_empty(input.shape, dtype=promoted)
 
 
@@ -28,14 +35,20 @@ def _fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) ->
 
 
 @define(
-    "torch_rmsnorm(Tensor input, Tensor? weight, float eps, float weight_offset=0.0, bool weight_in_float=False) "
+    "torch_rmsnorm(Tensor input, Tensor? weight, float eps, float weight_offset=0.0, "
+    "bool weight_in_float=False) "
     "-> Tensor",
     category="norm",
     token_local=True,
     fake=_fake_rms,
+    cost=costs.per_element(4),
 )
 def torch_rmsnorm(
-    input: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, weight_in_float: bool = False
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
 ) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467).
 
@@ -52,11 +65,13 @@ def torch_rmsnorm(
 
 
 @define(
-    "torch_fused_add_rmsnorm(Tensor input, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0, "
+    "torch_fused_add_rmsnorm(Tensor input, Tensor residual, Tensor? weight, float eps, "
+    "float weight_offset=0.0, "
     "bool weight_in_float=False) -> (Tensor normed, Tensor sum)",
     category="norm",
     token_local=True,
     fake=_fake_add_rms,
+    cost=costs.per_element(5),
 )
 def torch_fused_add_rmsnorm(
     input: Tensor,
@@ -74,7 +89,13 @@ def torch_fused_add_rmsnorm(
     return torch_rmsnorm(total, weight, eps, weight_offset, weight_in_float), total
 
 
-@define("torch_l2norm(Tensor input, float eps) -> Tensor", category="norm", token_local=True, fake=_fake)
+@define(
+    "torch_l2norm(Tensor input, float eps) -> Tensor",
+    category="norm",
+    token_local=True,
+    fake=_fake,
+    cost=costs.per_element(3),
+)
 def torch_l2norm(input: Tensor, eps: float) -> Tensor:
     """x * rsqrt(sum(x^2) + eps) over the last dimension in float32; [..., D] -> [..., D]."""
     x = input.float()

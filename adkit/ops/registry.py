@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from adkit.graph.cost import COSTS, CostFn
+
 _LIB = torch.library.Library("adkit", "DEF")
 
 
 @dataclass(frozen=True)
 class OpInfo:
-    """Facts about one op, and the functions behind it: ``reference`` runs it, ``fake`` gives shapes and dtypes."""
+    """Facts about one op, and its functions: ``reference`` runs it, ``fake`` gives shapes and dtypes."""
 
     name: str
     schema: str
@@ -44,10 +46,12 @@ def define(
     category: str,
     token_local: bool,
     fake: Callable[..., Any],
+    cost: CostFn | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define ``torch.ops.adkit.<name>`` with the decorated function as implementation.
 
     ``schema`` is ``name(args) -> returns``; the name starts with its backend (``torch_``, ``triton_``...).
+    ``cost`` counts FLOPs and bytes for the cost model; without one each element costs one operation.
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +59,8 @@ def define(
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIB.impl(name, fn, "CompositeExplicitAutograd")
         torch.library.register_fake(f"adkit::{name}", fake, lib=_LIB)
+        if cost is not None:
+            COSTS[f"adkit.{name}"] = cost
         backend, doc = name.split("_", 1)[0], (fn.__doc__ or "").strip()
         OPS[name] = OpInfo(name, schema, category, backend, token_local, fn, fake, doc)
         return fn

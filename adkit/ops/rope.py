@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.ops import costs
 from adkit.ops.registry import define
 
 
@@ -33,32 +34,42 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int, interleaved: bool) ->
 _ARGS = "Tensor q, Tensor k, Tensor cos, Tensor sin, int unsqueeze_dim=1) -> (Tensor, Tensor)"
 
 
-@define(f"torch_rope_with_explicit_cos_sin({_ARGS}", category="rope", token_local=True, fake=_fake)
+@define(
+    f"torch_rope_with_explicit_cos_sin({_ARGS}",
+    category="rope",
+    token_local=True,
+    fake=_fake,
+    cost=costs.rope,
+)
 def torch_rope_with_explicit_cos_sin(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Half-rotated RoPE (NeoX, Llama): pairs (i, i + R/2); cos and sin hold both halves (arXiv 2104.09864)."""
+    """Half-rotated RoPE (arXiv 2104.09864; NeoX, Llama): pairs (i, i + R/2), cos and sin hold both halves."""
     return _rotate(q, cos, sin, unsqueeze_dim, False), _rotate(k, cos, sin, unsqueeze_dim, False)
 
 
-@define(f"torch_rope_with_qk_interleaving({_ARGS}", category="rope", token_local=True, fake=_fake)
+@define(
+    f"torch_rope_with_qk_interleaving({_ARGS}", category="rope", token_local=True, fake=_fake, cost=costs.rope
+)
 def torch_rope_with_qk_interleaving(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Interleaved RoPE (GPT-J, Cohere, GLM): pairs (2i, 2i + 1); cos and sin hold each value twice in a row."""
+    """Interleaved RoPE (GPT-J, Cohere, GLM): pairs (2i, 2i + 1), cos and sin hold each value twice."""
     return _rotate(q, cos, sin, unsqueeze_dim, True), _rotate(k, cos, sin, unsqueeze_dim, True)
 
 
 @define(
-    "torch_rope_with_complex_freqs(Tensor q, Tensor k, Tensor freqs_cis, int unsqueeze_dim=1) -> (Tensor, Tensor)",
+    "torch_rope_with_complex_freqs(Tensor q, Tensor k, Tensor freqs_cis, int unsqueeze_dim=1) "
+    "-> (Tensor, Tensor)",
     category="rope",
     token_local=True,
     fake=_fake,
+    cost=costs.rope,
 )
 def torch_rope_with_complex_freqs(
     q: Tensor, k: Tensor, freqs_cis: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """RoPE as complex multiplication (Llama 4, DeepSeek): pairs (2i, 2i + 1), freqs_cis complex [B, S, H/2]."""
+    """RoPE as complex product (Llama 4, DeepSeek): pairs (2i, 2i + 1), freqs_cis complex [B, S, H/2]."""
 
     def turn(x: Tensor) -> Tensor:
         z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))

@@ -16,8 +16,8 @@ _ALIGNMENT = 16  # bytes; what vector loads in kernels like
 def build_batch(sequences: Seq[Sequence], page_size: int, device: torch.device) -> SequenceBatch:
     """Pack the scheduled tokens of R sequences into one row of T, with one copy to the device.
 
-    Logits are asked for only of the last token of each sequence that samples in this step; when none does, of one
-    token all the same, because a graph need not be able to run with no rows.
+    Logits are asked for only of the last token of each sequence that samples in this step; when none does, of
+    one token all the same, because a graph need not be able to run with no rows.
     """
     starts = np.array([s.num_cached for s in sequences], dtype=np.int64)
     counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
@@ -38,7 +38,8 @@ def build_batch(sequences: Seq[Sequence], page_size: int, device: torch.device) 
         {
             "input_ids": input_ids[None],
             "position_ids": positions[None],
-            # A prompt token sees the whole prompt's length, a generated one its own; never less than position + 1.
+            # A prompt token sees the whole prompt's length, a generated one its own; never less than position
+            # + 1.
             "rope_lengths": np.maximum(positions + 1, prompt_lens[row_of_token])[None],
             "cu_seqlens": cu_seqlens.astype(np.int32),
             "cache_lens": starts.astype(np.int32),
@@ -51,7 +52,7 @@ def build_batch(sequences: Seq[Sequence], page_size: int, device: torch.device) 
 
 
 def _to_device(fields: dict[str, np.ndarray], device: torch.device) -> SequenceBatch:
-    """Lay the fields out in one buffer and copy that: one transfer instead of eight, asynchronous on a GPU."""
+    """Lay the fields out in one buffer: one transfer instead of eight, asynchronous on a GPU."""
     offsets = np.cumsum([0] + [-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in fields.values()]).tolist()
     buffer = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     raw = buffer.numpy()

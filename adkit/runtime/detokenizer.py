@@ -1,8 +1,9 @@
 """Token ids to text as they come, exact to the character.
 
-A token is not a piece of text: characters are split over tokens, a first token loses its leading space, special
-tokens vanish. So text is never decoded token by token: a window that starts at the tokens of the last piece of text
-is decoded with and without the new tokens, and the difference is the new piece, once no later token can change it.
+A token is not a piece of text: characters are split over tokens, a first token loses its leading space,
+special tokens vanish. So text is never decoded token by token: a window that starts at the tokens of the last
+piece of text is decoded with and without the new tokens, and the difference is the new piece, once no later
+token can change it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ class TokenDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         vocab = tokenizer.get_vocab()
-        #: Ids of byte-fallback tokens. Decoders judge a run of them as a whole: one bad byte spoils them all.
-        self.byte_ids = frozenset(vocab[t] for t in (f"<0x{b:02X}>" for b in range(256)) if t in vocab)
+        byte_tokens = (f"<0x{byte:02X}>" for byte in range(256))
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        #: Tokens after which the text is never final. Decoders judge a run of byte tokens as a whole, where
+        #: one bad byte spoils all; a special token says nothing, and does not end such a run either.
+        self.undecided = frozenset(vocab[t] for t in byte_tokens if t in vocab) | special
 
     def __call__(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -31,8 +35,8 @@ class TokenDecoder:
 class Detokenizer:
     """One answer's text while its tokens arrive, ending before the first stop string.
 
-    ``text`` is final: it only grows, and what may still change (an unfinished character, the beginning of a stop
-    string) is held back. Without stop strings, after ``finish`` it equals ``decoder(all tokens)``.
+    ``text`` is final: it only grows, and what may still change (an unfinished character, the beginning of a
+    stop string) is held back. Without stop strings, after ``finish`` it equals ``decoder(all tokens)``.
     """
 
     def __init__(self, decoder: TokenDecoder, stop: tuple[str, ...] = ()) -> None:
@@ -49,7 +53,7 @@ class Detokenizer:
     def add(self, token: int) -> bool:
         """Take the next token; True when its text completes a stop string."""
         self._window.append(token)
-        if token in self._decode.byte_ids:
+        if token in self._decode.undecided:
             return False
         text = self._decode(self._window)
         if len(text) <= len(self._read_text) or text.endswith(_INCOMPLETE):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
@@ -33,17 +34,17 @@ from adkit.runtime.stats import EngineStats
 class Engine:
     """Serves requests with one compiled model: ``add`` them, call ``step`` while ``has_work``.
 
-    The handle that ``add`` returns is the request's state: it fills as steps run, whoever calls them, and gives the
-    ``completion()`` in the end. Methods may be called from several threads. A step that fails ends the requests
-    that were in it (finish reason "error"), gives their pages back, and leaves the others and the engine as they were;
-    an interrupt (Ctrl-C) cancels everything in flight.
+    The handle that ``add`` returns is the request's state: it fills as steps run, whoever calls them, and
+    gives the ``completion()`` in the end. Methods may be called from several threads. A step that fails ends
+    the requests that were in it (finish reason "error"), gives their pages back, and leaves the others and
+    the engine as they were; an interrupt (Ctrl-C) cancels everything in flight.
     """
 
     def __init__(self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None) -> None:
         if model.caches.num_pages < 2:
             raise MemoryLimitError(
-                f"The cache has {model.caches.num_pages} pages; at least 2 are needed (page 0 is kept for padding). "
-                "Free memory, or raise free_gpu_memory_fraction."
+                f"The cache has {model.caches.num_pages} pages; at least 2 are needed (one for "
+                "padding). Free memory, or raise free_gpu_memory_fraction."
             )
         self.model = model
         self.config = config
@@ -97,26 +98,26 @@ class Engine:
         if min(tokens) < 0 or max(tokens) >= vocab:
             at, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab)
             raise RequestError(
-                f"Token id {token} at position {at} of the prompt is out of range; the vocabulary has {vocab} tokens "
-                f"(0 to {vocab - 1}). Was the prompt made with this model's tokenizer?"
+                f"Token id {token} at position {at} of the prompt is out of range; the vocabulary has "
+                f"{vocab} tokens (0 to {vocab - 1}). Was the prompt made with this model's tokenizer?"
             )
         if len(tokens) >= self.config.max_seq_len or len(tokens) > self.capacity:
             raise RequestError(
-                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and at least one "
-                f"new token) and the cache holds {self.capacity} tokens. Shorten the prompt, or raise max_seq_len or "
-                "the cache's share of memory (free_gpu_memory_fraction)."
+                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and "
+                f"at least one new token) and the cache holds {self.capacity} tokens. Shorten the prompt, or "
+                "raise max_seq_len or the cache's share of memory (free_gpu_memory_fraction)."
             )
         if params.stop and self._decoder is None:
             raise RequestError(
-                f"Stop strings {list(params.stop)} need a tokenizer and this model has none; use stop_token_ids"
+                f"Stop strings {list(params.stop)} need a tokenizer, and there is none; use stop_token_ids"
             )
         return tokens
 
     def add(self, prompt: Iterable[int], params: SamplingParams | None = None) -> Sequence:
         """Queue a request; returns its handle.
 
-        The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or fill the cache.
-        Raises RequestError for a request that cannot be served.
+        The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or fill the
+        cache. Raises RequestError for a request that cannot be served.
         """
         params = params if params is not None else SamplingParams()
         tokens = self.check(prompt, params)
@@ -135,7 +136,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one step; returns what each request gained (``index`` is the handle's ``id``).
 
-        Exceptions of the model do not leave this method: they end the step's requests, see ``Sequence.error``.
+        Exceptions of the model do not leave this method: they end the step's requests, see
+        ``Sequence.error``.
         """
         with self._lock:
             start = time.perf_counter()
@@ -178,7 +180,8 @@ class Engine:
             token, logprob = next(remaining)
             if token < 0:
                 error = EngineError(
-                    f"The model's logits were not finite (NaN or infinite) after {len(seq.tokens)} tokens of this request"
+                    "The model's logits were not finite (NaN or infinite) "
+                    f"after {len(seq.tokens)} tokens of this request"
                 )
                 deltas += self._fail([seq], error)
                 continue
@@ -233,8 +236,8 @@ def _explain(error: Exception, batch: Seq[Sequence]) -> Exception:
     size = f"a step of {sum(s.num_scheduled for s in batch)} tokens in {len(batch)} sequences"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         explained: Exception = MemoryLimitError(
-            f"Out of memory in {size}. Lower max_num_tokens or max_batch_size, or leave the cache less memory "
-            f"(free_gpu_memory_fraction). {error}"
+            f"Out of memory in {size}. Lower max_num_tokens or max_batch_size, or leave the cache less "
+            f"memory (free_gpu_memory_fraction). {error}"
         )
         error = error.with_traceback(None)  # its frames hold the tensors that filled the memory
     else:

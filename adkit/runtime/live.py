@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -34,11 +35,12 @@ _QUIET_SECONDS = 2.0
 class LiveModel:
     """A compiled model that generates: ``generate``, ``stream``, ``chat``.
 
-    A prompt is a string or a list of token ids (the only kind for a model without a tokenizer; its answers have
-    token ids and no text). One prompt gives one ``Completion``, a list of prompts a list of them in the same order,
-    a list of one included. ``params`` is one ``SamplingParams`` for all (default: greedy) or a list with one a prompt.
-    A bad prompt raises RequestError before anything runs. A request that fails while running ends with finish reason
-    "error" and a warning, and the others go on; only when the model failed for all of them is its error raised.
+    A prompt is a string or a list of token ids (the only kind for a model without a tokenizer; its answers
+    have token ids and no text). One prompt gives one ``Completion``, a list of prompts a list of them in the
+    same order, a list of one included. ``params`` is one ``SamplingParams`` for all (default: greedy) or a
+    list with one a prompt. A bad prompt raises RequestError before anything runs. A request that fails while
+    running ends with finish reason "error" and a warning, and the others go on; only when the model failed
+    for all of them is its error raised.
     """
 
     def __init__(self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None) -> None:
@@ -76,8 +78,8 @@ class LiveModel:
     ) -> Completion | Completions:
         """Answer one conversation or many through the tokenizer's chat template.
 
-        A conversation is a list of messages ``{"role": "user", "content": "..."}``. Raises RequestError when there is
-        no chat template or it does not take the messages.
+        A conversation is a list of messages ``{"role": "user", "content": "..."}``. Raises RequestError when
+        there is no chat template or it does not take the messages.
         """
         single = not isinstance(messages, str) and all(isinstance(m, Mapping) for m in messages)
         conversations = [messages] if single else messages
@@ -90,8 +92,9 @@ class LiveModel:
     ) -> Iterator[Delta]:
         """Yield each request's pieces as they come; ``index`` is the prompt's place in the list.
 
-        A delta's text can be empty while a character or a possible stop string is incomplete. Closing the iterator
-        cancels what is unfinished. Raises RequestError (at the call) for a request that cannot be served.
+        A delta's text can be empty while a character or a possible stop string is incomplete. Closing the
+        iterator cancels what is unfinished. Raises RequestError (at the call) for a request that cannot be
+        served.
         """
         texts, _ = self._one_or_many(prompts)
         return self._stream(self._requests([self._encode(t, i) for i, t in enumerate(texts)], params))

@@ -1,8 +1,8 @@
 """Who owns which cache page: allocation, sharing of equal prefixes, eviction.
 
-A page is in exactly one of three places: free (holds nothing), held (by one or more sequences, counted), or idle
-(held by nobody, but its content is known by digest and may be reused until somebody needs the page). Page 0 is
-in none of them: padding writes there.
+A page is in exactly one of three places: free (holds nothing), held (by one or more sequences, counted), or
+idle (held by nobody, but its content is known by digest and may be reused until somebody needs the page).
+Page 0 is in none of them: padding writes there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Digest = bytes
 
 
 def page_digest(parent: Digest, content: bytes) -> Digest:
-    """Name of a full page: a hash of everything before it (``parent``, its predecessor's digest) and in it."""
+    """Name of a full page: a hash of all before it (``parent``, its predecessor's digest) and in it."""
     return blake2b(content, digest_size=16, key=parent).digest()
 
 
@@ -89,7 +89,7 @@ class PageAllocator:
         return pages
 
     def publish(self, page: int, digest: Digest) -> None:
-        """Make a full page findable; where another page already has this content, that one stays the known one."""
+        """Make a full page findable, unless another page is known for this content."""
         if digest not in self._page_of:
             self._page_of[digest] = page
             self._digest[page] = digest
@@ -116,7 +116,7 @@ class PageAllocator:
             del self._page_of[digest]
 
     def check(self, owners: Iterable[Iterable[int]]) -> None:
-        """Assert that the books agree with the pages each sequence says it holds (for tests and debugging)."""
+        """Assert that the books agree with the pages each sequence says it holds."""
         count = [0] * self.num_pages
         for pages in owners:
             for page in pages:
@@ -125,7 +125,8 @@ class PageAllocator:
         held = {p for p, n in enumerate(count) if n}
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free), "a page is free twice"
-        assert not (free & idle or free & held or idle & held), "a page is in two places"
-        assert free | idle | held == set(range(1, self.num_pages)), "a page is lost, or page 0 was given away"
-        assert idle <= set(self._digest) and not free & set(self._digest)
+        places = sorted([*free, *idle, *held])
+        assert places == list(range(1, self.num_pages)), "a page is lost, in two places, or is page 0"
+        assert idle <= set(self._digest), "an idle page has no name to be found by"
+        assert not free & set(self._digest), "a free page can still be found"
         assert {d: p for p, d in self._digest.items()} == self._page_of

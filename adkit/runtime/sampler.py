@@ -1,7 +1,8 @@
 """Logits to tokens, for all sequences of a step at once, without waiting for the device.
 
-Each row depends on nothing but its own logits, parameters and random numbers, so a request gets the same tokens
-whatever shares its batch. Filters apply in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+Each row depends on nothing but its own logits, parameters and random numbers, so a request gets the same
+tokens whatever shares its batch. Filters apply in transformers' order: repetition penalty, temperature,
+top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from adkit.runtime.sequence import Sequence
 class Sampled:
     """A step's choices, still on the device: ``token_ids`` int64 [L], -1 where the logits were not finite.
 
-    ``logprobs`` float32 [L] and the best tokens' ``top_ids``, ``top_logprobs`` [L, n] where a request wants them.
+    ``logprobs`` float32 [L] and the best tokens' ``top_ids``, ``top_logprobs`` [L, n] where a request wants
+    them.
     """
 
     token_ids: Tensor
@@ -32,7 +34,7 @@ class Sampled:
     top_logprobs: Tensor | None = None
 
     def to_host(self, params: Seq[SamplingParams]) -> list[tuple[int, TokenLogprob | None]]:
-        """Wait for the device and return each row's token with the log-probabilities its request asked for."""
+        """Wait for the device; each row's token, and the log-probabilities its request asked for."""
         tokens = self.token_ids.tolist()
         if self.logprobs is None or self.top_ids is None or self.top_logprobs is None:
             return [(t, None) for t in tokens]
@@ -76,8 +78,8 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
 def filter_scores(scores: Tensor, params: Seq[SamplingParams]) -> Tensor:
     """Scores [L, V] divided by temperature, with -inf where top-k, top-p or min-p rule a token out.
 
-    Every filter comes down to a lowest score that is still allowed; equal scores stand or fall together, so more than
-    k tokens can stay where several tie for the last place.
+    Every filter comes down to a lowest score that is still allowed; equal scores stand or fall together, so
+    more than k tokens can stay where several tie for the last place.
     """
     temperatures = _tensor([p.temperature for p in params], scores)
     # Measured from the maximum, so that a tiny temperature cannot overflow.
@@ -109,7 +111,7 @@ def _lowest_of_top(scores: Tensor, params: Seq[SamplingParams]) -> Tensor:
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [L] by inverting each row's distribution function, in vocabulary order, at ``uniform`` [L] in [0, 1)."""
+    """Tokens [L]: each row's distribution function, in vocabulary order, inverted at ``uniform`` [L]."""
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
     at = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)

@@ -14,10 +14,11 @@ from adkit.runtime.sequence import Sequence
 class Scheduler:
     """First come, first served, under a token budget a step; when pages run out, the youngest makes room.
 
-    ``running`` is ordered by arrival and holds pages; ``waiting`` holds none. A sequence put back to ``waiting``
-    keeps its tokens and computes their keys and values again (less what the prefix cache still has). The oldest
-    request always advances, and every request admitted fits the cache when alone, so all of them end.
-    ``lengths_matter``: the model's cached keys depend on the prompt's length (see ``Sequence.full_page_digests``).
+    ``running`` is ordered by arrival and holds pages; ``waiting`` holds none. A sequence put back to
+    ``waiting`` keeps its tokens and computes their keys and values again (less what the prefix cache still
+    has). The oldest request always advances, and every request admitted fits the cache when alone, so all of
+    them end. ``lengths_matter``: the model's cached keys depend on the prompt's length (see
+    ``Sequence.full_page_digests``).
     """
 
     def __init__(self, config: EngineConfig, pages: PageAllocator, *, lengths_matter: bool = False) -> None:
@@ -81,7 +82,7 @@ class Scheduler:
         return batch
 
     def advance(self, seq: Sequence) -> None:
-        """The step computed the scheduled tokens: count them as cached, and let others find the pages they filled."""
+        """Count the tokens a step computed as cached, and let others find the pages they filled."""
         page_size = self.pages.page_size
         full_before = seq.num_cached // page_size
         seq.num_cached += seq.num_scheduled

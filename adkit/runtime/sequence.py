@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -16,9 +17,9 @@ from adkit.runtime.pages import Digest, page_digest
 class Sequence:
     """A request being served: its tokens, the cache pages it holds, and how it samples.
 
-    ``tokens`` is prompt and output together; the keys and values of the first ``num_cached`` are in ``pages``,
-    and the current step computes the next ``num_scheduled``. ``max_len`` bounds ``tokens``. Tokens and pages are
-    stdlib arrays because numpy copies slices of those without a Python loop.
+    ``tokens`` is prompt and output together; the keys and values of the first ``num_cached`` are in
+    ``pages``, and the current step computes the next ``num_scheduled``. ``max_len`` bounds ``tokens``. Tokens
+    and pages are stdlib arrays because numpy copies slices of those without a Python loop.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Sequence:
 
     @property
     def text(self) -> str:
-        """The text released so far (text that may yet become a stop string or a longer character is held back)."""
+        """The text released so far; what may yet become a stop string or another character is held back."""
         return self.detokenizer.text if self.detokenizer else ""
 
     @property
@@ -78,14 +79,15 @@ class Sequence:
         return self.num_scheduled == self.num_uncomputed
 
     def uniform(self) -> float:
-        """The next number in [0, 1) of this request's own stream: the same whatever device or batch it runs in."""
+        """The next number in [0, 1) of this request's own stream, whatever device or batch it runs in."""
         return self._random.getrandbits(32) / 2**32
 
     def full_page_digests(self, page_size: int, upto: int, by_length: bool) -> Iterator[Digest]:
         """Digests of the pages that the first ``upto`` tokens fill.
 
-        ``by_length``: keys in the cache also depend on the length RoPE saw, the prompt's for prompt tokens and the
-        token's own position + 1 after them, so the prompt's length is part of the name of each of its pages.
+        ``by_length``: keys in the cache also depend on the length RoPE saw, the prompt's for prompt tokens
+        and the token's own position + 1 after them, so the prompt's length is part of the name of each of its
+        pages.
         """
         parent = self.prompt_len.to_bytes(8, "little") if by_length else b""
         for n, start in enumerate(range(0, upto - page_size + 1, page_size)):
@@ -95,13 +97,11 @@ class Sequence:
             yield self.digests[n]
 
     def append(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Take a sampled token, and finish when it ends the request (the ending token itself gives no text)."""
+        """Take a sampled token; finish when it ends the request (an ending token gives no text)."""
         self.tokens.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
-        if token in self.stop_ids:
-            self.finish("stop")
-        elif self.detokenizer and self.detokenizer.add(token):
+        if token in self.stop_ids or (self.detokenizer and self.detokenizer.add(token)):
             self.finish("stop")
         elif len(self.tokens) >= self.max_len:
             self.finish("length")

@@ -38,7 +38,8 @@ class EngineStats:
     def __repr__(self) -> str:
         parts = [
             f"{self.requests} requests",
-            f"{self.output_tokens} output tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.1f} tokens/s)",
+            f"{self.output_tokens} output tokens in {self.seconds:.2f} s",
+            f"{self.tokens_per_second:,.1f} tokens/s",
             f"{self.steps} steps of {self.batch_occupancy:.1f} sequences",
         ]
         if self.reused_tokens:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Case:
-    """Whole sequences and how they are served. ``chunks[r]``: how many tokens of sequence r each step brings."""
+    """Whole sequences and how they are served; ``chunks[r]``: tokens of sequence r that each step brings."""
 
     chunks: list[list[int]]
     heads: int = 4
@@ -38,7 +38,13 @@ class Case:
         q = [make(1, n, self.heads, self.head_dim) for n in lengths]
         k = [make(1, n, self.kv_heads, self.head_dim) for n in lengths]
         v = [make(1, n, self.kv_heads, self.value_dim) for n in lengths]
-        return q, k, v, make(self.heads) if self.sinks else None, make(self.heads).abs() if self.alibi else None
+        return (
+            q,
+            k,
+            v,
+            make(self.heads) if self.sinks else None,
+            make(self.heads).abs() if self.alibi else None,
+        )
 
 
 @dataclass
@@ -56,7 +62,8 @@ def whole(case: Case, op: Any, dtype: torch.dtype) -> list[Tensor]:
     q, k, v, sinks, slopes = case.tensors()
     wide = [None if t is None else t.to(dtype) for t in (sinks, slopes)]
     return [
-        op(a.to(dtype), b.to(dtype), c.to(dtype), None, *wide, **case.options) for a, b, c in zip(q, k, v, strict=True)
+        op(a.to(dtype), b.to(dtype), c.to(dtype), None, *wide, **case.options)
+        for a, b, c in zip(q, k, v, strict=True)
     ]
 
 
@@ -71,15 +78,24 @@ def serve(case: Case, op: Any, poison: float = 1e4) -> Served:
     table = torch.zeros(len(need), max(need) + 1, dtype=torch.int32)
     for r, n in enumerate(need):
         table[r, :n] = torch.tensor([free.pop() for _ in range(n)])
-    k_cache = torch.full((num_pages, size, case.kv_heads, case.head_dim), poison, dtype=case.dtype, device=case.device)
-    v_cache = torch.full((num_pages, size, case.kv_heads, case.value_dim), poison, dtype=case.dtype, device=case.device)
+    k_cache = torch.full(
+        (num_pages, size, case.kv_heads, case.head_dim), poison, dtype=case.dtype, device=case.device
+    )
+    v_cache = torch.full(
+        (num_pages, size, case.kv_heads, case.value_dim), poison, dtype=case.dtype, device=case.device
+    )
     outputs: list[list[Tensor]] = [[] for _ in need]
     written: list[Tensor] = []
     done = [0] * len(need)
     for step in range(max(len(c) for c in case.chunks)):
         live = [r for r, c in enumerate(case.chunks) if step < len(c)]
         spans = [(r, done[r], done[r] + case.chunks[r][step]) for r in live]
-        slots = torch.cat([torch.tensor([int(table[r, i // size]) * size + i % size for i in range(a, b)]) for r, a, b in spans])
+        slots = torch.cat(
+            [
+                torch.tensor([int(table[r, i // size]) * size + i % size for i in range(a, b)])
+                for r, a, b in spans
+            ]
+        )
         packed = [torch.cat([x[r][:, a:b] for r, a, b in spans], 1) for x in (q, k, v)]
         if case.padding:
             pad = [x.new_ones(1, case.padding, *x.shape[2:]) for x in packed]

@@ -50,7 +50,10 @@ def test_any_chunking_over_any_pages_equals_attention_over_whole_sequences(case:
     assert_close(case, 1e-6 if case.dtype == torch.float32 else 1e-13)
 
 
-@pytest.mark.parametrize("option", [{"window": 3}, {"chunk": 4}, {"softcap": 1.0}, {"scale": 0.9}, {"sinks": True}, {"alibi": True}])
+@pytest.mark.parametrize(
+    "option",
+    [{"window": 3}, {"chunk": 4}, {"softcap": 1.0}, {"scale": 0.9}, {"sinks": True}, {"alibi": True}],
+)
 def test_every_option_matters(option: dict[str, Any]) -> None:
     """Guards the property test: with the option dropped, the outputs differ visibly."""
     plain = {k: v for k, v in option.items() if k in ("sinks", "alibi")}
@@ -101,7 +104,8 @@ def test_schema_and_fake_agree_with_the_op() -> None:
 
 def test_runs_on_meta() -> None:
     out = CACHED(*step("meta"))
-    assert out.device.type == "meta" and out.shape == (1, 3, 4, 6)
+    assert out.device.type == "meta"
+    assert out.shape == (1, 3, 4, 6)
 
 
 @pytest.mark.parametrize("change", [{"attn_bias": torch.zeros(1, 1, 3, 3)}, {"is_causal": False}])
@@ -118,7 +122,8 @@ def test_a_cache_of_another_dtype_is_cast_on_the_way() -> None:
     low = {k: torch.zeros_like(v, dtype=torch.bfloat16) for k, v in caches.items()}
     torch.manual_seed(0)
     got = CACHED(*step(**low))
-    assert got.dtype == torch.float32 and low["k_cache"].abs().sum() > 0
+    assert got.dtype == torch.float32
+    assert low["k_cache"].abs().sum() > 0
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
@@ -139,6 +144,9 @@ def test_compiled_by_inductor_it_writes_the_callers_cache_and_copies_none() -> N
     want = model(*eager)
     got, code = run_and_get_code(torch.compile(model), *args)
     torch.testing.assert_close(got, want)
-    assert torch.equal(k_cache, eager[-2]) and torch.equal(v_cache, eager[-1]) and k_cache.data_ptr() == where
+    assert torch.equal(k_cache, eager[-2])
+    assert torch.equal(v_cache, eager[-1])
+    assert k_cache.data_ptr() == where
     allocated = [line for line in "\n".join(code).splitlines() if "= empty_strided" in line]
-    assert allocated and not any("(5, 4, 2," in line for line in allocated)
+    assert allocated
+    assert not any("(5, 4, 2," in line for line in allocated)

@@ -16,13 +16,19 @@ from adkit.ops import OPS, pick
 from adkit.ops.triton import ops
 
 ROOT = Path(__file__).parents[2]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 def run(code: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
     return subprocess.run(
-        [sys.executable, *code], cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True
+        [sys.executable, *code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
     )
 
 

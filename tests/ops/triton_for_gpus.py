@@ -1,6 +1,7 @@
 """Compile the kernels for named GPUs without one; run by test_triton.py in a process of its own.
 
-Checks what the interpreter cannot: types, ``tl.dot`` shapes, and shared memory (A100 163 KiB, H100 227 KiB a block).
+Checks what the interpreter cannot: types, ``tl.dot`` shapes, and shared memory (A100 163 KiB, H100 227 KiB a
+block).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
 
 
 def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, full: bool) -> None:
-    pointers = dict.fromkeys(("q_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "sinks_ptr", "slopes_ptr"), f"*{dtype}")
+    pointers = dict.fromkeys(
+        ("q_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "sinks_ptr", "slopes_ptr"), f"*{dtype}"
+    )
     tables = dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr"), "*i32")
     counts = dict.fromkeys(("sequences", "pages_stride", "q_token", "q_head", "out_token", "out_head"), "i32")
     constants = {
@@ -53,10 +56,10 @@ def main() -> None:
     attend(256, "bf16", 2, False, 80, full=False)
     attend(256, "fp32", 4, False, 80, full=False)
     attend(128, "fp16", 2, True, 90, full=True)
-    write = {n: "*bf16" for n in ("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr")}
+    write = dict.fromkeys(("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
     counts = dict.fromkeys(("k_width", "v_width", "key_token", "value_token"), "i32")
     compiled(attention._write_kv, {**write, **counts, "slot_ptr": "*i64"}, {"BLOCK": 1024}, 90)
-    pointers = {n: "*bf16" for n in ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr")}
+    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), "*bf16")
     for residual, in_float in ((True, False), (False, True)):
         flags = {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "IN_FLOAT": in_float, "BLOCK": 4096}
         compiled(norm._rmsnorm, {**pointers, "width": "i32", "eps": "fp32", "offset": "fp32"}, flags, 90)

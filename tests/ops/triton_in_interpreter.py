@@ -1,4 +1,4 @@
-"""Triton kernels in triton's interpreter; run by test_triton.py in a process of its own with TRITON_INTERPRET=1."""
+"""Triton kernels in triton's interpreter; test_triton.py runs it apart, with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from tests.ops.paged import Case, serve, whole
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Of the largest output: order of sums and, in 16 bits, a few last places (the interpreter cuts bfloat16 off).
+#: Of the largest output: order of sums, and a few last places in 16 bits (bfloat16 is cut off there).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-9}
 
 
 def assert_same(got: Any, want: Any, dtype: torch.dtype) -> None:
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous()
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.is_contiguous()
         limit = TOLERANCE[dtype] * b.float().abs().max()
         assert (a.float() - b.float()).abs().max() <= limit
 
@@ -41,7 +43,11 @@ def no_fallback() -> Any:
 def test_rmsnorm(dtype: torch.dtype, width: int, kind: str) -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(2, 3, width, dtype=dtype), torch.randn(2, 3, width, dtype=dtype)
-    weight = None if kind == "scale-free" else torch.randn(width, dtype=torch.float32 if kind == "float32-weight" else dtype)
+    weight = (
+        None
+        if kind == "scale-free"
+        else torch.randn(width, dtype=torch.float32 if kind == "float32-weight" else dtype)
+    )
     args = (weight, 1e-5, 1.0 if "offset" in kind else 0.0, kind in ("float", "float-offset"))
     assert_same(pick("rmsnorm", "triton")(x, *args), pick("rmsnorm", "torch")(x, *args), dtype)
     fused = pick("fused_add_rmsnorm", "triton")(x, residual, *args)
@@ -80,7 +86,8 @@ def assert_attention(case: Case) -> None:
         assert (got.double() - want).abs().max() <= TOLERANCE[case.dtype] * want.abs().max()
     same = serve(case, pick("attention_with_paged_cache", "torch"))
     # Page 0 takes every padding token, in no particular order.
-    assert torch.equal(served.k_cache[1:], same.k_cache[1:]) and torch.equal(served.v_cache[1:], same.v_cache[1:])
+    assert torch.equal(served.k_cache[1:], same.k_cache[1:])
+    assert torch.equal(served.v_cache[1:], same.v_cache[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +98,9 @@ def test_attention_head_sizes(dtype: torch.dtype, head_dim: int, value_dim: int)
 
 def test_attention_over_many_blocks_of_queries_and_keys() -> None:
     options = {"window": 70}
-    assert_attention(Case([[100, 40, 1], [3]], heads=6, kv_heads=1, page_size=16, options=options, sinks=True))
+    assert_attention(
+        Case([[100, 40, 1], [3]], heads=6, kv_heads=1, page_size=16, options=options, sinks=True)
+    )
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Triton kernels. ``ops`` defines the ops and imports no triton; the other modules hold kernels and launchers."""
+"""Triton kernels: ``ops`` defines the ops and imports no triton, the others hold kernels and launchers."""
 
 from adkit.ops.triton import ops
 

@@ -1,11 +1,13 @@
 """Attention over the paged cache, prompts and decode in one kernel, and the kernel that writes the cache.
 
-A program takes ``BLOCK_T`` consecutive tokens of one sequence and all query heads of one kv head: row m of its
-block is token m // GROUP, head m % GROUP. It walks the sequence's pages with an online softmax (arXiv 1805.02867).
-Which sequence a program serves is worked out on the device, so nothing waits for the host and a CUDA graph can
-capture the launch. Later work makes it fast (split pages for long decodes, tensor descriptors).
+A program takes ``BLOCK_T`` consecutive tokens of one sequence and all query heads of one kv head: row m of
+its block is token m // GROUP, head m % GROUP. It walks the sequence's pages with an online softmax (arXiv
+1805.02867). Which sequence a program serves is worked out on the device, so nothing waits for the host and a
+CUDA graph can capture the launch. Later work makes it fast (split pages for long decodes, tensor
+descriptors).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -194,12 +196,14 @@ def write_kv(key: Tensor, value: Tensor, slot_mapping: Tensor, k_cache: Tensor, 
 
 
 def blocks(head_dim: int, value_dim: int, heads_per_kv: int, itemsize: int, decode: bool) -> dict[str, int]:
-    """Block sizes: at least 16 rows (``tl.dot``), keys and values of a block within half an A100's shared memory."""
+    """Block sizes: 16 rows at least (``tl.dot``), keys and values of a block within an A100's shared memory."""
     block_h = max(16, triton.next_power_of_2(head_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
     group = triton.next_power_of_2(heads_per_kv)
     rows = 16 if decode or itemsize * block_h > 512 else 64
-    block_l = 64 if itemsize * (block_h + block_v) <= 512 else 32 if itemsize * (block_h + block_v) <= 1024 else 16
+    block_l = (
+        64 if itemsize * (block_h + block_v) <= 512 else 32 if itemsize * (block_h + block_v) <= 1024 else 16
+    )
     return {
         "BLOCK_T": max(1, rows // group),
         "GROUP": group,
@@ -229,10 +233,12 @@ def attention_with_paged_cache(
     window: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """``torch_attention_with_paged_cache``; scores, softmax and sums in float32. Raises ValueError as it does."""
+    """``torch_attention_with_paged_cache``, scores and sums in float32; raises ValueError as it does."""
     if attn_bias is not None or not is_causal:
         given = "attn_bias" if attn_bias is not None else "is_causal=False"
-        raise ValueError(f"cached attention was given {given}; it serves causal attention without a general bias")
+        raise ValueError(
+            f"cached attention was given {given}; it serves causal attention without a general bias"
+        )
     write_kv(key, value, slot_mapping, k_cache, v_cache)
     q = query[0] if query.stride(3) == 1 else query[0].contiguous()
     tokens, heads, head_dim = q.shape

@@ -1,5 +1,6 @@
 """RMSNorm kernels: one program a row, computed in float32 and rounded where the reference rounds."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from typing import Any
@@ -49,7 +50,9 @@ def _rmsnorm(
     tl.store(out_ptr + row + cols, y.to(out_ptr.dtype.element_ty), live)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, in_float: bool) -> Any:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, in_float: bool
+) -> Any:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     total = x if residual is None else torch.empty_like(x, dtype=dtype)
     out_dtype = dtype if weight is None or in_float else torch.promote_types(dtype, weight.dtype)
@@ -75,7 +78,11 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
 
 
 def rmsnorm(
-    input: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, weight_in_float: bool = False
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
 ) -> Tensor:
     """``torch_rmsnorm``: input [..., D] -> [..., D]."""
     out: Tensor = _launch(input.contiguous(), None, weight, eps, weight_offset, weight_in_float)[0]

@@ -1,4 +1,4 @@
-"""The ``triton_*`` ops: same schema and meaning as their ``torch_*`` twins, run by a kernel where one can run.
+"""The ``triton_*`` ops: schema and meaning of their ``torch_*`` twins, run by a kernel where one can run.
 
 Nothing here imports triton: a kernel's module is imported when its op first runs on CUDA, or anywhere under
 ``TRITON_INTERPRET=1``. Elsewhere the op runs its reference, and says so once.
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adkit.graph.cost import COSTS
 from adkit.ops.registry import OPS, define
 
 _warned: set[str] = set()
@@ -46,7 +47,8 @@ def _twin(reference: str, module: str) -> None:
 
     run.__doc__ = f"{reference} as a Triton kernel.\n\n{info.doc}"
     schema = f"triton_{launcher}{info.schema[len(reference) :]}"
-    define(schema, category=info.category, token_local=info.token_local, fake=info.fake)(run)
+    cost = COSTS.get(f"adkit.{reference}")
+    define(schema, category=info.category, token_local=info.token_local, fake=info.fake, cost=cost)(run)
 
 
 _twin("torch_rmsnorm", "norm")

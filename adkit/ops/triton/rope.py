@@ -1,5 +1,6 @@
 """Rotary position embedding of q and k: one program a token and tensor, every head at once, in float32."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -55,8 +56,12 @@ def _rotate(
     sin_a = tl.load(sin_ptr + first, turns, 0.0).to(tl.float32)
     sin_b = tl.load(sin_ptr + second, turns, 0.0).to(tl.float32)
     kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + head * out_head + first[None, :], (a * cos_a[None, :] - b * sin_a[None, :]).to(kind), live)
-    tl.store(out_ptr + head * out_head + second[None, :], (b * cos_b[None, :] + a * sin_b[None, :]).to(kind), live)
+    tl.store(
+        out_ptr + head * out_head + first[None, :], (a * cos_a[None, :] - b * sin_a[None, :]).to(kind), live
+    )
+    tl.store(
+        out_ptr + head * out_head + second[None, :], (b * cos_b[None, :] + a * sin_b[None, :]).to(kind), live
+    )
     if REST > 0:
         col = rotary + tl.arange(0, REST)[None, :]
         live = (head < heads) & (col < head_dim)

@@ -66,9 +66,10 @@ class InsertCachedAttention(Pass):
         backend = self.config.backend
         if backend == "auto":
             backend = "triton" if ctx.device.type == "cuda" else "torch"
-        metadata = {
-            name: add_input(gm, name, *_METADATA[name]) for name in dict.fromkeys(m for n in mixers for m in MIXERS[n.target].metadata)
-        }
+        wanted = dict.fromkeys(m for n in mixers for m in MIXERS[n.target].metadata)
+        with self.site(gm, [], label="batch inputs", before=mixers[0]) as s:
+            metadata = {name: add_input(gm, name, *_METADATA[name]) for name in wanted}
+            s.adopt(*metadata.values())
         for index, node in enumerate(mixers):
             specs += self._insert(gm, node, MIXERS[node.target], f"layer{index}", backend, metadata, ctx)
         ctx.caches = CachePool(tuple(specs), ctx.engine.page_size)
@@ -112,6 +113,7 @@ class InsertCachedAttention(Pass):
         with self.site(gm, [node], label=descriptor.name) as s:
             new = s.call(op, tuple(args), descriptor.constants(values), like=node)
             s.replace(node, new)
+            s.adopt(*caches)
         return specs
 
 
