@@ -205,7 +205,7 @@ def steps_body(steps: Steps, *, link: bool = False) -> str:
 def _what(s: Step) -> str:
     if not len(s.before):
         return f"a graph of {len(s.after):,} nodes"
-    parts = [str(r) for r in s.rewrites[:2]]
+    parts = [str(r).replace(" -> ", " → ").replace(" x ", " × ", 1) for r in s.rewrites[:2]]
     more = len(s.rewrites) - len(parts)
     return "; ".join(parts) + (f"; {more} more" if more > 0 else "")
 
