@@ -104,10 +104,11 @@ def memory(steps: Iterable[Step]) -> Plot:
         total += s.memory_bytes
         sums.append(total / 2**30)
     figure, axes = _figure(7.2, 2.8, "Memory on the device, step by step")
-    at = list(range(len(ran)))
+    at = list(range(len(ran) + 1))
+    sums = [*sums, *sums[-1:]] or [0.0]
     axes.step(at, sums, where="post", color=BLUE, linewidth=1.8)
     axes.fill_between(at, sums, step="post", color=BLUE, alpha=0.15)
-    axes.set_xticks(at, [s.name for s in ran], rotation=40, ha="right")
+    axes.set_xticks(at[:-1], [s.name for s in ran], rotation=40, ha="right")
     axes.yaxis.grid(True, color=GRID, linewidth=0.6)
     axes.set_ylabel("GiB", color=INK, fontsize=9)
     axes.set_ylim(bottom=min([0.0, *sums]))

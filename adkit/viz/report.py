@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.viz.dot import write_atomically
@@ -45,9 +46,10 @@ def write_report(
     drawn = [_figure(f) for f in (standard_figures(steps) if figures is None else figures)]
     extra = [{"id": _slug(name), "title": name, "body": body} for name, body in sections]
     said = [_completion(c) for c in completions]
-    ending = snapshot_body(final) if len(final) else '<p class="ak-muted">No graph yet.</p>'
+    history = History(steps)
+    ending = snapshot_body(final, history) if len(final) else '<p class="ak-muted">No graph yet.</p>'
     fixed = len(ending) + sum(len(s["body"]) for s in extra) + sum(len(b) for _, b in drawn)
-    bodies = _bodies(steps, MOST_BYTES - _ROOM - fixed)
+    bodies = _bodies(steps, MOST_BYTES - _ROOM - fixed, history)
     ran = [s for s in steps if s.status == "done"]
     changed = sum(s.changed for s in ran)
     lead = f"{len(ran)} of {len(steps)} passes ran, {changed} changed the graph, {sum(s.seconds for s in ran):.2f} s in all."
@@ -75,8 +77,8 @@ def standard_figures(steps: Steps) -> list[Figure]:
     return found
 
 
-def _bodies(steps: Steps, room: int) -> list[str]:
-    bodies = [step_body(s, pictures=3, graph=True) for s in steps]
+def _bodies(steps: Steps, room: int, history: History) -> list[str]:
+    bodies = [step_body(s, pictures=3, graph=True, history=history) for s in steps]
     sizes = [len(b.encode()) for b in bodies]
     listed: list[Step] = list(steps)
     for k in sorted(range(len(bodies)), key=lambda k: -sizes[k]):
