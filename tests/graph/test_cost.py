@@ -251,5 +251,5 @@ def test_sizes_that_are_missing_unknown_or_at_odds_are_refused(llama: snapshot.S
         cost_table(llama, "H200", {"batch": 1, "sequence": 3})
     with pytest.raises(ValueError, match="given twice"):
         cost_table(llama, "H200", {"batch": 1, "seq": 3, "tokens": 4})
-    with pytest.raises(ValueError, match=r"no device is called 'H900'; known: H100 SXM"):
+    with pytest.raises(ValueError, match="no device is called .H900"):
         cost_table(llama, "H900", {"batch": 1, "seq": 3})
