@@ -7,6 +7,7 @@ torch_rmsnorm, layers 0-31"). That is what a person reads.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ def diff(before: Snapshot, after: Snapshot, sites: Iterable[SiteRecord] = ()) ->
 
 
 def _label(n: NodeRecord) -> str:
-    return n.target_name if n.op == "call_function" else without_layer(f"{n.op} {n.target_name}")
+    if n.op == "call_function":
+        return n.target_name
+    return f"{n.op} {re.sub(r'[0-9]+', '*', n.target_name) if n.op == 'placeholder' else without_layer(n.target_name)}"
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:

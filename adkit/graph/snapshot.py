@@ -245,11 +245,13 @@ def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:
             raise KeyError(f"node {node.name!r} has no adkit id")
         ids[node] = tag.id
         val = node.meta.get("val")
-        key = (node, node._args, node._kwargs, node.target, val)
+        args, kwargs, target = node._args, node._kwargs, node.target
         old = before.get(tag.id)
-        if old is not None and all(a is b for a, b in zip(old.key, key, strict=True)) and old.name == node.name:
-            rows.append(old)
-            continue
+        if old is not None:
+            key = old.key
+            if key[0] is node and key[1] is args and key[2] is kwargs and key[3] is target and key[4] is val:
+                rows.append(old)
+                continue
         path, kind = module_path_of(node)
         rows.append(
             NodeRecord(
@@ -264,7 +266,7 @@ def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:
                 module_type=kind,
                 stack_trace=node.meta.get("stack_trace"),
                 origins=tag.origins,
-                key=key,
+                key=(node, args, kwargs, target, val),
                 meta={k: v for k, v in node.meta.items() if k != "custom"},
             )
         )

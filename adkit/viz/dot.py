@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adkit.graph.diff import Diff, RewriteClass, Site
+from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import COLOURS
@@ -31,7 +32,7 @@ _MARKS = {
     "context": ("#eceef0", "#a8adb3"),
 }
 _STRONG = ("input/output", "embedding", "linear", "attention", "cache", "moe", "mixer", "communication")
-_PIXELS_PER_POINT = 96 / 72
+_PIXELS_PER_POINT = 1.12  # a little under CSS's 96 / 72: graphs are tall
 
 
 class Drawing:
@@ -105,17 +106,18 @@ def draw(
     parameters: bool = True,
     shapes: bool = True,
     title: str = "",
+    history: History | None = None,
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
     ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested deeper
     (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over a node
-    shows its module and source line. Raises PictureTooLarge beyond 400 boxes, saying how to see less.
+    shows its module and source line (all the lines it stands for, given the ``history`` of the steps). Raises PictureTooLarge beyond 400 boxes, saying how to see less.
     """
     return Drawing(
         picture_of(
             snapshot, layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
-            parameters=parameters, shapes=shapes, title=title,
+            parameters=parameters, shapes=shapes, title=title, history=history,
         )
     )  # fmt: skip
 

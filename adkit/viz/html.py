@@ -19,6 +19,7 @@ from adkit.graph.code import Line, lines
 from adkit.graph.diff import Diff, RewriteClass, _tally
 from adkit.graph.display import register_html
 from adkit.graph.folding import fold, layers_text
+from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps, Text
 from adkit.viz.dot import Drawing, draw
@@ -98,20 +99,20 @@ def diff_html(before: Snapshot, after: Snapshot, *, context: int = 3) -> str:
     return f'<div class="ak-code"><pre>{"".join(rows)}</pre></div>'
 
 
-def picture_html(snapshot: Snapshot, *, highlight: Any = (), depth: int | None = None) -> str:
+def picture_html(
+    snapshot: Snapshot, *, highlight: Any = (), depth: int | None = None, history: History | None = None
+) -> str:
     """The folded picture; modules collapse where the graph is too large to read in full."""
-    for level in (depth, 1, 0):
+    error = ""
+    for level in (depth,) if depth is not None else (None, 1, 0):
         try:
-            drawing = draw(snapshot, highlight=highlight, depth=level)
-        except PictureTooLarge:
+            drawing = draw(snapshot, highlight=highlight, depth=level, history=history)
+        except PictureTooLarge as too_large:
+            error = str(too_large)
             continue
-        if depth is None and level is None and len(drawing.picture.boxes) > _TALL:
-            continue
-        return f'<div class="ak-svgbox">{_fit(drawing)}</div>'
-    try:
-        return f'<div class="ak-svgbox">{_fit(draw(snapshot, highlight=highlight, depth=0))}</div>'
-    except PictureTooLarge as error:
-        return f'<p class="ak-muted">{escape(str(error))}</p>'
+        if level == 0 or depth is not None or len(drawing.picture.boxes) <= _TALL:
+            return f'<div class="ak-svgbox">{_fit(drawing)}</div>'
+    return f'<p class="ak-muted">{escape(error)}</p>'
 
 
 def _fit(drawing: Drawing) -> str:
@@ -156,7 +157,7 @@ def anchor(s: Step) -> str:
     return f"step-{re.sub(r'[^a-z0-9_-]', '-', s.name.lower())}"
 
 
-def step_body(s: Step, *, pictures: int = 1, graph: bool = False) -> str:
+def step_body(s: Step, *, pictures: int = 1, graph: bool = False, history: History | None = None) -> str:
     """A step's HTML without the style; ``graph`` adds the whole picture and program after it."""
     doc = textwrap.dedent(s.doc).strip()
     lead, _, rest = doc.partition("\n\n")
@@ -175,7 +176,7 @@ def step_body(s: Step, *, pictures: int = 1, graph: bool = False) -> str:
             "lead": " ".join(lead.split()), "rest": rest, "rows": rows, "more": more,
             "diff": diff_html(s.before, s.after) if changed else "",
             "code": code_html(s.after) if whole else "",
-            "graph": picture_html(s.after, highlight=touched) if whole else "",
+            "graph": picture_html(s.after, highlight=touched, history=history) if whole else "",
             "config": json.dumps(s.config, indent=2, default=str) if s.config else "", "log": "\n".join(s.log),
         },
     )  # fmt: skip
@@ -205,7 +206,7 @@ def steps_body(steps: Steps, *, link: bool = False) -> str:
 def _what(s: Step) -> str:
     if not len(s.before):
         return f"a graph of {len(s.after):,} nodes"
-    parts = [str(r) for r in s.rewrites[:2]]
+    parts = [str(r).replace(" -> ", " → ").replace(" x ", " × ", 1) for r in s.rewrites[:2]]
     more = len(s.rewrites) - len(parts)
     return "; ".join(parts) + (f"; {more} more" if more > 0 else "")
 
@@ -270,13 +271,13 @@ def _snapshot(s: Snapshot) -> str:
     return fragment(snapshot_body(s))
 
 
-def snapshot_body(s: Snapshot) -> str:
+def snapshot_body(s: Snapshot, history: History | None = None) -> str:
     """A graph's HTML without the style: picture, program, operations."""
     variants = [f"{layers_text(v.layers)} ×{len(v.blocks)}" for seg in fold(s) for v in seg.variants if len(v.blocks) > 1]
     calls = sum(n.op == "call_function" for n in s)
     return template(
         "snapshot.html",
-        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6], "picture": picture_html(s) if len(s) else "",
+        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6], "picture": picture_html(s, history=history) if len(s) else "",
            "code": code_html(s), "ops": list(s.counts().items())},
     )  # fmt: skip
 

@@ -15,7 +15,8 @@ import torch
 from adkit.graph.code import Symbols, op_text
 from adkit.graph.diff import Diff, RewriteClass, Site
 from adkit.graph.folding import LEAVES, Folding, Segment, fold, layers_text
-from adkit.graph.provenance import layer_of, without_layer
+from adkit.graph.history import History
+from adkit.graph.provenance import Source, layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import category_of, category_of_module
@@ -23,6 +24,7 @@ from adkit.viz.category import category_of, category_of_module
 MOST_NODES = 400  # dot takes 0.3 s for 448 nodes, 12.8 s for 1,792
 MOST_SITE = 70
 MOST_BACK = 30
+MOST_SOURCES = 6
 
 
 class PictureTooLarge(ValueError):
@@ -95,16 +97,18 @@ class Picture:
         return "\n".join(out)
 
 
-def tooltip(n: NodeRecord, symbols: Symbols, stands_for: int = 1) -> str:
-    """What hovering over a node tells: target, value, module, the line of modelling code."""
+def tooltip(n: NodeRecord, symbols: Symbols, stands_for: int = 1, sources: Iterable[Source] = ()) -> str:
+    """What hovering over a node tells: target, value, module, the lines of modelling code (``sources``, or its own)."""
     rows = [f"%{n.id} {n.name}: {n.target_name}"]
     value = symbols.value(n.val)
     if value:
         rows.append(value)
     if n.module_path:
         rows.append(f"{n.module_path} ({n.module_type})" if n.module_type else n.module_path)
-    if n.source is not None:
-        rows.append(f"{n.source.file.rsplit('/', 1)[-1]}:{n.source.line}  {n.source.code}")
+    found = list(sources) or ([n.source] if n.source is not None else [])
+    rows += [f"from {s.file.rsplit('/', 1)[-1]}:{s.line}  {s.code}" for s in found[:MOST_SOURCES]]
+    if len(found) > MOST_SOURCES:
+        rows.append(f"and {len(found) - MOST_SOURCES} more lines")
     if stands_for > 1:
         rows.append(f"stands for {stands_for} nodes")
     return "\n".join(rows)
@@ -120,17 +124,27 @@ def picture_of(
     parameters: bool = True,
     shapes: bool = True,
     title: str = "",
+    history: History | None = None,
 ) -> Picture:
     """The picture of a snapshot or of one layer of it.
 
     ``depth``: modules nested deeper than this (below the layer) become one box; 0 leaves the layers' own
     children. Raises PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
     """
-    return _Maker(snapshot, set(highlight), depth, parameters, shapes).make(layer, fold_layers, title)
+    return _Maker(snapshot, set(highlight), depth, parameters, shapes, history).make(layer, fold_layers, title)
 
 
 class _Maker:
-    def __init__(self, snapshot: Snapshot, highlight: set[int], depth: int | None, parameters: bool, shapes: bool) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        highlight: set[int],
+        depth: int | None,
+        parameters: bool,
+        shapes: bool,
+        history: History | None,
+    ) -> None:
+        self.history = history
         self.snapshot = snapshot
         self.symbols = Symbols(snapshot)
         self.highlight = highlight
@@ -207,7 +221,8 @@ class _Maker:
             detail = tuple(self.details(n)) if not mark else ()
             if n.op == "placeholder" and len(folded) > 1:
                 title = f"{title} ×{len(folded)}"
-            tip = tooltip(n, self.symbols, len(folded))
+            sources = self.history.sources(i) if self.history is not None and n.origins else ()
+            tip = tooltip(n, self.symbols, len(folded), sources)
             self.picture.boxes.append(Box(key, title, category_of(n), detail, tip, cluster, mark, lit))
         for box in self.picture.boxes:
             if box.key in groups:
@@ -325,11 +340,11 @@ def rewrite_picture(step: Step | Diff, rewrite: RewriteClass, site: int | Site =
     picture = Picture(title=f"{where}" + (f"   (1 of {rewrite.count})" if rewrite.count > 1 else ""), legend=False)
     sides = (("before", step.before, set(s.erased) | set(s.changed)), ("after", step.after, set(s.created) | set(s.changed)))
     for side, snapshot, ids in sides:
-        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s)
+        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s, step.before)
     return picture
 
 
-def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site) -> None:
+def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site, before: Snapshot) -> None:
     symbols = Symbols(snapshot)
     users = snapshot.users()
     cluster = (side,)
@@ -352,7 +367,9 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
         parameters = [snapshot[i] for i in dict.fromkeys(n.inputs()) if snapshot[i].op == "get_attr"]
         detail = tuple(_parameter(m, symbols) for m in parameters[:4])
         title = n.target_name if n.op == "placeholder" else op_text(n)
-        tip = tooltip(n, symbols)
+        stood = [before[o].source for o in n.origins if o in before.by_id and before[o].op == "call_function"]
+        sources = sorted({x for x in stood if x is not None}, key=lambda x: (x.file, x.line))
+        tip = tooltip(n, symbols, sources=sources if mark == gone else ())
         picture.boxes.append(Box(f"{side}{n.id}", title, category_of(n), detail if mark != "context" else tuple(_short(m.target_name) for m in parameters[:1]), tip, cluster, mark))
 
     drawn: set[int] = set()

@@ -10,11 +10,10 @@ cast.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import re
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -127,7 +126,10 @@ def main() -> None:
     ]
     record = {
         "what": "greedy exact match of the shipped bf16 demo model",
-        "command": shlex.join(["python", "-m", "scripts.demo_model.evaluate", *sys.argv[1:]]),
+        "command": "python -m scripts.demo_model.evaluate "
+        f"--recalls {args.recalls} --stories {args.stories} --batch {args.batch}"
+        + ("" if args.additions is None else f" --additions {args.additions}"),
+        "weights_sha256": hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest(),
         "machine": f"1x {torch.cuda.get_device_name()}"
         if runner.device == "cuda"
         else f"CPU, {platform.machine()}",

@@ -17,6 +17,8 @@ the *unordered* pair says so, hence a + b is held out exactly when b + a is. Rec
 combinations from a space far too large to memorise, so they need no split.
 """
 
+# ruff: noqa: SIM905 (a word list reads best as words)
+
 from __future__ import annotations
 
 import re
@@ -66,7 +68,7 @@ class Task:
     answer: str
 
 
-# --- addition -------------------------------------------------------------------------------------
+# --- addition ---------------------------------------------------------------------------
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -99,7 +101,7 @@ def addition_tasks(count: int | None = None, seed: int = 0) -> list[Task]:
     return [Task(f"add/{a}+{b}", f"What is {a} + {b}?", str(a + b)) for a, b in pairs]
 
 
-# --- recall ---------------------------------------------------------------------------------------
+# --- recall -----------------------------------------------------------------------------
 
 
 def made_up_word(rng: Random) -> str:
@@ -242,7 +244,7 @@ def recall_tasks(count: int, seed: int = 0, pairs: tuple[int, int] = (3, 8)) -> 
     return tasks
 
 
-# --- grading --------------------------------------------------------------------------------------
+# --- grading ----------------------------------------------------------------------------
 
 
 def first_statement(completion: str) -> str:
