@@ -222,14 +222,14 @@ def _sdpa(call: Call) -> tuple[float, float]:
 _MOVES = (
     *("clone", "contiguous", "to", "_to_copy", "copy", "copy_", "cat", "stack", "repeat", "flip", "roll"),
     *("index_copy", "index_copy_", "index_put", "index_put_", "scatter", "where", "masked_fill"),
-    *("constant_pad_nd", "arange", "full", "zeros", "ones", "empty"),
+    *("constant_pad_nd", "arange", "full", "zeros", "ones", "empty", "new_ones", "new_zeros"),
 )
 
 
 def _is_view(node: NodeRecord, call: Call) -> bool:
     """A call whose schema returns its own input's memory, unless it had to copy."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return call.target == "_operator.getitem" or not call.outputs
+        return call.target == "operator.getitem" or not call.outputs
     returns = node.target._schema.returns
     aliased = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     if not aliased or not call.inputs:
@@ -408,9 +408,6 @@ def cost_table(snapshot: Snapshot, device: Device | str, symbols: Mapping[str, i
 
 def weight_bytes(snapshot: Snapshot) -> int:
     """Bytes of the parameters and buffers the graph reads, each once."""
-    return sum(
-        n.val.numel() * n.val.dtype.itemsize
-        for n in {
-            n.target: n for n in snapshot if n.op == "get_attr" and isinstance(n.val, torch.Tensor)
-        }.values()
-    )
+    read = {i for n in snapshot for i in n.inputs()}
+    tensors = {n.target: n.val for n in snapshot if n.op == "get_attr" and n.id in read}
+    return sum(t.numel() * t.dtype.itemsize for t in tensors.values() if isinstance(t, torch.Tensor))

@@ -53,7 +53,9 @@ def test_matrix_products_take_2mnk_and_read_and_write_everything_once() -> None:
     bytes_ = 2 * (m * k + k * n + m * n)
     got = one(lambda a, b: a @ b, "aten.matmul", a=e(m, k), b=e(k, n))
     assert (got.flops, got.bytes) == (2 * m * n * k, bytes_)
-    got = one(lambda a, b: OPS.torch_linear_simple(a, b), "adkit.torch_linear_simple", a=e(1, m, k), b=e(n, k))
+    got = one(
+        lambda a, b: OPS.torch_linear_simple(a, b), "adkit.torch_linear_simple", a=e(1, m, k), b=e(n, k)
+    )
     assert (got.flops, got.bytes) == (2 * m * n * k, bytes_)
     got = one(lambda c, a, b: torch.addmm(c, a, b), "aten.addmm", c=e(n), a=e(m, k), b=e(k, n))
     assert (got.flops, got.bytes) == (2 * m * n * k, bytes_ + 2 * n)
@@ -65,9 +67,11 @@ def test_seconds_are_the_longer_of_compute_and_memory() -> None:
     assert (big.bound, big.seconds) == ("compute", big.flops / device.flops["bfloat16"])
     thin = one(lambda a, b: a @ b, "aten.matmul", a=e(1, 8192), b=e(8192, 8192))
     assert (thin.bound, thin.seconds) == ("memory", thin.bytes / device.bandwidth)
-    wide = one(lambda a, b: a @ b, "aten.matmul", a=e(64, 64, dtype=torch.float32), b=e(64, 64, dtype=torch.float32))
-    assert device.peak(torch.float32) < device.peak(torch.float16) == device.peak(torch.bfloat16)
-    assert wide.bytes == 3 * 64 * 64 * 4
+    wide = e(8192, 8192, dtype=torch.float32)
+    assert (
+        one(lambda a, b: a @ b, "aten.matmul", a=wide, b=wide).seconds == big.flops / device.flops["float32"]
+    )
+    assert device.peak(torch.float16) == device.peak(torch.bfloat16)
 
 
 def test_views_are_free_and_copies_are_not() -> None:
@@ -81,6 +85,17 @@ def test_views_are_free_and_copies_are_not() -> None:
     assert costs["aten.contiguous"].bytes == 2 * 64 * 2
     casts = [c for name, c in costs.items() if "to" in name.split(".")[1]]
     assert [(c.flops, c.bytes) for c in casts] == [(0, 64 * 2 + 64 * 4)]
+
+
+def test_taking_an_element_of_a_tuple_is_free() -> None:
+    graph = graph_of(
+        Fn(lambda q, cos: OPS.torch_rope_with_explicit_cos_sin(q, q, cos, cos)),
+        q=e(1, 2, 4, 8),
+        cos=e(1, 4, 8),
+    )
+    costs = {n.target_name: node_costs(graph, "H200", {})[n.id] for n in graph if n.op == "call_function"}
+    assert costs["operator.getitem"] == NodeCost()
+    assert costs["adkit.torch_rope_with_explicit_cos_sin"].flops == 3 * 2 * 64
 
 
 def test_an_expanded_tensor_is_read_once() -> None:
@@ -153,7 +168,13 @@ def test_moe_reads_the_experts_that_are_hit() -> None:
 
     ids = torch.zeros(tokens, k, dtype=torch.int64)
     got = one(
-        fn, "adkit.torch_moe", x=e(tokens, d), ids=ids, w=e(tokens, k), gate_up=e(experts, 2 * f, d), down=e(experts, d, f)
+        fn,
+        "adkit.torch_moe",
+        x=e(tokens, d),
+        ids=ids,
+        w=e(tokens, k),
+        gate_up=e(experts, 2 * f, d),
+        down=e(experts, d, f),
     )
     assert got.flops == tokens * k * (2 * d * 2 * f + 2 * f * d)
     hit = experts * (1 - (1 - k / experts) ** tokens)
@@ -190,22 +211,23 @@ def llama() -> snapshot.Snapshot:
     return graph_of(Logits(), dims, input_ids=ids)
 
 
-def test_llama_8b_reads_its_parameters_and_computes_twice_as_many_flops_a_token(llama: snapshot.Snapshot) -> None:
+def test_llama_8b_reads_its_parameters_and_computes_twice_as_many_flops_a_token(
+    llama: snapshot.Snapshot,
+) -> None:
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
     matrices = 2 * layer + 4096 * 128256
     weights = matrices + 4096 * 128256 + 5 * 4096
-    rope = 64 * 4  # inv_freq, float32
-    assert cost.weight_bytes(llama) == 2 * weights + rope
+    inv_freq = 64 * 4
+    assert cost.weight_bytes(llama) == 2 * weights + inv_freq
     assert 32 * layer + 2 * 4096 * 128256 + 65 * 4096 == 8_030_261_248  # the published size
     for batch, seq in ((1, 1), (3, 40)):
         table = cost_table(llama, "H100 SXM", {"batch": batch, "seq": seq})
         linear = table[table.target == "aten.linear"]
         assert len(linear) == 15
         assert linear.flops.sum() == 2 * batch * seq * matrices
-        read_and_written = 2 * (5 * 4096 + 2 * 1024 + 3 * 4096 + 2 * 14336 + 14336 + 4096) + 4096 + 128256
-        activations = linear.bytes.sum() - 2 * matrices
-        by_hand = 2 * ((4096 * 3 + 4096 + 2048) + (4096 * 2) + (4096 * 2 + 14336 * 2) + (14336 + 4096)) + 4096 + 128256
-        assert activations == 2 * batch * seq * by_hand < 2 * batch * seq * 2 * read_and_written
+        layer_io = (3 * 4096 + 4096 + 2 * 1024) + 2 * 4096 + 2 * (4096 + 14336) + (14336 + 4096)
+        activations = 2 * batch * seq * (2 * layer_io + 4096 + 128256)
+        assert linear.bytes.sum() == 2 * matrices + activations
     decode = cost_table(llama, "H100 SXM", {"batch": 1, "seq": 1})
     assert set(decode[decode.target == "aten.linear"].bound) == {"memory"}
     prefill = cost_table(llama, "H100 SXM", {"batch": 1, "seq": 4096})
@@ -229,5 +251,5 @@ def test_sizes_that_are_missing_unknown_or_at_odds_are_refused(llama: snapshot.S
         cost_table(llama, "H200", {"batch": 1, "sequence": 3})
     with pytest.raises(ValueError, match="given twice"):
         cost_table(llama, "H200", {"batch": 1, "seq": 3, "tokens": 4})
-    with pytest.raises(ValueError, match="no device is called 'H900'; known: H100 SXM"):
+    with pytest.raises(ValueError, match="no device is called .H900"):
         cost_table(llama, "H900", {"batch": 1, "seq": 3})
