@@ -63,8 +63,9 @@ class RewriteClass:
         made = ", ".join(_tally(self.after)) or "nothing"
         was = ", ".join(_tally(self.before))
         if not self.before and not self.after and not self.changed:
-            gone, made = (sum(len(ids) for ids in (getattr(s, side) for s in self.sites)) for side in ("erased", "created"))
-            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{made} added"] if made else []))
+            sides = ("erased", "created")
+            gone, new = (sum(len(getattr(s, side)) for s in self.sites) for side in sides)
+            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{new} added"] if new else []))
             return f"{self.count} x parameters: {what} ({self.where})"
         if not self.before and not self.after:
             return f"{self.count} x rewired {', '.join(_tally(self.changed))} ({self.where})"

@@ -50,7 +50,9 @@ class History:
     def node(self, node_id: int) -> NodeRecord:
         """The record of an id, from whichever step had it; KeyError for an unknown one."""
         if node_id not in self.records:
-            raise KeyError(f"no node with id {node_id} in any of these steps ({len(self.records)} nodes known)")
+            raise KeyError(
+                f"no node with id {node_id} in any of these steps ({len(self.records)} nodes known)"
+            )
         return self.records[node_id]
 
     def roots(self, node_id: int) -> tuple[NodeRecord, ...]:
@@ -133,7 +135,11 @@ def descendants(steps: Iterable[Step], what: int | str) -> tuple[Trace, ...]:
         known = sorted({n.source.line for n in exported if n.source and n.source.file.endswith(file or what)})
         at = int(line) if line.isdigit() else 0
         near = sorted(known, key=lambda k: abs(k - at))[:5]
-        hint = f"lines of {file} that did: {', '.join(map(str, sorted(near)))}" if near else "give it as 'modeling_llama.py:66'"
+        hint = (
+            f"lines of {file} that did: {', '.join(map(str, sorted(near)))}"
+            if near
+            else "give it as 'modeling_llama.py:66'"
+        )
         raise KeyError(f"no exported node came from {what!r}; {hint}")
     return tuple(_trace(history, n.id) for n in hits)
 
@@ -150,7 +156,13 @@ def _trace(history: History, node_id: int) -> Trace:
         if history.records[i].origins:
             through[history.born[i]] = None
             todo.extend(history.records[i].origins)
-    return Trace(node, history.roots(node_id), history.ends(node_id), history.sources(node_id), tuple(reversed(through)))
+    return Trace(
+        node,
+        history.roots(node_id),
+        history.ends(node_id),
+        history.sources(node_id),
+        tuple(reversed(through)),
+    )
 
 
 __all__ = ["History", "Trace", "descendants", "trace_origins"]

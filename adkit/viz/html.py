@@ -18,7 +18,7 @@ from typing import Any
 from adkit.graph.code import Line, lines
 from adkit.graph.diff import Diff, RewriteClass, _tally
 from adkit.graph.display import register_html
-from adkit.graph.folding import fold, layers_text
+from adkit.graph.folding import layers_text
 from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps, Text
@@ -61,7 +61,9 @@ def fragment(body: str) -> str:
 def code_html(snapshot: Snapshot, *, layer: int | None = None) -> str:
     """The program view; hovering over a line tells the modelling code it came from."""
     rows = lines(snapshot, layer=layer)
-    return f'<div class="ak-code"><pre>{chr(10).join(_code_line(line, snapshot) for line in rows)}</pre></div>'
+    return (
+        f'<div class="ak-code"><pre>{chr(10).join(_code_line(line, snapshot) for line in rows)}</pre></div>'
+    )
 
 
 _KEYWORDS = re.compile(r"^(\s*)(def|for|if|elif|else|return)\b")
@@ -142,7 +144,14 @@ def _row(r: RewriteClass) -> dict[str, Any]:
         now = str(r).split(": ", 1)[-1].split(" (", 1)[0]
     places = ", ".join(dict.fromkeys(s.module_path or "root" for s in r.sites[:12]))
     more = f" and {len(r.sites) - 12} more" if len(r.sites) > 12 else ""
-    return {"count": r.count, "was": was or "nothing", "now": now, "where": r.where, "places": places + more, "picture": ""}
+    return {
+        "count": r.count,
+        "was": was or "nothing",
+        "now": now,
+        "where": r.where,
+        "places": places + more,
+        "picture": "",
+    }
 
 
 def kind_of(s: Step, next_step: Step | None = None) -> str:
@@ -249,7 +258,11 @@ def _diff(d: Diff) -> str:
     head = f'<div class="ak-head"><span class="ak-fact"><b>+{len(d.created)} −{len(d.erased)} ~{len(d.changed)}</b> nodes</span></div>'
     module = _environment().get_template("macros.html").module
     code = diff_html(d.before, d.after)
-    tail = f'<details><summary>Code, before and after</summary><div class="ak-body">{code}</div></details>' if code else ""
+    tail = (
+        f'<details><summary>Code, before and after</summary><div class="ak-body">{code}</div></details>'
+        if code
+        else ""
+    )
     return fragment(head + str(module.rewrites(rows, more)) + tail)
 
 
@@ -273,7 +286,12 @@ def _snapshot(s: Snapshot) -> str:
 
 def snapshot_body(s: Snapshot, history: History | None = None) -> str:
     """A graph's HTML without the style: picture, program, operations."""
-    variants = [f"{layers_text(v.layers)} ×{len(v.blocks)}" for seg in fold(s) for v in seg.variants if len(v.blocks) > 1]
+    variants = [
+        f"{layers_text(v.layers)} ×{len(v.blocks)}"
+        for seg in s.folding
+        for v in seg.variants
+        if len(v.blocks) > 1
+    ]
     calls = sum(n.op == "call_function" for n in s)
     return template(
         "snapshot.html",
@@ -289,6 +307,8 @@ def _text(text: Text) -> str:
         for row in text.splitlines():
             body, mark, comment = row.partition("  # ") if "  # " in row else row.partition("# ")
             html = _KEYWORDS.sub(r'\1<span class="k">\2</span>', escape(body, quote=False))
-            rows.append(html + (f'<span class="c">{escape(mark + comment, quote=False)}</span>' if mark else ""))
+            rows.append(
+                html + (f'<span class="c">{escape(mark + comment, quote=False)}</span>' if mark else "")
+            )
         return fragment(f'<div class="ak-code"><pre>{chr(10).join(rows)}</pre></div>')
     return fragment(f'<pre class="ak-text">{escape(text, quote=False)}</pre>')

@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
-_TEXT = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
+_TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
 
 
 class Plot(Figure):
@@ -33,9 +33,17 @@ class Plot(Figure):
         """The figure as an SVG element."""
         buffer = io.StringIO()
         with rc_context(_TEXT):
-            self.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+            self.savefig(
+                buffer,
+                format="svg",
+                transparent=True,
+                bbox_inches="tight",
+                metadata={"Date": None, "Creator": None},
+            )
         text = buffer.getvalue()
-        return text[text.index("<svg") :].replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1).strip()
+        return (
+            text[text.index("<svg") :].replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1).strip()
+        )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/plain": f"Plot({self.axes[0].get_title(loc='left')!r})", "image/svg+xml": self.svg()}
@@ -55,7 +63,9 @@ def _figure(width: float, height: float, title: str) -> tuple[Plot, Axes]:
     return figure, axes
 
 
-def _bars(title: str, names: list[str], values: list[float], labels: list[str], colours: list[str], unit: str) -> Plot:
+def _bars(
+    title: str, names: list[str], values: list[float], labels: list[str], colours: list[str], unit: str
+) -> Plot:
     figure, axes = _figure(7.2, 0.7 + 0.27 * max(1, len(names)), title)
     at = range(len(names))
     axes.barh(list(at), values, color=colours, height=0.66)
@@ -81,7 +91,9 @@ def nodes_by_stage(steps: Iterable[Step]) -> Plot:
     last = {str(s.stage): len(s.after) for s in steps if s.status == "done" and len(s.after)}
     values = [float(v) for v in last.values()]
     labels = [f"{v:,.0f}" for v in values]
-    return _bars("Nodes in the graph, after each stage", list(last), values, labels, [BLUE] * len(last), "nodes")
+    return _bars(
+        "Nodes in the graph, after each stage", list(last), values, labels, [BLUE] * len(last), "nodes"
+    )
 
 
 def time_by_pass(steps: Iterable[Step]) -> Plot:
@@ -90,7 +102,12 @@ def time_by_pass(steps: Iterable[Step]) -> Plot:
     colours = _stage_colours(ran)
     labels = [f"{s.seconds:.2f} s" if s.seconds >= 0.1 else f"{s.seconds * 1e3:.0f} ms" for s in ran]
     figure = _bars(
-        "Time a pass", [s.name for s in ran], [s.seconds for s in ran], labels, [colours[str(s.stage)] for s in ran], "seconds"
+        "Time a pass",
+        [s.name for s in ran],
+        [s.seconds for s in ran],
+        labels,
+        [colours[str(s.stage)] for s in ran],
+        "seconds",
     )
     _legend(figure.axes[0], colours)
     return figure
@@ -140,17 +157,31 @@ def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "
         y = part["flops"] / seconds[part.index]
         share = seconds[part.index] / whole
         label = f"{name}  {share.sum():.0%}" if k < 8 else "_hidden"
-        axes.scatter(x, y, s=18 + 900 * share, color=CYCLE[k % len(CYCLE)], alpha=0.75, linewidths=0, label=label)
+        axes.scatter(
+            x, y, s=18 + 900 * share, color=CYCLE[k % len(CYCLE)], alpha=0.75, linewidths=0, label=label
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.set_xlabel("arithmetic intensity (FLOP/byte)", color=INK, fontsize=9)
     axes.set_ylabel("attainable FLOP/s", color=INK, fontsize=9)
     axes.grid(True, which="major", color=GRID, linewidth=0.5)
-    axes.text(high, peak_flops * 1.12, f"{_si(peak_flops)}FLOP/s", ha="right", va="bottom", fontsize=8.5, color=INK)
-    axes.text(ridge / 12, ridge / 12 * bandwidth * 1.6, f"{_si(bandwidth)}B/s", ha="right", va="bottom", fontsize=8.5, color=INK)
+    axes.text(
+        high, peak_flops * 1.12, f"{_si(peak_flops)}FLOP/s", ha="right", va="bottom", fontsize=8.5, color=INK
+    )
+    axes.text(
+        ridge / 12,
+        ridge / 12 * bandwidth * 1.6,
+        f"{_si(bandwidth)}B/s",
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=INK,
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
-    legend = axes.legend(frameon=False, fontsize=8.5, loc="lower right", title="share of time", labelcolor=INK)
+    legend = axes.legend(
+        frameon=False, fontsize=8.5, loc="lower right", title="share of time", labelcolor=INK
+    )
     legend.get_title().set(color=INK, fontsize=8.5)
     for handle in legend.legend_handles:
         if handle is not None:

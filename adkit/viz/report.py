@@ -93,14 +93,21 @@ def _nav(steps: Steps, figures: bool, completions: bool, extra: list[dict[str, s
     top = [("overview", "Overview")] + ([("figures", "Figures")] if figures else [])
     top += [("completions", "Generated text")] if completions else []
     top += [(s["id"], s["title"]) for s in extra]
-    nav: list[dict[str, Any]] = [{"name": "", "links": [{"id": i, "name": n, "kind": "", "quiet": False} for i, n in top]}]
+    nav: list[dict[str, Any]] = [
+        {"name": "", "links": [{"id": i, "name": n, "kind": "", "quiet": False} for i, n in top]}
+    ]
     waiting = next((s for s in steps if s.status == "pending"), None)
     for s in steps:
         if nav[-1]["name"] != str(s.stage):
             nav.append({"name": str(s.stage), "links": []})
         kind = kind_of(s, waiting)
         nav[-1]["links"].append({"id": anchor(s), "name": s.name, "kind": kind, "quiet": kind != "changed"})
-    nav.append({"name": "end", "links": [{"id": "final", "name": "The graph at the end", "kind": "", "quiet": False}]})
+    nav.append(
+        {
+            "name": "end",
+            "links": [{"id": "final", "name": "The graph at the end", "kind": "", "quiet": False}],
+        }
+    )
     return nav
 
 

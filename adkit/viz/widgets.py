@@ -15,7 +15,15 @@ from adkit.viz.dot import draw_rewrite
 from adkit.viz.html import anchor, code_html, diff_html, fragment, kind_of, picture_html, step_body
 
 TABS = ("what it did", "picture", "code", "code diff", "rewrites", "nodes")
-_MARKS = {"changed": "●", "done": "○", "skipped": "–", "disabled": "×", "failed": "!", "pending": " ", "pending next": "→"}
+_MARKS = {
+    "changed": "●",
+    "done": "○",
+    "skipped": "–",
+    "disabled": "×",
+    "failed": "!",
+    "pending": " ",
+    "pending next": "→",
+}
 _MOST_ROWS = 400
 
 
@@ -56,7 +64,9 @@ class StepBrowser:
         chosen = step.rewrites[rewrite] if isinstance(rewrite, int) else rewrite
         picture = draw_rewrite(step, chosen).html() if len(step.before) else ""
         places = ", ".join(dict.fromkeys(s.module_path or "root" for s in chosen.sites[:20]))
-        return fragment(f"<p><b>{escape(str(chosen))}</b></p>{picture}<p class='ak-muted'>{escape(places)}</p>")
+        return fragment(
+            f"<p><b>{escape(str(chosen))}</b></p>{picture}<p class='ak-muted'>{escape(places)}</p>"
+        )
 
     def tab(self, index: int) -> str:
         """HTML of one tab (see :data:`TABS`) for the selected step."""
@@ -75,7 +85,11 @@ class StepBrowser:
 
     def _nodes(self, step: Step) -> str:
         table = step.after.table()
-        more = f'<p class="ak-muted">and {len(table) - _MOST_ROWS} more nodes</p>' if len(table) > _MOST_ROWS else ""
+        more = (
+            f'<p class="ak-muted">and {len(table) - _MOST_ROWS} more nodes</p>'
+            if len(table) > _MOST_ROWS
+            else ""
+        )
         html = table.head(_MOST_ROWS).to_html(border=0, classes="ak-table", table_id=f"nodes-{anchor(step)}")
         return f'<div class="ak-code">{html}</div>{more}'
 
@@ -93,7 +107,9 @@ class StepBrowser:
         self._explained = widgets.HTML()
         pages = list(self._panes)
         pages[4] = widgets.VBox([self._panes[4], self._buttons, self._explained])
-        self._tabs = widgets.Tab(children=pages, titles=TABS, layout=widgets.Layout(flex="1 1 auto", min_width="0"))
+        self._tabs = widgets.Tab(
+            children=pages, titles=TABS, layout=widgets.Layout(flex="1 1 auto", min_width="0")
+        )
         self._widgets = widgets
         self._list.observe(self._moved, names="value")
         self._tabs.observe(lambda change: self._show(), names="selected_index")
@@ -114,7 +130,9 @@ class StepBrowser:
             self._explained.value = ""
             buttons = []
             for r in self.steps[self._selected].rewrites if self.steps[self._selected].changed else ():
-                button = self._widgets.Button(description=str(r)[:120], tooltip=str(r), layout=self._widgets.Layout(width="auto"))
+                button = self._widgets.Button(
+                    description=str(r)[:120], tooltip=str(r), layout=self._widgets.Layout(width="auto")
+                )
                 button.on_click(partial(self._clicked, r))
                 buttons.append(button)
             self._buttons.children = buttons
