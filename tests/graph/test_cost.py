@@ -247,9 +247,9 @@ def test_totals_add_up(llama: snapshot.Snapshot) -> None:
 def test_sizes_that_are_missing_unknown_or_at_odds_are_refused(llama: snapshot.Snapshot) -> None:
     with pytest.raises(ValueError, match=r"sizes that were not given: .*seq"):
         cost_table(llama, "H200", {"batch": 1})
-    with pytest.raises(ValueError, match="'sequence' is not one of this graph's; it has .*batch"):
+    with pytest.raises(ValueError, match=r"'sequence' is not one of this graph's; it has .*batch"):
         cost_table(llama, "H200", {"batch": 1, "sequence": 3})
     with pytest.raises(ValueError, match="given twice"):
         cost_table(llama, "H200", {"batch": 1, "seq": 3, "tokens": 4})
-    with pytest.raises(ValueError, match="no device is called .H900"):
+    with pytest.raises(ValueError, match="no device is called"):
         cost_table(llama, "H900", {"batch": 1, "seq": 3})
