@@ -181,7 +181,9 @@ def _runs(snapshot: Snapshot) -> list[tuple[int | None, list[int]]]:
             runs.append((head[0], head[1] + stray[1] + tail[1]))
     merged: list[tuple[int | None, list[int]]] = []
     for k, (layer, ids) in enumerate(runs):
-        between = 0 < k < len(runs) - 1 and merged and merged[-1][0] is not None and runs[k + 1][0] is not None
+        between = (
+            0 < k < len(runs) - 1 and merged and merged[-1][0] is not None and runs[k + 1][0] is not None
+        )
         if layer is None and between:  # nodes of no module between two layers: the end of the first
             merged[-1][1].extend(ids)
         else:
@@ -191,7 +193,10 @@ def _runs(snapshot: Snapshot) -> list[tuple[int | None, list[int]]]:
     for k, (layer, ids) in enumerate(merged):
         if layer is not None and (layer not in longest or len(ids) > len(merged[longest[layer]][1])):
             longest[layer] = k
-    return [(layer if layer is not None and longest[layer] == k else None, ids) for k, (layer, ids) in enumerate(merged)]
+    return [
+        (layer if layer is not None and longest[layer] == k else None, ids)
+        for k, (layer, ids) in enumerate(merged)
+    ]
 
 
 @dataclass(slots=True)
@@ -237,7 +242,16 @@ def _sign(
     rows = []
     for i in ids:
         n = snapshot[i]
-        rows.append((n.op, _text(n.target_name), _freeze(n.args, ref), _freeze(n.kwargs, ref), _general_shape(n), str(n.dtype)))
+        rows.append(
+            (
+                n.op,
+                _text(n.target_name),
+                _freeze(n.args, ref),
+                _freeze(n.kwargs, ref),
+                _general_shape(n),
+                str(n.dtype),
+            )
+        )
     return _Signed(run, layer, ids, list(leaves), list(carries), tuple(rows))
 
 
@@ -251,7 +265,11 @@ def _general(n: NodeRecord, layer: int) -> str:
 
 
 def _general_shape(n: NodeRecord) -> Any:
-    return None if n.shape is None else tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in n.shape)
+    return (
+        None
+        if n.shape is None
+        else tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in n.shape)
+    )
 
 
 def _freeze(value: Any, ref: Any) -> Any:

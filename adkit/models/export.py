@@ -54,14 +54,16 @@ def export_model(model: Any, attention: str = "interface") -> GraphModule:
     if attention != "interface":
         return _capture(model, attention)[0]
     reason = "the model does not go through Hugging Face's attention interface"
+    gm = None
     try:
         gm, extensions = _capture(model, attention)
         if any(n.target is torch.ops.adkit.torch_attention.default for n in gm.graph.nodes):
             return gm
         if extensions.masks:  # masks went in as descriptors and nothing read them
-            gm, _ = _capture(model, "eager")
+            gm = None
     except MaskUsedAsTensor as error:
         reason = str(error)
+    if gm is None:
         gm, _ = _capture(model, "eager")
     facts: ExportFacts = gm.meta["adkit_export"]
     facts.attention = "eager"

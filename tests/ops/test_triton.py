@@ -32,6 +32,7 @@ def run(code: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     file = Path(__file__).with_name("triton_in_interpreter.py")
@@ -40,6 +41,7 @@ def test_kernels_equal_their_references_in_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_attention_compiles_for_gpus_within_their_shared_memory() -> None:
     done = run([str(Path(__file__).with_name("triton_for_gpus.py"))], TRITON_INTERPRET="0")

@@ -6,67 +6,36 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from adkit.contract import EngineConfig
 from adkit.graph.edit import clean
-from adkit.graph.matching import arg, aten, dtype_of, shape_of
 from adkit.graph.step import PassInfo
 from adkit.models.export import export_model
 from adkit.passes import Context, get_pass
+from tests.zoo import rmse_ratio, sensitise, tiny_config  # noqa: F401
 
-LAYERS = 3
-_TINY: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    sliding_window=8,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
+VOCAB = 131
+
+
+_CLEAN_UPS = (
+    "cleanup_input_constraints",
+    "cleanup_noop_slice",
+    "cleanup_noop_add",
+    "cleanup_noop_call",
+    "cleanup_identity_dtype_cast",
 )
 
 
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
-    """A random model whose logits depend on everything: matrices other than embeddings scaled by 10."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**_TINY, **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim >= 2 and "embed" not in name:
-                p.mul_(10)
-            elif p.ndim == 1:
-                p.add_(torch.randn_like(p) * 0.1)
-    return model
-
-
-def strip(gm: GraphModule) -> GraphModule:
-    """Remove export's asserts, identity casts, whole slices and dead code."""
-    for n in list(gm.graph.nodes):
-        if n.op != "call_function":
-            continue
-        if n.target is aten._assert_tensor_metadata.default:
-            gm.graph.erase_node(n)
-            continue
-        same = n.target in (aten.to.dtype, aten.type_as.default) and dtype_of(n) == dtype_of(n.args[0])
-        whole = n.target is aten.slice.Tensor and arg(n, 2, "start") in (None, 0) and str(shape_of(n)) == str(shape_of(n.args[0]))
-        if same or whole:
-            n.replace_all_uses_with(n.args[0])
-            gm.graph.erase_node(n)
-    clean(gm)
-    return gm
-
-
 def tiny_graph(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> GraphModule:
-    """The stripped export of :func:`tiny_model`."""
-    with torch.no_grad():
-        return strip(export_model(tiny_model(kind, dtype, **overrides)))
+    """A tiny random model of a type, exported in ``dtype`` and cleaned up; it shares the model's parameters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides), dtype=dtype).eval()
+    sensitise(model)
+    gm = export_model(model)
+    for key in _CLEAN_UPS:
+        run_pass(gm, key)
+    return gm
 
 
 def context() -> Context:
@@ -75,25 +44,19 @@ def context() -> Context:
 
 
 def run_pass(gm: GraphModule, key: str, **config: Any) -> PassInfo:
-    """Run one pass, then check that the graph holds together and that every value is of the right shape."""
+    """Run one pass and erase dead code, as the pipeline does; the graph must hold together."""
     info = get_pass(key)(config).apply(gm, context())
+    clean(gm)
     gm.graph.lint()
     gm.recompile()
     return info
 
 
 def logits(gm: GraphModule, batch: int = 2, length: int = 9, **extra: torch.Tensor) -> torch.Tensor:
-    """The graph's output on fixed inputs; the second sequence starts at position 3."""
-    ids = torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(length).expand(batch, length) + 3 * torch.arange(batch)[:, None]
+    """The graph's output on fixed random tokens; the second sequence starts at position 3."""
+    feed = inputs_for(gm, batch, length, VOCAB, **extra)
     with torch.no_grad():
-        return gm(input_ids=ids, position_ids=positions, use_cache=False, **extra)[0]
-
-
-def rmse_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """rmse(actual - expected) / rmse(expected)."""
-    a, e = actual.double(), expected.double()
-    return float((a - e).square().mean().sqrt() / e.square().mean().sqrt())
+        return gm(**feed)[0]
 
 
 def count(gm: GraphModule, op: str) -> int:
@@ -101,7 +64,7 @@ def count(gm: GraphModule, op: str) -> int:
     return sum(n.target is getattr(torch.ops.adkit, op).default for n in gm.graph.nodes)
 
 
-def check_values(gm: GraphModule, batch: int = 2, length: int = 9) -> None:
+def check_values(gm: GraphModule, batch: int = 2, length: int = 9, **extra: torch.Tensor) -> None:
     """Run the graph node by node and compare shape rank, known sizes and dtype with each node's recorded value."""
 
     class Checker(torch.fx.Interpreter):
@@ -119,10 +82,17 @@ def check_values(gm: GraphModule, batch: int = 2, length: int = 9) -> None:
                     assert all(g == w for g, w in sizes if isinstance(w, int)), f"{n}: {got.shape} is not {want.shape}"
             return out
 
-    ids = torch.zeros(batch, length, dtype=torch.long)
     with torch.no_grad():
-        Checker(gm).run(*(
-            {"input_ids": ids, "position_ids": torch.arange(length).expand(batch, length)}.get(str(n.target))
-            for n in gm.graph.nodes
-            if n.op == "placeholder"
-        ))
+        Checker(gm).run(*inputs_for(gm, batch, length, VOCAB, **extra).values())
+
+
+def inputs_for(gm: GraphModule, batch: int, length: int, vocab: int, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs by the names of the graph's placeholders, in order."""
+    values = {
+        "input_ids": torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(1)),
+        "position_ids": torch.arange(length).expand(batch, length) + 3 * torch.arange(batch)[:, None],
+        "rope_lengths": torch.full((batch, length), length + 3),
+        "logits_indices": torch.arange(length),
+        **extra,
+    }
+    return {n.target: values[n.target] for n in gm.graph.nodes if n.op == "placeholder"}

@@ -84,14 +84,15 @@ def _partner(second: Node) -> tuple[Node, list[Node]] | None:
             if inner.args[1:] != swap or not _contiguous(node.args[0], chain):
                 return None
             return node, chain[::-1]
-        if not _passes(node) or len(node.users) > 1:
+        if not last_dim_local(node) or len(node.users) > 1:
             return None
         chain.append(node)
         node = node.args[0]
     return None
 
 
-def _passes(node: Node) -> bool:
+def last_dim_local(node: Node) -> bool:
+    """True for an operation on each element or each row of the last dimension, of one tensor and numbers."""
     if node.target in _LAST_DIM_LOCAL or node.target in (aten.contiguous.default, aten.clone.default):
         return True
     return node.target in _SCALED and not isinstance(node.args[1], Node) and len(shape_of(node.args[0]) or ()) > 0

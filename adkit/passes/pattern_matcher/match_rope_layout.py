@@ -11,6 +11,7 @@ import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 from adkit.graph.matching import arg, aten, term_of
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
+from adkit.passes.pattern_matcher.eliminate_redundant_transposes import last_dim_local
 from adkit.passes.registry import register
 
 _BNSD, _BSND = 1, 2  # where a table [B, S, R] gets its head dimension
@@ -43,7 +44,7 @@ class MatchRopeLayout(Pass):
             outs = [u for u in node.users if u.target is operator.getitem]
             if arg(node, place, "unsqueeze_dim", _BNSD) != _BNSD or len(outs) != len(node.users):
                 continue
-            if not all(_swaps_heads(user) for out in outs for user in out.users):
+            if not all(_wants_bsnd(user) for out in outs for user in out.users):
                 continue
             self._rewrite(gm, node, outs, place)
             count += 1
@@ -60,6 +61,9 @@ class MatchRopeLayout(Pass):
                 s.replace(out, s.call(aten.transpose.int, (piece, 1, 2), like=out))
 
 
-def _swaps_heads(node: Node) -> bool:
-    term = term_of(node)
+def _wants_bsnd(reader: Node) -> bool:
+    """True when ``reader`` is the transpose to bsnd, or a lone norm or scaling on the way to it."""
+    while last_dim_local(reader) and len(reader.users) == 1:
+        (reader,) = reader.users
+    term = term_of(reader)
     return term is not None and term.op == "transpose" and term.args[1:] == (-3, -2)

@@ -77,6 +77,17 @@ def halves_partial(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat, rest: Pat) ->
 
 
 @pattern
+def half_reversed(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat) -> Pat:
+    return named("rotated", x * cos + cat(-1, last(x, mid, end), -last(x, 0, mid)) * sin)
+
+
+@pattern
+def deinterleaved(x: Pat, cos: Pat, sin: Pat, end: Pat) -> Pat:
+    even, odd = last(x, 0, end, 2), last(x, 1, end, 2)
+    return named("rotated", cat(-1, even * cos - odd * sin, odd * cos + even * sin))
+
+
+@pattern
 def interleaved(x: Pat, cos: Pat, sin: Pat, end: Pat) -> Pat:
     return _interleaved(x, cos, sin, end)
 
@@ -91,14 +102,16 @@ def complex_freqs(x: Pat, freqs: Pat) -> Pat:
     return _complex(x, freqs)
 
 
+_HALF = (half, half_partial, half_reversed, halves, halves_partial, deinterleaved)
+_NARROW = (halves, halves_partial, deinterleaved)  # cos and sin of half the width
 _OPS = {
-    **dict.fromkeys((half, half_partial, halves, halves_partial), torch.ops.adkit.torch_rope_with_explicit_cos_sin.default),
+    **dict.fromkeys(_HALF, torch.ops.adkit.torch_rope_with_explicit_cos_sin.default),
     **dict.fromkeys((interleaved, interleaved_partial), torch.ops.adkit.torch_rope_with_qk_interleaving.default),
     complex_freqs: torch.ops.adkit.torch_rope_with_complex_freqs.default,
 }
 _PATTERNS: tuple[Pattern, ...] = tuple(_OPS)
 
-# A table the op reads, as a recipe: a node of the graph, or (target, args) over recipes. Equal recipes are one node.
+# What the op reads, as a recipe: a node of the graph, or (target, args) over recipes. Equal recipes are one node.
 _Recipe = Any
 
 
@@ -107,7 +120,7 @@ class _Turn:
     """One rotated tensor: what is rotated, by which tables, where the head dimension goes in them."""
 
     match: Match
-    x: Node
+    x: _Recipe
     tables: tuple[_Recipe, ...]
     unsqueeze_dim: int
 
@@ -157,8 +170,8 @@ class MatchRope(Pass):
     def _rewrite(self, gm: GraphModule, q: _Turn, k: _Turn, made: dict[_Recipe, Node]) -> None:
         root_q, root_k = q.match.root, k.match.root
         with self.site(gm, (*q.match.nodes, *k.match.nodes), label="rope", before=root_k) as s:
-            tables = [_build(s, t, made) for t in q.tables]
-            pair = s.call(_OPS[q.match.pattern], (q.x, k.x, *tables, q.unsqueeze_dim))
+            inputs = [_build(s, recipe, made) for recipe in (q.x, k.x, *q.tables)]
+            pair = s.call(_OPS[q.match.pattern], (*inputs, q.unsqueeze_dim))
             pair.meta["val"] = (root_q.meta["val"], root_k.meta["val"])
             s.replace(root_q, s.call(operator.getitem, (pair, 0), like=root_q))
             s.replace(root_k, s.call(operator.getitem, (pair, 1), like=root_k))
@@ -183,7 +196,10 @@ def _turn(match: Match) -> _Turn | None:
     if "freqs" in match.bound:
         return _with_tables(match, x, (match["freqs"],), shape[-1] // 2, None)
     compute = dtype_of(match["rotated"])
-    width = match["mid"] if match.pattern in (halves, halves_partial) else shape[-1]
+    width = shape[-1] // 2 if match.pattern in _NARROW else shape[-1]
+    if match.pattern is deinterleaved:
+        even, odd = ((aten.slice.Tensor, (x, -1, start, shape[-1], 2)) for start in (0, 1))
+        x = (aten.cat.default, ((even, odd), -1))
     return _with_tables(match, x, (match["cos"], match["sin"]), width, compute)
 
 
@@ -201,7 +217,7 @@ def _whole(head: Node, rest: Node) -> Node | None:
 
 
 def _with_tables(
-    match: Match, x: Node, tables: tuple[Any, ...], width: int, compute: torch.dtype | None
+    match: Match, x: _Recipe, tables: tuple[Any, ...], width: int, compute: torch.dtype | None
 ) -> _Turn | None:
     """Check the tables' shape [B, 1, S, width] or [B, S, 1, width] and write them as recipes without the 1."""
     recipes, dims = [], set()
@@ -217,8 +233,10 @@ def _with_tables(
         recipe = _without(table, dim - 4)
         if compute is not None and dtype_of(table) != compute:
             recipe = (aten.to.dtype, (recipe, compute))
-        if match.pattern in (halves, halves_partial):
+        if match.pattern in _NARROW:
             recipe = (aten.cat.default, ((recipe, recipe), -1))
+        if match.pattern is half_reversed and table is tables[-1]:
+            recipe = (aten.neg.default, (recipe,))
         recipes.append(recipe)
     return _Turn(match, x, tuple(recipes), dim)
 
@@ -251,8 +269,8 @@ def _build(s: Site, recipe: _Recipe, made: dict[_Recipe, Node]) -> Node:
             [_build(s, a, made) for a in arg] if isinstance(arg, tuple) else arg
             for arg in (_build(s, a, made) if _is_recipe(a) else a for a in args)
         ]
-        source = next(n for a in built for n in (a if isinstance(a, list) else [a]) if isinstance(n, Node))
-        made[recipe] = s.call(target, tuple(built), before=source.next)
+        read = max(n for a in built for n in (a if isinstance(a, list) else [a]) if isinstance(n, Node))
+        made[recipe] = s.call(target, tuple(built), before=read.next)
     return made[recipe]
 
 
@@ -270,7 +288,7 @@ def _free_of(gm: GraphModule, q: _Turn, k: _Turn, order: dict[Node, int]) -> boo
     todo = [q.match.root]
     while todo:
         for user in todo.pop().users:
-            if user is k.match.root or user in k.match.nodes or user is k.x:
+            if user is k.match.root or user in k.match.nodes:
                 return False
             if order[user] < here and user not in early:
                 early.add(user)

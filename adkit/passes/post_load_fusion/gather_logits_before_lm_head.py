@@ -1,0 +1,99 @@
+"""``gather_logits_before_lm_head``: logits only of the tokens that are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
+from adkit.graph.edit import Site, fake_mode_of, fake_value
+from adkit.graph.matching import aten, shape_of
+from adkit.graph.step import PassInfo
+from adkit.passes.base import Context, Pass, Stage
+from adkit.passes.registry import register
+
+INPUT = "logits_indices"
+_LINEARS = {torch.ops.adkit.torch_linear_simple.default, aten.linear.default}
+# What may lie between the last linear and the logits: work on each element with numbers.
+_POINTWISE = {
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.add.Scalar,
+    aten.sub.Tensor, aten.tanh.default, aten.neg.default, aten.to.dtype, aten._to_copy.default, aten.clone.default,
+    aten.contiguous.default, aten.clamp.default,
+}  # fmt: skip
+
+
+@register
+class GatherLogits(Pass):
+    """Pick the hidden states whose logits are wanted before the lm_head, by a new input ``logits_indices`` [L].
+
+    A prompt of a thousand tokens needs the logits of its last one only; the lm_head over a large vocabulary is the
+    widest product of the model and its float output the largest tensor (T x V). Logits become [B, L, V].
+
+        before: logits = linear(h, lm_head)                                   # [B, S, V]
+        after:  logits = linear(index_select(h, 1, logits_indices), lm_head)  # [B, L, V]
+    """
+
+    key = "gather_logits_before_lm_head"
+    stage = Stage.POST_LOAD_FUSION
+
+    def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
+        """Insert the input and the gather."""
+        if any(n.op == "placeholder" and n.target == INPUT for n in gm.graph.nodes):
+            return PassInfo(skipped=True, reason=f"the graph has an input {INPUT} already")
+        chain = _from_linear_to_logits(gm)
+        if chain is None:
+            return PassInfo(skipped=True, reason="the logits do not come from a linear layer through pointwise work")
+        linear = chain[0]
+        hidden: Node = linear.args[0]  # type: ignore[assignment]
+        with self.site(gm, [linear], label="gather logits", before=linear) as s:
+            indices = _placeholder(gm, s)
+            gathered = s.call(aten.index_select.default, (hidden, 1, indices))
+            linear.replace_input_with(hidden, gathered)
+        for node in chain:
+            node.meta["val"] = fake_value(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        return PassInfo(num_matches=1)
+
+
+def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
+    """The last linear and the pointwise nodes after it up to the logits; None if there is no such path."""
+    output = gm.graph.output_node()
+    node: Any = output.args[0]
+    while isinstance(node, (tuple, list)) and len(node) == 1:
+        node = node[0]
+    chain: list[Node] = []
+    while isinstance(node, Node) and len(node.users) == 1:
+        chain.insert(0, node)
+        if node.target in _LINEARS:
+            return chain if len(shape_of(node.args[0]) or ()) == 3 else None  # type: ignore[arg-type]
+        if node.target not in _POINTWISE or len(node.all_input_nodes) != 1:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _placeholder(gm: GraphModule, s: Site) -> Node:
+    """The new input, after the others; int64 with a size of its own."""
+    *_, last = (n for n in gm.graph.nodes if n.op == "placeholder")
+    mode = fake_mode_of(gm)
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(INPUT)
+    node.meta["val"] = _indices(mode, last.meta.get("val"))
+    s.record.made.append(node)
+    return node
+
+
+def _indices(mode: Any, other: Any) -> torch.Tensor | None:
+    """A fake int64 [L], L symbolic, beside the graph's other inputs; None for a graph without values."""
+    if not isinstance(other, torch.Tensor):
+        return None
+    if mode is None or mode.shape_env is None:
+        return other.new_empty((2,), dtype=torch.long)
+    from torch._dynamo.source import ConstantSource
+
+    example = torch.zeros(5, dtype=torch.long, device=other.device)
+    size = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    fake: torch.Tensor = mode.from_tensor(example, symbolic_context=size, source=ConstantSource(INPUT))
+    return fake
