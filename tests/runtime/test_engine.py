@@ -53,6 +53,8 @@ def test_every_output_equals_running_alone(
                 engine.cancel(handle)
         assert bool(engine.step()) <= bool(handles)
         engine.pages.check(s.pages for s in engine.scheduler)
+        in_line = [s.id for s in engine.scheduler]
+        assert in_line == sorted(in_line), "somebody jumped the queue"
         assert len(engine.scheduler.running) <= max_batch_size
         step += 1
         assert step < 3000, "no progress"
