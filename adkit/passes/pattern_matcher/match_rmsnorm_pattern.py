@@ -102,9 +102,10 @@ def _arguments(match: Match) -> tuple[Any, ...] | None:
     scaled, offset = match["scaled"], bound.get("offset", 0.0)
     used = next((a for a in scaled.args if isinstance(a, Node) and uncast(a) is match["normed"]), None)
     wide = dtype_of(used) == torch.float32
+    if not isinstance(match["weight"], Node) or not isinstance(offset, (int, float)):
+        return None
     weight = uncast(match["weight"]) if wide else match["weight"]
-    shape = shape_of(weight) if isinstance(weight, Node) else None
-    if shape is None or len(shape) != 1 or not isinstance(offset, (int, float)):
+    if len(shape_of(weight) or ()) != 1:
         return None
     if offset and wide and dtype_of(match["weight"]) != torch.float32:
         return None  # 1 + w was rounded before it was cast

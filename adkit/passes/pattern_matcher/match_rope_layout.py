@@ -54,7 +54,7 @@ class MatchRopeLayout(Pass):
         with self.site(gm, (node, *outs), label="rope layout", before=node.next) as s:
             swapped = [s.call(aten.transpose.int, (x, 1, 2)) for x in node.args[:2]]
             tables = node.args[2:place]
-            new = s.call(node.target, (*swapped, *tables, _BSND))
+            new = s.call(node.target, (*swapped, *tables, _BSND), like=node)
             new.meta["val"] = tuple(x.meta["val"] for x in swapped)
             for out in outs:
                 piece = s.call(operator.getitem, (new, out.args[1]), like=swapped[out.args[1]])

@@ -171,7 +171,7 @@ class MatchRope(Pass):
         root_q, root_k = q.match.root, k.match.root
         with self.site(gm, (*q.match.nodes, *k.match.nodes), label="rope", before=root_k) as s:
             inputs = [_build(s, recipe, made) for recipe in (q.x, k.x, *q.tables)]
-            pair = s.call(_OPS[q.match.pattern], (*inputs, q.unsqueeze_dim))
+            pair = s.call(_OPS[q.match.pattern], (*inputs, q.unsqueeze_dim), like=root_q)
             pair.meta["val"] = (root_q.meta["val"], root_k.meta["val"])
             s.replace(root_q, s.call(operator.getitem, (pair, 0), like=root_q))
             s.replace(root_k, s.call(operator.getitem, (pair, 1), like=root_k))

@@ -33,16 +33,15 @@ class FuseAddRMSNorm(Pass):
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Rewrite every norm of a sum of two equal shapes."""
         norms = every("rmsnorm")
-        order = {n: i for i, n in enumerate(gm.graph.nodes)}
         count = 0
         for norm in [n for n in gm.graph.nodes if n.target in norms]:
             total = norm.args[0]
-            if not _is_sum(total) or not _movable(total, norm, order):
+            if not _is_sum(total) or not _movable(total, norm):
                 continue
-            older, newer = sorted(total.args, key=lambda n: order.get(n, len(order)))
+            older, newer = sorted(total.args)  # FX nodes compare by their place in the graph
             with self.site(gm, (total, norm), label="add + rmsnorm", before=norm) as s:
                 target = pick("fused_add_rmsnorm", self.config.backend, ctx.device)
-                both = s.call(target, (newer, older, *norm.args[1:]), norm.kwargs)
+                both = s.call(target, (newer, older, *norm.args[1:]), norm.kwargs, like=norm)
                 both.meta["val"] = (norm.meta.get("val"), total.meta.get("val"))
                 s.replace(norm, s.call(operator.getitem, (both, 0), like=norm))
                 s.replace(total, s.call(operator.getitem, (both, 1), like=total))
@@ -60,6 +59,6 @@ def _is_sum(node: object) -> bool:
     return same_shape(a, b) and dtype_of(a) == dtype_of(b) == dtype_of(node)
 
 
-def _movable(total: Node, norm: Node, order: dict[Node, int]) -> bool:
+def _movable(total: Node, norm: Node) -> bool:
     """True when nobody reads the sum before the norm's place, where the fused op goes."""
-    return all(order.get(user, len(order)) >= order[norm] for user in total.users)
+    return all(not user < norm for user in total.users)

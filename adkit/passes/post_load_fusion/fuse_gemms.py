@@ -68,9 +68,12 @@ class FuseGemms(Pass):
             old = anchor.meta["val"]
             fused = s.call(torch.ops.adkit.torch_linear_simple.default, tuple(operands), like=anchor)
             fused.meta["val"] = old.new_empty((*old.shape[:-1], sum(sizes)))
-            pieces = s.call(aten.split_with_sizes.default, (fused, sizes, -1))
+            pieces = s.call(aten.split_with_sizes.default, (fused, sizes, -1), like=fused)
+            pieces.meta["val"] = fused.meta["val"].split(sizes, -1)
             for i, node in enumerate(nodes):
-                s.replace(node, s.call(operator.getitem, (pieces, i)))
+                piece = s.call(operator.getitem, (pieces, i), like=node)
+                piece.meta["val"] = pieces.meta["val"][i]
+                s.replace(node, piece)
 
 
 def _tensors(named: Any) -> list[torch.Tensor]:
