@@ -227,7 +227,10 @@ def _sign(
             return ("here", place[r.id])
         n = snapshot[r.id]
         if n.op in LEAVES:
-            if readers[r.id] == {run}:
+            numbered = n.op == "get_attr" or _DIGITS.search(n.target_name)
+            if readers[r.id] == {run} and not numbered and previous is None:  # an input is what the first layer starts on
+                return ("carry", carries.setdefault(r.id, len(carries)))
+            if readers[r.id] == {run} and numbered:
                 leaves.setdefault(r.id, len(leaves))
                 return ("own", _general(n, layer), str(_general_shape(n)))
             return ("shared", r.id)

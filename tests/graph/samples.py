@@ -130,6 +130,8 @@ def fuse_gate_up(gm: GraphModule) -> int:
         if n.target is not ops.torch_swiglu.default:
             continue
         gate, up = n.args[:2]
+        if gate.target is not aten.linear.default:
+            continue
         path = gate.args[1].target.rsplit(".", 2)[0]
         fused = torch.nn.Parameter(torch.cat([gm.get_parameter(x.args[1].target) for x in (gate, up)]))
         gm.get_submodule(path).register_parameter("gate_up_weight", fused)
