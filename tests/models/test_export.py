@@ -122,7 +122,13 @@ def test_hugging_faces_own_attention_on_request(attention: str) -> None:
 LENGTH_DEPENDENT = [
     ("phi3", {}),
     ("phimoe", {}),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16}),
+    (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
+    ),
     (
         "gemma3_text",
         {
@@ -133,7 +139,13 @@ LENGTH_DEPENDENT = [
             "max_position_embeddings": 16,
         },
     ),
-    ("gpt_oss", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16}),
+    (
+        "gpt_oss",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
+    ),
 ]
 
 
@@ -146,7 +158,9 @@ def test_length_dependent_rope_is_right_for_each_row(kind: str, more: dict[str, 
     alone = [reference(tiny(kind, **more)[1], inputs) for inputs in (short, boundary, long)]
     # one batch of rows of different lengths, padded on the right, each row with its own length
     batch = {
-        name: torch.cat([nn.functional.pad(i[name], (0, 40 - i[name].shape[1]), value=1) for i in (short, boundary, long)])
+        name: torch.cat(
+            [nn.functional.pad(i[name], (0, 40 - i[name].shape[1]), value=1) for i in (short, boundary, long)]
+        )
         for name in short
     }
     for row, length in enumerate((9, 16, 40)):
@@ -219,7 +233,9 @@ def test_a_mask_that_is_not_understood_is_an_error_naming_the_module(monkeypatch
         return (q - k) % 3 == 0
 
     monkeypatch.setattr(
-        modeling, "create_causal_mask", lambda **kwargs: create_causal_mask(**kwargs, and_mask_function=every_third)
+        modeling,
+        "create_causal_mask",
+        lambda **kwargs: create_causal_mask(**kwargs, and_mask_function=every_third),
     )
     with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn \(LlamaAttention\).*no combination"):
         export_model(meta_twin(tiny_config("llama")))
@@ -228,7 +244,9 @@ def test_a_mask_that_is_not_understood_is_an_error_naming_the_module(monkeypatch
 def test_a_tensor_mask_is_an_error_naming_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.models.llama.modeling_llama as modeling
 
-    monkeypatch.setattr(modeling, "create_causal_mask", lambda inputs_embeds, **kwargs: torch.zeros(1, 1, 11, 11))
+    monkeypatch.setattr(
+        modeling, "create_causal_mask", lambda inputs_embeds, **kwargs: torch.zeros(1, 1, 11, 11)
+    )
     with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn.*mask tensor"):
         export_model(meta_twin(tiny_config("llama")))
 
@@ -241,7 +259,9 @@ def test_an_unknown_argument_of_eager_attention_is_an_error(monkeypatch: pytest.
 
     original = modeling.LlamaAttention.forward
     monkeypatch.setattr(modeling, "eager_attention_forward", eager_attention_forward)
-    monkeypatch.setattr(modeling.LlamaAttention, "forward", lambda self, *a, **k: original(self, *a, **k, twist=2.0))
+    monkeypatch.setattr(
+        modeling.LlamaAttention, "forward", lambda self, *a, **k: original(self, *a, **k, twist=2.0)
+    )
     with pytest.raises(ExportError, match="twist=2.0"):
         export_model(meta_twin(tiny_config("llama")))
 
