@@ -9,6 +9,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from adkit.contract import SamplingParams
+from adkit.runtime.batch import build_batch
 from adkit.runtime.sampler import _draw, _penalise_repetition, filter_scores, sample
 from adkit.runtime.sequence import Sequence
 
@@ -164,3 +165,28 @@ def test_logprobs_are_the_models_own():
     best = expected[1].topk(4)
     assert list(logprob1.top) == best.indices.tolist()
     assert list(logprob1.top.values()) == pytest.approx(best.values.tolist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_packing_and_sampling_never_wait_and_give_the_cpus_tokens():
+    params = [
+        SamplingParams(logprobs=2),
+        SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, seed=1),
+        SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.2, seed=2, logprobs=1),
+    ]
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(7))
+    on_gpu = logits.cuda()
+    sequences = [request(p) for p in params]
+    for sequence in sequences:
+        sequence.pages.append(1)
+        sequence.num_scheduled = 3
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = build_batch(sequences, 16, on_gpu.device)
+        sampled = sample(on_gpu, sequences)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert batch.input_ids.tolist() == [[1, 2, 3] * 3]
+    ours, theirs = sampled.to_host(params), sample(logits, [request(p) for p in params]).to_host(params)
+    assert [token for token, _ in ours] == [token for token, _ in theirs]
+    assert ours[0][1].logprob == pytest.approx(theirs[0][1].logprob)
