@@ -40,8 +40,8 @@ def write_report(
 
     ``sections``: (title, HTML) pairs of the caller's own. ``completions``: (prompt, text) pairs, or objects
     with ``.prompt`` and ``.text``. ``figures``: matplotlib Figures, HTML strings, or (caption, either) pairs;
-    None draws the standard ones (nodes, time, memory). Stays under 5 MB: where it would not, the largest steps are shown
-    without their whole-graph pictures.
+    None draws the standard ones (nodes, time, memory). Stays under 5 MB: where it would not, the largest
+    steps are shown without their whole-graph pictures.
     """
     drawn = [_figure(f) for f in (standard_figures(steps) if figures is None else figures)]
     extra = [{"id": _slug(name), "title": name, "body": body} for name, body in sections]
