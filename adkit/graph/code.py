@@ -114,7 +114,7 @@ class Symbols:
         return _WORD.sub(name, str(d))
 
     def value(self, val: Any) -> str:
-        """Shape and dtype of a value or record: ``[B, S, 4096] bf16``, ``(..., ...)`` of several, or empty."""
+        """Shape and dtype of a value or record: ``[B, S, 4096] bf16``, ``(..., ...)``; else empty."""
         if isinstance(val, NodeRecord):
             if val.shape is None:
                 return self.value(val.val)
