@@ -215,7 +215,7 @@ def logits(gm: GraphModule, snapshot: Snapshot, wb: Workbench, seed: int = 0) ->
     with torch.inference_mode():
         if not set(inputs) & set(CACHE_INPUTS):
             return [_whole(gm, inputs, p, n, wb.device) for p, n in zip(prompts, prefill, strict=True)]
-        return packed_logits(gm, inputs, _scratch_pool(wb), prompts, prefill, wb.device)
+        return packed_logits(lambda **feed: gm(**feed)[0], inputs, _scratch_pool(wb), prompts, prefill, wb.device)
 
 
 def rope_lengths(length: int, prompt: int) -> Tensor:
@@ -243,7 +243,7 @@ def _scratch_pool(wb: Workbench) -> CachePool:
 
 
 def packed_logits(
-    forward: Callable[..., Any],
+    forward: Callable[..., Tensor],
     inputs: Sequence[str],
     pool: CachePool,
     sequences: Sequence[Tensor],
@@ -252,7 +252,7 @@ def packed_logits(
 ) -> list[Tensor]:
     """Logits [len, V] of known token sequences through a packed, cached graph, all sequences in one batch.
 
-    The first ``prefill[i]`` tokens of each go in at once, the rest one a step, as in generation. ``pool`` is
+    ``forward`` gives logits [1, T, V]. The first ``prefill[i]`` tokens of each go in at once, the rest one a step, as in generation. ``pool`` is
     given memory of its own for the purpose.
     """
     size = pool.page_size
@@ -279,7 +279,7 @@ def packed_logits(
             slot_mapping=table[owner, position // size].long() * size + position % size,
             logits_indices=torch.arange(len(position)),
         ).to(device)
-        out = forward(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in inputs})[0][0]
+        out = forward(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in inputs})[0]
         for (i, _, b), part in zip(spans, out.split(counts.tolist()), strict=True):
             found[i].append(part)
             done[i], step[i] = b, 1

@@ -108,7 +108,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
-    "llama4_text": {"no_rope_layers": [1, 0], "layer_types": DROP, "interleave_moe_layer_step": 1, "max_position_embeddings": 512},
+    "llama4_text": {
+        "no_rope_layers": [1, 0],
+        "layer_types": DROP,
+        "interleave_moe_layer_step": 1,
+        "max_position_embeddings": 512,
+    },
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -159,7 +164,10 @@ def meta_twin(config: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def with_weights_of(gm: torch.fx.GraphModule, model: Any) -> torch.fx.GraphModule:
     """Fill a graph exported from meta with the tensors of a real model, by name."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target in tensors:
             path, _, name = node.target.rpartition(".")
@@ -175,7 +183,9 @@ def rmse_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).double().norm() / expected.double().norm())
 
 
-def inputs_for(gm: torch.fx.GraphModule, batch: int, length: int, vocab: int = 131, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs_for(
+    gm: torch.fx.GraphModule, batch: int, length: int, vocab: int = 131, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Random inputs by the names of the graph's placeholders."""
     ids = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
     values = {

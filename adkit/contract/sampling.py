@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 from adkit.contract.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+def _is(kind: type, value: object) -> bool:
+    """Whether a value is a number of this kind (numpy's count; True and False do not)."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +43,45 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if not isinstance(self.stop, (tuple, list)) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        ids = self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", tuple(ids) if isinstance(ids, Iterable) else (ids,))
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive finite number"),
-            ("top_k", self.top_k >= 0, "0 (off) or a positive number of tokens"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a positive finite number"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or 0 to 20"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+            (
+                "max_tokens",
+                _is(Integral, self.max_tokens) and self.max_tokens >= 1,
+                "a whole number, at least 1",
+            ),
+            (
+                "temperature",
+                _is(Real, self.temperature) and 0 <= self.temperature < math.inf,
+                "0 (greedy) or a positive finite number",
+            ),
+            (
+                "top_k",
+                _is(Integral, self.top_k) and self.top_k >= 0,
+                "0 (off) or a positive number of tokens",
+            ),
+            ("top_p", _is(Real, self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("min_p", _is(Real, self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]"),
+            (
+                "repetition_penalty",
+                _is(Real, self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                "a positive finite number",
+            ),
+            ("seed", self.seed is None or _is(Integral, self.seed), "None or a whole number"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "a non-empty string, or several"),
+            (
+                "stop_token_ids",
+                all(_is(Integral, t) for t in self.stop_token_ids),
+                "token ids (whole numbers)",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or (_is(Integral, self.logprobs) and 0 <= self.logprobs <= 20),
+                "None or 0 to 20",
+            ),
         )
         for name, ok, expected in checks:
             if not ok:

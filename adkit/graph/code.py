@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from adkit.graph.folding import LEAVES, Block, Segment, fold, layers_text
-from adkit.graph.folding import Folding as _Folding
+from adkit.graph.folding import LEAVES, Block, Folding, Segment, layers_text
 from adkit.graph.provenance import layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 
@@ -58,7 +57,9 @@ def render(snapshot: Snapshot, fold: bool = True, layer: int | None = None, type
     return Text("\n".join(str(line) for line in lines(snapshot, fold=fold, layer=layer, types=types)))
 
 
-def lines(snapshot: Snapshot, *, fold: bool = True, layer: int | None = None, types: bool = True) -> list[Line]:
+def lines(
+    snapshot: Snapshot, *, fold: bool = True, layer: int | None = None, types: bool = True
+) -> list[Line]:
     """The program as :class:`Line` data; every call, input and output is on exactly one line (modulo folding)."""
     return _Writer(snapshot, types).write(fold, layer)
 
@@ -110,9 +111,13 @@ class Symbols:
         return _WORD.sub(name, str(d))
 
     def value(self, val: Any) -> str:
-        """A value's shape and dtype: ``[B, S, 4096] bf16``; several: ``(..., ...)``; empty when neither."""
+        """Shape and dtype of a value or of a record's value: ``[B, S, 4096] bf16``; several: ``(..., ...)``; empty when neither."""
+        if isinstance(val, NodeRecord):
+            if val.shape is None:
+                return self.value(val.val)
+            return f"[{', '.join(map(self.dim, val.shape))}] {dtype_text(val.dtype)}"
         if isinstance(val, torch.Tensor):
-            return f"[{', '.join(self.dim(d) for d in val.shape)}] {dtype_text(val.dtype)}"
+            return f"[{', '.join(map(self.dim, val.shape))}] {dtype_text(val.dtype)}"
         if isinstance(val, (tuple, list)):
             return f"({', '.join(self.value(v) or '-' for v in val)})"
         return ""
@@ -150,7 +155,7 @@ class _Writer:
         self.module = ""
 
     def write(self, fold_layers: bool, layer: int | None) -> list[Line]:
-        folding = fold(self.snapshot) if fold_layers or layer is not None else _plain(self.snapshot)
+        folding = self.snapshot.folding if fold_layers or layer is not None else _plain(self.snapshot)
         if layer is not None:
             return self.one_layer(folding, layer)
         self.inputs(folding)
@@ -163,7 +168,7 @@ class _Writer:
 
     # ---- pieces ------------------------------------------------------------------------------------
 
-    def inputs(self, folding: _Folding) -> None:
+    def inputs(self, folding: Folding) -> None:
         rows: list[tuple[str, str, tuple[int, ...]]] = []
         placeholders = [n for n in self.snapshot if n.op == "placeholder"]
         for n in placeholders:
@@ -176,10 +181,10 @@ class _Writer:
                 for i in ids:
                     self.names[i] = f"{name}[{layers[ids.index(i)]}]"
                 self.names[n.id] = f"{name}[i]"
-                rows.append((name, f"{len(ids)} x {self.symbols.value(n.val)}", ids))
+                rows.append((name, f"{len(ids)} x {self.symbols.value(n)}", ids))
             else:
                 self.names[n.id] = self.free(n.target_name)
-                rows.append((self.names[n.id], self.symbols.value(n.val), ids))
+                rows.append((self.names[n.id], self.symbols.value(n), ids))
         self.out.append(Line("def forward("))
         self.out.append(Line("self,", 1))
         for name, text, ids in rows:
@@ -265,7 +270,9 @@ class _Writer:
             n = self.snapshot[leaf]
             if n.op == "get_attr":
                 self.names[leaf] = _attribute_in_loop(n)
-        prefixes = {self.names[leaf].split(".layer.", 1)[0] for leaf in first.leaves if ".layer." in self.names[leaf]}
+        prefixes = {
+            self.names[leaf].split(".layer.", 1)[0] for leaf in first.leaves if ".layer." in self.names[leaf]
+        }
         if len(prefixes) == 1:
             self.out.append(Line(f"layer = {prefixes.pop()}[i]", depth))
             for leaf in first.leaves:
@@ -291,7 +298,7 @@ class _Writer:
             if old is not None:
                 self.names[i] = old
 
-    def one_layer(self, folding: _Folding, layer: int) -> list[Line]:
+    def one_layer(self, folding: Folding, layer: int) -> list[Line]:
         if layer not in folding.layers:
             known = sorted(folding.layers)
             has = f"layers {known[0]} to {known[-1]}" if known else "no layers"
@@ -303,10 +310,9 @@ class _Writer:
         for n in outside:
             self.names[n.id] = self.free(self.plain_name(n))
         self.out.append(Line(f"def layer_{layer}("))
-        for n in [None, *outside]:
-            text = "self" if n is None else self.names[n.id]
-            comment = self.symbols.value(n.val) if n is not None and self.types else ""
-            self.out.append(Line(f"{text},", 1, comment))
+        self.out.append(Line("self,", 1))
+        for n in outside:
+            self.out.append(Line(f"{self.names[n.id]},", 1, self.symbols.value(n) if self.types else ""))
         self.out.append(Line("):"))
         self.statements(nodes, 1)
         results = [self.names[n.id] for n in nodes if any(u not in inside for u in self.users[n.id])]
@@ -342,7 +348,7 @@ class _Writer:
             name = (rename or {}).get(n.id) or self.free(results.get(n.id) or self.plain_name(n))
             text = self.call(n)
             self.names[n.id] = name
-            comment = self.symbols.value(n.val) if self.types else ""
+            comment = self.symbols.value(n) if self.types else ""
             if not self.users[n.id]:
                 self.out.append(Line(text, depth, comment, ids))
             else:
@@ -362,14 +368,18 @@ class _Writer:
             read = [n for n in members if any(not _within(self.snapshot[u], path) for u in self.users[n.id])]
             read = [n for n in read if isinstance(n.val, torch.Tensor)]
             if len(read) > 1:  # a cast at the entrance (a norm's) is not the module's result
-                read = [n for n in read if not (n.target_name.startswith("aten.to.") and self.enters(n, path))]
+                read = [
+                    n for n in read if not (n.target_name.startswith("aten.to.") and self.enters(n, path))
+                ]
             if len(read) == 1 and read[0].target_name != "aten.sym_size.int":
                 found[read[0].id] = leaf
         names = list(found.values())
         return {i: name for i, name in found.items() if names.count(name) == 1}
 
     def enters(self, n: NodeRecord, path: str) -> bool:
-        return not any(_within(self.snapshot[i], path) for i in n.inputs() if self.snapshot[i].op not in LEAVES)
+        return not any(
+            _within(self.snapshot[i], path) for i in n.inputs() if self.snapshot[i].op not in LEAVES
+        )
 
     def plain_name(self, n: NodeRecord) -> str:
         if n.op in LEAVES:
@@ -454,8 +464,8 @@ def _literal(value: Any) -> str:
     return re.sub(r"\W+", "_", str(getattr(value, "__name__", type(value).__name__)))
 
 
-def _plain(snapshot: Snapshot) -> _Folding:
-    return _Folding((Segment(nodes=tuple(n.id for n in snapshot)),))
+def _plain(snapshot: Snapshot) -> Folding:
+    return Folding((Segment(nodes=tuple(n.id for n in snapshot)),))
 
 
 def _group(n: NodeRecord) -> str:
@@ -477,7 +487,9 @@ def _within(n: NodeRecord, path: str) -> bool:
 def _attribute_in_loop(n: NodeRecord) -> str:
     """A parameter of its own layer: ``self.model.layers.layer.mlp.weight`` (``.layer.`` marks the index)."""
     if layer_of(n.target_name) is not None:
-        return "self." + re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", without_layer(n.target_name).replace("*", "layer", 1))
+        return "self." + re.sub(
+            r"\.(\d+)(?=\.|$)", r"[\1]", without_layer(n.target_name).replace("*", "layer", 1)
+        )
     return "self." + re.sub(r"_*\d+", "[i]", n.target_name, count=1)
 
 

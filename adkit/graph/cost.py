@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -189,20 +190,23 @@ def _rows(call: Call) -> tuple[float, float]:
     return 0.0, float(2 * rows + sum(t.bytes for t in call.inputs if t is not table))
 
 
+@lru_cache(maxsize=256)
 def attended_pairs(
     queries: int, past: int = 0, causal: bool = True, window: int | None = None, chunk: int | None = None
 ) -> int:
     """(query, key) pairs a mask lets through, for ``queries`` tokens after ``past`` earlier ones."""
-    if not causal:
-        total = past + queries
-        return sum(
-            min(total, i + (window or total)) - max(0, i - (window or total) + 1) for i in range(past, total)
-        )
-    if window is None and chunk is None:
+    if causal and window is None and chunk is None:
         return queries * past + queries * (queries + 1) // 2
-    return sum(
-        min(i + 1, window or i + 1, i % chunk + 1 if chunk else i + 1) for i in range(past, past + queries)
-    )
+    total = past + queries
+    pairs = 0
+    for i in range(past, total):
+        low, high = 0, i + 1 if causal else total
+        if window is not None:
+            low, high = max(low, i - window + 1), min(high, i + window)
+        if chunk is not None:
+            low, high = max(low, i // chunk * chunk), min(high, (i // chunk + 1) * chunk)
+        pairs += high - low
+    return pairs
 
 
 @counts("aten.scaled_dot_product_attention")
@@ -218,14 +222,14 @@ def _sdpa(call: Call) -> tuple[float, float]:
 _MOVES = (
     *("clone", "contiguous", "to", "_to_copy", "copy", "copy_", "cat", "stack", "repeat", "flip", "roll"),
     *("index_copy", "index_copy_", "index_put", "index_put_", "scatter", "where", "masked_fill"),
-    *("constant_pad_nd", "arange", "full", "zeros", "ones", "empty"),
+    *("constant_pad_nd", "arange", "full", "zeros", "ones", "empty", "new_ones", "new_zeros"),
 )
 
 
 def _is_view(node: NodeRecord, call: Call) -> bool:
     """A call whose schema returns its own input's memory, unless it had to copy."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return call.target == "_operator.getitem" or not call.outputs
+        return call.target == "operator.getitem" or not call.outputs
     returns = node.target._schema.returns
     aliased = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     if not aliased or not call.inputs:
@@ -404,9 +408,6 @@ def cost_table(snapshot: Snapshot, device: Device | str, symbols: Mapping[str, i
 
 def weight_bytes(snapshot: Snapshot) -> int:
     """Bytes of the parameters and buffers the graph reads, each once."""
-    return sum(
-        n.val.numel() * n.val.dtype.itemsize
-        for n in {
-            n.target: n for n in snapshot if n.op == "get_attr" and isinstance(n.val, torch.Tensor)
-        }.values()
-    )
+    read = {i for n in snapshot for i in n.inputs()}
+    tensors = {n.target: n.val for n in snapshot if n.op == "get_attr" and n.id in read}
+    return sum(t.numel() * t.dtype.itemsize for t in tensors.values() if isinstance(t, torch.Tensor))

@@ -7,6 +7,7 @@ torch_rmsnorm, layers 0-31"). That is what a person reads.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,8 +63,9 @@ class RewriteClass:
         made = ", ".join(_tally(self.after)) or "nothing"
         was = ", ".join(_tally(self.before))
         if not self.before and not self.after and not self.changed:
-            gone, made = (sum(len(ids) for ids in (getattr(s, side) for s in self.sites)) for side in ("erased", "created"))
-            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{made} added"] if made else []))
+            sides = ("erased", "created")
+            gone, new = (sum(len(getattr(s, side)) for s in self.sites) for side in sides)
+            what = " and ".join(([f"{gone} dropped"] if gone else []) + ([f"{new} added"] if new else []))
             return f"{self.count} x parameters: {what} ({self.where})"
         if not self.before and not self.after:
             return f"{self.count} x rewired {', '.join(_tally(self.changed))} ({self.where})"
@@ -187,7 +189,9 @@ def diff(before: Snapshot, after: Snapshot, sites: Iterable[SiteRecord] = ()) ->
 
 
 def _label(n: NodeRecord) -> str:
-    return n.target_name if n.op == "call_function" else without_layer(f"{n.op} {n.target_name}")
+    if n.op == "call_function":
+        return n.target_name
+    return f"{n.op} {re.sub(r'[0-9]+', '*', n.target_name) if n.op == 'placeholder' else without_layer(n.target_name)}"
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:

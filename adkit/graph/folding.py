@@ -1,7 +1,7 @@
 """Repeated decoder layers, found by structure: a graph of 32 equal layers reads as one layer, 32 times.
 
-A *block* is the run of nodes of one layer; blocks of equal structure (same operations on the same inputs, read
-relative to the layer) are one *variant*; a *segment* is either plain nodes or a loop over layers with one or
+A *block* is the run of nodes of one layer; blocks of equal structure (same operations on the same inputs,
+read relative to the layer) are one *variant*; a *segment* is either plain nodes or a loop over layers with one or
 more variants (sliding and full attention in turns are two). Linear in the number of nodes.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import torch
 
 from adkit.graph.provenance import layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
@@ -165,8 +167,11 @@ def fold(snapshot: Snapshot) -> Folding:
 def _runs(snapshot: Snapshot) -> list[tuple[int | None, list[int]]]:
     """Calls in order, cut where the layer changes; few strays inside a layer are counted to it."""
     runs: list[tuple[int | None, list[int]]] = []
+    early = _shared_sizes(snapshot)
+    if early:
+        runs.append((None, list(early)))
     for n in snapshot:
-        if n.op in LEAVES:
+        if n.op in LEAVES or n.id in early:
             continue
         layer = layer_of(n.module_path) if n.op != "output" else None
         if runs and runs[-1][0] == layer:
@@ -181,7 +186,9 @@ def _runs(snapshot: Snapshot) -> list[tuple[int | None, list[int]]]:
             runs.append((head[0], head[1] + stray[1] + tail[1]))
     merged: list[tuple[int | None, list[int]]] = []
     for k, (layer, ids) in enumerate(runs):
-        between = 0 < k < len(runs) - 1 and merged and merged[-1][0] is not None and runs[k + 1][0] is not None
+        between = (
+            0 < k < len(runs) - 1 and merged and merged[-1][0] is not None and runs[k + 1][0] is not None
+        )
         if layer is None and between:  # nodes of no module between two layers: the end of the first
             merged[-1][1].extend(ids)
         else:
@@ -191,7 +198,34 @@ def _runs(snapshot: Snapshot) -> list[tuple[int | None, list[int]]]:
     for k, (layer, ids) in enumerate(merged):
         if layer is not None and (layer not in longest or len(ids) > len(merged[longest[layer]][1])):
             longest[layer] = k
-    return [(layer if layer is not None and longest[layer] == k else None, ids) for k, (layer, ids) in enumerate(merged)]
+    return [
+        (layer if layer is not None and longest[layer] == k else None, ids)
+        for k, (layer, ids) in enumerate(merged)
+    ]
+
+
+def _shared_sizes(snapshot: Snapshot) -> dict[int, None]:
+    """Sizes computed from the inputs alone (``8 * B``) that several layers read.
+
+    Export files them under the first layer that asks; they would make that layer unlike the others.
+    """
+    scalars = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    from_inputs: dict[int, None] = {}
+    read_in: dict[int, set[int]] = {}
+    for n in snapshot:
+        for i in n.inputs():
+            if n.layer is not None:
+                read_in.setdefault(i, set()).add(n.layer)
+        if n.op == "call_function" and isinstance(n.val, scalars):
+            if all(snapshot[i].op in LEAVES or i in from_inputs for i in n.inputs()):
+                from_inputs[n.id] = None
+    wanted: set[int] = set()
+    for n in reversed(snapshot.nodes):
+        shared = n.layer is not None and bool(read_in.get(n.id, set()) - {n.layer})
+        if n.id in from_inputs and (shared or n.id in wanted):
+            wanted.add(n.id)
+            wanted.update(n.inputs())
+    return {i: None for i in from_inputs if i in wanted}
 
 
 @dataclass(slots=True)
@@ -222,7 +256,10 @@ def _sign(
             return ("here", place[r.id])
         n = snapshot[r.id]
         if n.op in LEAVES:
-            if readers[r.id] == {run}:
+            numbered = n.op == "get_attr" or _DIGITS.search(n.target_name)
+            if readers[r.id] == {run} and not numbered and previous is None:  # what the first layer starts on
+                return ("carry", carries.setdefault(r.id, len(carries)))
+            if readers[r.id] == {run} and numbered:
                 leaves.setdefault(r.id, len(leaves))
                 return ("own", _general(n, layer), str(_general_shape(n)))
             return ("shared", r.id)
@@ -237,7 +274,16 @@ def _sign(
     rows = []
     for i in ids:
         n = snapshot[i]
-        rows.append((n.op, _text(n.target_name), _freeze(n.args, ref), _freeze(n.kwargs, ref), _general_shape(n), str(n.dtype)))
+        rows.append(
+            (
+                n.op,
+                _text(n.target_name),
+                _freeze(n.args, ref),
+                _freeze(n.kwargs, ref),
+                _general_shape(n),
+                str(n.dtype),
+            )
+        )
     return _Signed(run, layer, ids, list(leaves), list(carries), tuple(rows))
 
 
@@ -251,7 +297,11 @@ def _general(n: NodeRecord, layer: int) -> str:
 
 
 def _general_shape(n: NodeRecord) -> Any:
-    return None if n.shape is None else tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in n.shape)
+    return (
+        None
+        if n.shape is None
+        else tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in n.shape)
+    )
 
 
 def _freeze(value: Any, ref: Any) -> Any:

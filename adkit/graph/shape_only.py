@@ -242,8 +242,8 @@ class ShapeOnly:
         found: set[int] = set()
 
         def note(a: Any) -> Any:
-            if isinstance(a, (int, float)) and not isinstance(a, bool) and float(a).is_integer():
-                found.add(abs(int(a)))
+            if isinstance(a, int) and not isinstance(a, bool):
+                found.add(abs(a))
             return a
 
         for n in self.closure(node):

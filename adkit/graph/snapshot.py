@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from adkit.graph.identity import Tag, identities, set_tag, tag_of
 from adkit.graph.provenance import Source, layer_of, module_path_of, source_of
+
+if TYPE_CHECKING:
+    from adkit.graph.folding import Folding
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class NodeRecord:
     origins: tuple[int, ...]
     key: tuple[Any, ...] = field(repr=False)  # identity of the FX fields it was made from
     meta: dict[str, Any] = field(repr=False)
+    _shape: Any = field(default=False, init=False, repr=False)  # made on first use: printing symbols is slow
+    _source: Any = field(default=False, init=False, repr=False)
 
     @property
     def target_name(self) -> str:
@@ -54,8 +59,12 @@ class NodeRecord:
     @property
     def shape(self) -> tuple[Any, ...] | None:
         """Shape of the value (symbols as text), or None where the value is not a tensor."""
-        val = self.val
-        return tuple(d if isinstance(d, int) else str(d) for d in val.shape) if isinstance(val, torch.Tensor) else None
+        if self._shape is False:
+            val = self.val
+            dims = (d if isinstance(d, int) else str(d) for d in val.shape) if isinstance(val, torch.Tensor) else None
+            object.__setattr__(self, "_shape", None if dims is None else tuple(dims))
+        shape: tuple[Any, ...] | None = self._shape
+        return shape
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -71,7 +80,10 @@ class NodeRecord:
     @property
     def source(self) -> Source | None:
         """The line of modelling code the node came from."""
-        return source_of(self.stack_trace)
+        if self._source is False:
+            object.__setattr__(self, "_source", source_of(self.stack_trace))
+        source: Source | None = self._source
+        return source
 
     def inputs(self) -> list[int]:
         """Ids of the nodes this one reads, in order, repeats kept."""
@@ -126,6 +138,8 @@ class Snapshot:
     def __init__(self, nodes: tuple[NodeRecord, ...] = ()) -> None:
         self.nodes = nodes
         self._by_id: dict[int, NodeRecord] | None = None
+        self._folding: Folding | None = None
+        self._code: str | None = None
 
     @property
     def by_id(self) -> dict[int, NodeRecord]:
@@ -133,6 +147,15 @@ class Snapshot:
         if self._by_id is None:
             self._by_id = {n.id: n for n in self.nodes}
         return self._by_id
+
+    @property
+    def folding(self) -> Folding:
+        """The graph's repeated layers; see :mod:`adkit.graph.folding`."""
+        if self._folding is None:
+            from adkit.graph.folding import fold
+
+            self._folding = fold(self)
+        return self._folding
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -188,7 +211,11 @@ class Snapshot:
         """The graph as a readable program; repeated layers fold into one loop unless ``fold=False``."""
         from adkit.graph.code import render
 
-        return render(self, fold=fold, layer=layer, types=types)
+        if not fold or layer is not None or not types:
+            return render(self, fold=fold, layer=layer, types=types)
+        if self._code is None:
+            self._code = render(self)
+        return self._code
 
     def __repr__(self) -> str:
         calls = sum(n.op == "call_function" for n in self.nodes)
@@ -245,11 +272,13 @@ def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:
             raise KeyError(f"node {node.name!r} has no adkit id")
         ids[node] = tag.id
         val = node.meta.get("val")
-        key = (node, node._args, node._kwargs, node.target, val)
+        args, kwargs, target = node._args, node._kwargs, node.target
         old = before.get(tag.id)
-        if old is not None and all(a is b for a, b in zip(old.key, key, strict=True)) and old.name == node.name:
-            rows.append(old)
-            continue
+        if old is not None:
+            key = old.key
+            if key[0] is node and key[1] is args and key[2] is kwargs and key[3] is target and key[4] is val:
+                rows.append(old)
+                continue
         path, kind = module_path_of(node)
         rows.append(
             NodeRecord(
@@ -264,7 +293,7 @@ def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:
                 module_type=kind,
                 stack_trace=node.meta.get("stack_trace"),
                 origins=tag.origins,
-                key=key,
+                key=(node, args, kwargs, target, val),
                 meta={k: v for k, v in node.meta.items() if k != "custom"},
             )
         )

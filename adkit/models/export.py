@@ -54,14 +54,16 @@ def export_model(model: Any, attention: str = "interface") -> GraphModule:
     if attention != "interface":
         return _capture(model, attention)[0]
     reason = "the model does not go through Hugging Face's attention interface"
+    gm = None
     try:
         gm, extensions = _capture(model, attention)
         if any(n.target is torch.ops.adkit.torch_attention.default for n in gm.graph.nodes):
             return gm
         if extensions.masks:  # masks went in as descriptors and nothing read them
-            gm, _ = _capture(model, "eager")
+            gm = None
     except MaskUsedAsTensor as error:
         reason = str(error)
+    if gm is None:
         gm, _ = _capture(model, "eager")
     facts: ExportFacts = gm.meta["adkit_export"]
     facts.attention = "eager"
@@ -73,8 +75,13 @@ def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
     """One ``torch.export``, as a graph module over the model's own tensors."""
     model.eval()
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    mode = FakeTensorMode(
+        shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True
+    )
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     try:
         with extension_points(model, attention) as extensions, fake_tensors(model, mode):
             inputs = {"input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long)}
@@ -111,7 +118,9 @@ def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
 def _forward(original: Callable[..., Any], extensions: Extensions) -> Callable[..., tuple[Tensor]]:
     """The model's forward with tensors only, no cache, and the logits alone as result."""
 
-    def forward(input_ids: Tensor, position_ids: Tensor | None = None, rope_lengths: Tensor | None = None) -> tuple[Tensor]:
+    def forward(
+        input_ids: Tensor, position_ids: Tensor | None = None, rope_lengths: Tensor | None = None
+    ) -> tuple[Tensor]:
         extensions.rope_lengths = rope_lengths
         more = {} if position_ids is None else {"position_ids": position_ids}
         return (original(input_ids=input_ids, use_cache=False, return_dict=True, **more).logits,)
@@ -128,7 +137,9 @@ def _plain(module: GraphModule, tensors: dict[str, Tensor]) -> GraphModule:
         if node.op == "get_attr":
             if node.target not in tensors:
                 node.meta["adkit_constant"] = True
-            attributes[node.target] = tensors[node.target] if node.target in tensors else _constant(module, node)
+            attributes[node.target] = (
+                tensors[node.target] if node.target in tensors else _constant(module, node)
+            )
         elif node.op == "call_module":
             attributes[node.target] = module.get_submodule(node.target)
     gm = GraphModule(attributes, graph, class_name="GraphModule")

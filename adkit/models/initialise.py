@@ -108,32 +108,29 @@ def _by_module(names: list[str]) -> dict[str, list[str]]:
 def _initialise(
     model: Any, path: str, leaves: list[str], device: torch.device, seed: int
 ) -> dict[str, Tensor]:
-    """Those of a module's own tensors that ``_init_weights`` fills, by full name."""
+    """Those of a module's own tensors that ``_init_weights`` fills, by full name.
+
+    It is called as Hugging Face calls it: for the module, then for each module around it, since some
+    initialise their children (output projections scaled by depth).
+    """
     module = model.get_submodule(path)
-    owner = _owner(model, path)
     exact = [leaf for leaf in leaves if not getattr(module, leaf).is_floating_point()]
     runs = []
-    for fill in (
-        (0, 1) if exact else (0,)
-    ):  # integers have no NaN: what two different fills agree on was written
-        shadow = copy.copy(module)
-        shadow._parameters, shadow._buffers = dict(module._parameters), dict(module._buffers)
+    # Integers have no NaN: what two different fills agree on was written.
+    for fill in (0, 1) if exact else (0,):
+        real = {}
         for leaf in leaves:
             meta = getattr(module, leaf)
-            real = torch.full(
-                meta.shape, fill if leaf in exact else torch.nan, dtype=meta.dtype, device=device
-            )
-            if leaf in module._parameters:
-                shadow._parameters[leaf] = nn.Parameter(real, requires_grad=False)
-            else:
-                shadow._buffers[leaf] = real
-        try:
-            with torch.no_grad(), _seeded(device, tensor_seed(path, seed)):
-                owner._init_weights(shadow)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-            # An initialiser that reaches beyond its module meets meta tensors there.
-            return {}
-        runs.append({leaf: getattr(shadow, leaf).detach() for leaf in leaves})
+            start = fill if leaf in exact else torch.nan
+            real[leaf] = torch.full(meta.shape, start, dtype=meta.dtype, device=device)
+        chain = _shadows(model, path, real)
+        with torch.no_grad(), _seeded(device, tensor_seed(path, seed)):
+            for owner, shadow in chain:
+                try:
+                    owner._init_weights(shadow)
+                except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+                    continue  # it reaches for tensors that are on meta here
+        runs.append({leaf: getattr(chain[0][1], leaf).detach() for leaf in leaves})
     filled = {}
     for leaf in leaves:
         value = runs[0][leaf]
@@ -143,13 +140,33 @@ def _initialise(
     return filled
 
 
-def _owner(model: Any, path: str) -> Any:
-    """The innermost PreTrainedModel that holds a module: whose initialiser Hugging Face would use."""
-    owner, here = model, model
-    for part in path.split(".") if path else []:
-        here = getattr(here, part)
-        owner = here if isinstance(here, PreTrainedModel) else owner
-    return owner
+def _shadows(model: Any, path: str, real: dict[str, Tensor]) -> list[tuple[Any, nn.Module]]:
+    """Shallow copies of a module (with ``real`` tensors) and of all around it, innermost first.
+
+    Each comes with the innermost PreTrainedModel that holds it, whose initialiser Hugging Face would use.
+    """
+    parts = path.split(".") if path else []
+    line: list[Any] = [model]
+    for part in parts:
+        line.append(getattr(line[-1], part))
+    shadows: list[nn.Module] = []
+    for depth in range(len(parts), -1, -1):
+        shadow = copy.copy(line[depth])
+        shadow._parameters, shadow._buffers = dict(shadow._parameters), dict(shadow._buffers)
+        shadow._modules = dict(shadow._modules)
+        if shadows:
+            shadow._modules[parts[depth]] = shadows[-1]
+        else:
+            for leaf, tensor in real.items():
+                if leaf in shadow._parameters:
+                    shadow._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    shadow._buffers[leaf] = tensor
+        shadows.append(shadow)
+    owners: list[Any] = []
+    for module in line:
+        owners.append(module if isinstance(module, PreTrainedModel) or not owners else owners[-1])
+    return list(zip(reversed(owners), shadows, strict=True))
 
 
 def _by_rank(model: Any, name: str, device: torch.device, seed: int) -> Tensor:

@@ -32,7 +32,8 @@ def write_slots(cache: Tensor, slots: Tensor, new: Tensor) -> None:
 def read_pages(cache: Tensor, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The first ``length`` tokens of the sequences with ``pages`` [..., M] -> [..., K, length, H]."""
     used = pages[..., : -(-length // cache.shape[1])]
-    tokens = cache[used].flatten(used.dim() - 1, used.dim())[..., :length, :, :]
+    tokens = cache.index_select(0, used.flatten()).view(*used.shape[:-1], -1, *cache.shape[2:])
+    tokens = tokens[..., :length, :, :]
     return tokens.to(dtype).transpose(-2, -3)
 
 

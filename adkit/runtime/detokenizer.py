@@ -24,9 +24,10 @@ class TokenDecoder:
         vocab = tokenizer.get_vocab()
         byte_tokens = (f"<0x{byte:02X}>" for byte in range(256))
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        #: Tokens after which the text is never final. Decoders judge a run of byte tokens as a whole, where
-        #: one bad byte spoils all; a special token says nothing, and does not end such a run either.
-        self.undecided = frozenset(vocab[t] for t in byte_tokens if t in vocab) | special
+        #: Ids that stand for text; special tokens and ids beyond the tokenizer's vocabulary are skipped.
+        self.spoken = frozenset(vocab.values()) - special
+        #: Ids of byte tokens. Decoders judge a run of them as a whole, where one bad byte spoils all.
+        self.byte_ids = frozenset(vocab[t] for t in byte_tokens if t in vocab)
 
     def __call__(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -52,8 +53,10 @@ class Detokenizer:
 
     def add(self, token: int) -> bool:
         """Take the next token; True when its text completes a stop string."""
+        if token not in self._decode.spoken:
+            return False
         self._window.append(token)
-        if token in self._decode.undecided:
+        if token in self._decode.byte_ids:
             return False
         text = self._decode(self._window)
         if len(text) <= len(self._read_text) or text.endswith(_INCOMPLETE):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 from tqdm.auto import tqdm
 
@@ -27,6 +27,7 @@ from adkit.runtime.stats import EngineStats
 
 Prompt = str | Seq[int]
 Messages = Seq[Mapping[str, Any]]
+Params = SamplingParams | Seq[SamplingParams] | None
 Request = tuple[Seq[int], SamplingParams]
 
 _QUIET_SECONDS = 2.0
@@ -52,12 +53,18 @@ class LiveModel:
         """What the engine counted since it was built."""
         return self.engine.stats
 
+    @overload
     def generate(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
+        self, prompts: str | Seq[int], params: Params = None, *, progress: bool = True
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str] | list[list[int]], params: Params = None, *, progress: bool = True
+    ) -> Completions: ...
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: Params = None, *, progress: bool = True
     ) -> Completion | Completions:
         """Complete one prompt or many; a bar shows tokens/s when it takes longer than two seconds.
 
@@ -69,12 +76,18 @@ class LiveModel:
         )
         return completions[0] if single else completions
 
+    @overload
     def chat(
-        self,
-        messages: Messages | Seq[Messages],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
+        self, messages: list[dict[str, Any]], params: Params = None, *, progress: bool = True
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: list[list[dict[str, Any]]], params: Params = None, *, progress: bool = True
+    ) -> Completions: ...
+
+    def chat(
+        self, messages: Messages | Seq[Messages], params: Params = None, *, progress: bool = True
     ) -> Completion | Completions:
         """Answer one conversation or many through the tokenizer's chat template.
 
@@ -87,9 +100,7 @@ class LiveModel:
         completions = self._complete(self._requests(prompts, params), progress)
         return completions[0] if single else completions
 
-    def stream(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
+    def stream(self, prompts: Prompt | Seq[Prompt], params: Params = None) -> Iterator[Delta]:
         """Yield each request's pieces as they come; ``index`` is the prompt's place in the list.
 
         A delta's text can be empty while a character or a possible stop string is incomplete. Closing the

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adkit.graph.diff import Diff, RewriteClass, Site
+from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import COLOURS
@@ -31,7 +32,7 @@ _MARKS = {
     "context": ("#eceef0", "#a8adb3"),
 }
 _STRONG = ("input/output", "embedding", "linear", "attention", "cache", "moe", "mixer", "communication")
-_PIXELS_PER_POINT = 96 / 72
+_PIXELS_PER_POINT = 1.12  # a little under CSS's 96 / 72: graphs are tall
 
 
 class Drawing:
@@ -64,7 +65,9 @@ class Drawing:
         target = Path(path)
         kind = target.suffix.lower().lstrip(".")
         if kind not in ("svg", "png", "pdf", "dot"):
-            raise ValueError(f"cannot save a picture as {target.name!r}: the extension must be .svg, .png, .pdf or .dot")
+            raise ValueError(
+                f"cannot save a picture as {target.name!r}: the extension must be .svg, .png, .pdf or .dot"
+            )
         if kind == "dot":
             data: bytes | None = self.source.encode()
         elif kind == "svg":
@@ -72,7 +75,9 @@ class Drawing:
             data = None if svg is None else svg.encode()
         else:
             page = self.source.replace('bgcolor="transparent"', 'bgcolor="white"', 1)
-            data = _pipe(page.replace("digraph {", "digraph {\n  dpi=144;", 1) if kind == "png" else page, kind)
+            data = _pipe(
+                page.replace("digraph {", "digraph {\n  dpi=144;", 1) if kind == "png" else page, kind
+            )
         if data is None:
             raise RuntimeError(f"cannot save {target.name}: {MISSING}")
         write_atomically(target, data)
@@ -105,17 +110,18 @@ def draw(
     parameters: bool = True,
     shapes: bool = True,
     title: str = "",
+    history: History | None = None,
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
     ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested deeper
     (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over a node
-    shows its module and source line. Raises PictureTooLarge beyond 400 boxes, saying how to see less.
+    shows its module and source line (all the lines it stands for, given the ``history`` of the steps). Raises PictureTooLarge beyond 400 boxes, saying how to see less.
     """
     return Drawing(
         picture_of(
             snapshot, layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
-            parameters=parameters, shapes=shapes, title=title,
+            parameters=parameters, shapes=shapes, title=title, history=history,
         )
     )  # fmt: skip
 
@@ -146,7 +152,18 @@ def dot_source(picture: Picture) -> str:
         tree.setdefault(path, [])
     _cluster(out, picture, tree, ())
     for a in picture.arrows:
-        style = ['style=dashed', 'constraint=false', 'tailport=e', 'headport=e', 'color="#b0638a"', 'fontcolor="#b0638a"'] if a.back else []
+        style = (
+            [
+                "style=dashed",
+                "constraint=false",
+                "tailport=e",
+                "headport=e",
+                'color="#b0638a"',
+                'fontcolor="#b0638a"',
+            ]
+            if a.back
+            else []
+        )
         label = f"label={_quote(' ' + a.label + ' ')}" if a.label else ""
         attributes = ", ".join(filter(None, [label, *style]))
         out.append(f"  {_quote(a.tail)} -> {_quote(a.head)}" + (f" [{attributes}];" if attributes else ";"))
@@ -154,17 +171,27 @@ def dot_source(picture: Picture) -> str:
     return "\n".join(out)
 
 
-def _cluster(out: list[str], picture: Picture, tree: dict[tuple[str, ...], list[Box]], path: tuple[str, ...]) -> None:
+def _cluster(
+    out: list[str], picture: Picture, tree: dict[tuple[str, ...], list[Box]], path: tuple[str, ...]
+) -> None:
     pad = "  " * (len(path) + 1)
     for b in tree.get(path, []):
         out.append(pad + _box(b))
-    children = dict.fromkeys(p[: len(path) + 1] for p in tree if len(p) > len(path) and p[: len(path)] == path)
+    children = dict.fromkeys(
+        p[: len(path) + 1] for p in tree if len(p) > len(path) and p[: len(path)] == path
+    )
     for child in children:
         name = _digest("/".join(child))[:10]
         layer = child[-1].startswith("layer") and len(child) == 1
         out.append(f"{pad}subgraph cluster_{name} {{")
-        style = 'style="rounded,bold", color="#8b929c", fontsize=13' if layer else 'style="rounded", color="#c4c9d0", fontsize=10'
-        out.append(f"{pad}  graph [{style}, label={_quote(picture.clusters.get(child, child[-1]))}, labeljust=l, labelloc=t, margin=9];")
+        style = (
+            'style="rounded,bold", color="#8b929c", fontsize=13'
+            if layer
+            else 'style="rounded", color="#c4c9d0", fontsize=10'
+        )
+        out.append(
+            f"{pad}  graph [{style}, label={_quote(picture.clusters.get(child, child[-1]))}, labeljust=l, labelloc=t, margin=9];"
+        )
         _cluster(out, picture, tree, child)
         out.append(f"{pad}}}")
 
@@ -190,7 +217,9 @@ def _box(b: Box) -> str:
 def _caption(picture: Picture) -> str:
     rows = []
     if picture.title:
-        rows.append(f'<tr><td colspan="24" align="left"><font point-size="10">{escape(picture.title)}</font></td></tr>')
+        rows.append(
+            f'<tr><td colspan="24" align="left"><font point-size="10">{escape(picture.title)}</font></td></tr>'
+        )
     if picture.legend:
         cells = "".join(
             f'<td bgcolor="{COLOURS[c][0]}" border="1" color="{COLOURS[c][1]}" width="9" height="9" fixedsize="true"></td>'
@@ -200,7 +229,11 @@ def _caption(picture: Picture) -> str:
         )
         if cells:
             rows.append(f"<tr>{cells}</tr>")
-    return f'<<table border="0" cellborder="0" cellspacing="3" cellpadding="1">{"".join(rows)}</table>>' if rows else ""
+    return (
+        f'<<table border="0" cellborder="0" cellspacing="3" cellpadding="1">{"".join(rows)}</table>>'
+        if rows
+        else ""
+    )
 
 
 def _quote(text: str) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 from adkit.graph.code import Line, lines
 from adkit.graph.diff import Diff, RewriteClass, _tally
 from adkit.graph.display import register_html
-from adkit.graph.folding import fold, layers_text
+from adkit.graph.folding import layers_text
+from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps, Text
 from adkit.viz.dot import Drawing, draw
@@ -60,7 +61,9 @@ def fragment(body: str) -> str:
 def code_html(snapshot: Snapshot, *, layer: int | None = None) -> str:
     """The program view; hovering over a line tells the modelling code it came from."""
     rows = lines(snapshot, layer=layer)
-    return f'<div class="ak-code"><pre>{chr(10).join(_code_line(line, snapshot) for line in rows)}</pre></div>'
+    return (
+        f'<div class="ak-code"><pre>{chr(10).join(_code_line(line, snapshot) for line in rows)}</pre></div>'
+    )
 
 
 _KEYWORDS = re.compile(r"^(\s*)(def|for|if|elif|else|return)\b")
@@ -98,20 +101,20 @@ def diff_html(before: Snapshot, after: Snapshot, *, context: int = 3) -> str:
     return f'<div class="ak-code"><pre>{"".join(rows)}</pre></div>'
 
 
-def picture_html(snapshot: Snapshot, *, highlight: Any = (), depth: int | None = None) -> str:
+def picture_html(
+    snapshot: Snapshot, *, highlight: Any = (), depth: int | None = None, history: History | None = None
+) -> str:
     """The folded picture; modules collapse where the graph is too large to read in full."""
-    for level in (depth, 1, 0):
+    error = ""
+    for level in (depth,) if depth is not None else (None, 1, 0):
         try:
-            drawing = draw(snapshot, highlight=highlight, depth=level)
-        except PictureTooLarge:
+            drawing = draw(snapshot, highlight=highlight, depth=level, history=history)
+        except PictureTooLarge as too_large:
+            error = str(too_large)
             continue
-        if depth is None and level is None and len(drawing.picture.boxes) > _TALL:
-            continue
-        return f'<div class="ak-svgbox">{_fit(drawing)}</div>'
-    try:
-        return f'<div class="ak-svgbox">{_fit(draw(snapshot, highlight=highlight, depth=0))}</div>'
-    except PictureTooLarge as error:
-        return f'<p class="ak-muted">{escape(str(error))}</p>'
+        if level == 0 or depth is not None or len(drawing.picture.boxes) <= _TALL:
+            return f'<div class="ak-svgbox">{_fit(drawing)}</div>'
+    return f'<p class="ak-muted">{escape(error)}</p>'
 
 
 def _fit(drawing: Drawing) -> str:
@@ -141,7 +144,14 @@ def _row(r: RewriteClass) -> dict[str, Any]:
         now = str(r).split(": ", 1)[-1].split(" (", 1)[0]
     places = ", ".join(dict.fromkeys(s.module_path or "root" for s in r.sites[:12]))
     more = f" and {len(r.sites) - 12} more" if len(r.sites) > 12 else ""
-    return {"count": r.count, "was": was or "nothing", "now": now, "where": r.where, "places": places + more, "picture": ""}
+    return {
+        "count": r.count,
+        "was": was or "nothing",
+        "now": now,
+        "where": r.where,
+        "places": places + more,
+        "picture": "",
+    }
 
 
 def kind_of(s: Step, next_step: Step | None = None) -> str:
@@ -156,7 +166,7 @@ def anchor(s: Step) -> str:
     return f"step-{re.sub(r'[^a-z0-9_-]', '-', s.name.lower())}"
 
 
-def step_body(s: Step, *, pictures: int = 1, graph: bool = False) -> str:
+def step_body(s: Step, *, pictures: int = 1, graph: bool = False, history: History | None = None) -> str:
     """A step's HTML without the style; ``graph`` adds the whole picture and program after it."""
     doc = textwrap.dedent(s.doc).strip()
     lead, _, rest = doc.partition("\n\n")
@@ -175,7 +185,7 @@ def step_body(s: Step, *, pictures: int = 1, graph: bool = False) -> str:
             "lead": " ".join(lead.split()), "rest": rest, "rows": rows, "more": more,
             "diff": diff_html(s.before, s.after) if changed else "",
             "code": code_html(s.after) if whole else "",
-            "graph": picture_html(s.after, highlight=touched) if whole else "",
+            "graph": picture_html(s.after, highlight=touched, history=history) if whole else "",
             "config": json.dumps(s.config, indent=2, default=str) if s.config else "", "log": "\n".join(s.log),
         },
     )  # fmt: skip
@@ -205,7 +215,7 @@ def steps_body(steps: Steps, *, link: bool = False) -> str:
 def _what(s: Step) -> str:
     if not len(s.before):
         return f"a graph of {len(s.after):,} nodes"
-    parts = [str(r) for r in s.rewrites[:2]]
+    parts = [str(r).replace(" -> ", " → ").replace(" x ", " × ", 1) for r in s.rewrites[:2]]
     more = len(s.rewrites) - len(parts)
     return "; ".join(parts) + (f"; {more} more" if more > 0 else "")
 
@@ -248,7 +258,11 @@ def _diff(d: Diff) -> str:
     head = f'<div class="ak-head"><span class="ak-fact"><b>+{len(d.created)} −{len(d.erased)} ~{len(d.changed)}</b> nodes</span></div>'
     module = _environment().get_template("macros.html").module
     code = diff_html(d.before, d.after)
-    tail = f'<details><summary>Code, before and after</summary><div class="ak-body">{code}</div></details>' if code else ""
+    tail = (
+        f'<details><summary>Code, before and after</summary><div class="ak-body">{code}</div></details>'
+        if code
+        else ""
+    )
     return fragment(head + str(module.rewrites(rows, more)) + tail)
 
 
@@ -270,13 +284,18 @@ def _snapshot(s: Snapshot) -> str:
     return fragment(snapshot_body(s))
 
 
-def snapshot_body(s: Snapshot) -> str:
+def snapshot_body(s: Snapshot, history: History | None = None) -> str:
     """A graph's HTML without the style: picture, program, operations."""
-    variants = [f"{layers_text(v.layers)} ×{len(v.blocks)}" for seg in fold(s) for v in seg.variants if len(v.blocks) > 1]
+    variants = [
+        f"{layers_text(v.layers)} ×{len(v.blocks)}"
+        for seg in s.folding
+        for v in seg.variants
+        if len(v.blocks) > 1
+    ]
     calls = sum(n.op == "call_function" for n in s)
     return template(
         "snapshot.html",
-        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6], "picture": picture_html(s) if len(s) else "",
+        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6], "picture": picture_html(s, history=history) if len(s) else "",
            "code": code_html(s), "ops": list(s.counts().items())},
     )  # fmt: skip
 
@@ -288,6 +307,8 @@ def _text(text: Text) -> str:
         for row in text.splitlines():
             body, mark, comment = row.partition("  # ") if "  # " in row else row.partition("# ")
             html = _KEYWORDS.sub(r'\1<span class="k">\2</span>', escape(body, quote=False))
-            rows.append(html + (f'<span class="c">{escape(mark + comment, quote=False)}</span>' if mark else ""))
+            rows.append(
+                html + (f'<span class="c">{escape(mark + comment, quote=False)}</span>' if mark else "")
+            )
         return fragment(f'<div class="ak-code"><pre>{chr(10).join(rows)}</pre></div>')
     return fragment(f'<pre class="ak-text">{escape(text, quote=False)}</pre>')

@@ -14,8 +14,9 @@ import torch
 
 from adkit.graph.code import Symbols, op_text
 from adkit.graph.diff import Diff, RewriteClass, Site
-from adkit.graph.folding import LEAVES, Folding, Segment, fold, layers_text
-from adkit.graph.provenance import layer_of, without_layer
+from adkit.graph.folding import Folding, Segment, layers_text
+from adkit.graph.history import History
+from adkit.graph.provenance import Source, layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import category_of, category_of_module
@@ -23,6 +24,7 @@ from adkit.viz.category import category_of, category_of_module
 MOST_NODES = 400  # dot takes 0.3 s for 448 nodes, 12.8 s for 1,792
 MOST_SITE = 70
 MOST_BACK = 30
+MOST_SOURCES = 6
 
 
 class PictureTooLarge(ValueError):
@@ -95,16 +97,18 @@ class Picture:
         return "\n".join(out)
 
 
-def tooltip(n: NodeRecord, symbols: Symbols, stands_for: int = 1) -> str:
-    """What hovering over a node tells: target, value, module, the line of modelling code."""
+def tooltip(n: NodeRecord, symbols: Symbols, stands_for: int = 1, sources: Iterable[Source] = ()) -> str:
+    """What hovering over a node tells: target, value, module, the lines of modelling code (``sources``, or its own)."""
     rows = [f"%{n.id} {n.name}: {n.target_name}"]
-    value = symbols.value(n.val)
+    value = symbols.value(n)
     if value:
         rows.append(value)
     if n.module_path:
         rows.append(f"{n.module_path} ({n.module_type})" if n.module_type else n.module_path)
-    if n.source is not None:
-        rows.append(f"{n.source.file.rsplit('/', 1)[-1]}:{n.source.line}  {n.source.code}")
+    found = list(sources) or ([n.source] if n.source is not None else [])
+    rows += [f"from {s.file.rsplit('/', 1)[-1]}:{s.line}  {s.code}" for s in found[:MOST_SOURCES]]
+    if len(found) > MOST_SOURCES:
+        rows.append(f"and {len(found) - MOST_SOURCES} more lines")
     if stands_for > 1:
         rows.append(f"stands for {stands_for} nodes")
     return "\n".join(rows)
@@ -120,17 +124,29 @@ def picture_of(
     parameters: bool = True,
     shapes: bool = True,
     title: str = "",
+    history: History | None = None,
 ) -> Picture:
     """The picture of a snapshot or of one layer of it.
 
     ``depth``: modules nested deeper than this (below the layer) become one box; 0 leaves the layers' own
     children. Raises PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
     """
-    return _Maker(snapshot, set(highlight), depth, parameters, shapes).make(layer, fold_layers, title)
+    return _Maker(snapshot, set(highlight), depth, parameters, shapes, history).make(
+        layer, fold_layers, title
+    )
 
 
 class _Maker:
-    def __init__(self, snapshot: Snapshot, highlight: set[int], depth: int | None, parameters: bool, shapes: bool) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        highlight: set[int],
+        depth: int | None,
+        parameters: bool,
+        shapes: bool,
+        history: History | None,
+    ) -> None:
+        self.history = history
         self.snapshot = snapshot
         self.symbols = Symbols(snapshot)
         self.highlight = highlight
@@ -143,13 +159,17 @@ class _Maker:
 
     def make(self, layer: int | None, fold_layers: bool, title: str) -> Picture:
         self.picture.title = title
-        folding = fold(self.snapshot)
+        folding = self.snapshot.folding
         if layer is not None:
             if layer not in folding.layers:
-                raise KeyError(f"no layer {layer} in this graph; its layers: {sorted(folding.layers) or 'none'}")
+                raise KeyError(
+                    f"no layer {layer} in this graph; its layers: {sorted(folding.layers) or 'none'}"
+                )
             block = folding.layers[layer]
             inside = set(block.nodes) | set(block.leaves)
-            outside = dict.fromkeys(i for b in block.nodes for i in self.snapshot[b].inputs() if i not in inside)
+            outside = dict.fromkeys(
+                i for b in block.nodes for i in self.snapshot[b].inputs() if i not in inside
+            )
             ids = [*outside, *block.leaves, *block.nodes]
             self.boxes(ids, {i: (i,) for i in ids}, (), context=set(outside))
         elif not fold_layers:
@@ -180,7 +200,11 @@ class _Maker:
                 self.boxes([*v.first.leaves, *v.first.nodes], folding.same, cluster)
 
     def boxes(
-        self, ids: list[int], same: dict[int, tuple[int, ...]], base: tuple[str, ...], context: set[int] | None = None
+        self,
+        ids: list[int],
+        same: dict[int, tuple[int, ...]],
+        base: tuple[str, ...],
+        context: set[int] | None = None,
     ) -> None:
         groups = self.groups
         for i in ids:
@@ -207,7 +231,8 @@ class _Maker:
             detail = tuple(self.details(n)) if not mark else ()
             if n.op == "placeholder" and len(folded) > 1:
                 title = f"{title} ×{len(folded)}"
-            tip = tooltip(n, self.symbols, len(folded))
+            sources = self.history.sources(i) if self.history is not None and n.origins else ()
+            tip = tooltip(n, self.symbols, len(folded), sources)
             self.picture.boxes.append(Box(key, title, category_of(n), detail, tip, cluster, mark, lit))
         for box in self.picture.boxes:
             if box.key in groups:
@@ -227,14 +252,20 @@ class _Maker:
         path = n.module_path
         inner = without_layer(path).split("*", 1)[1].lstrip(".") if layer_of(path) is not None else path
         parts = inner.split(".") if inner else []
-        keep = self.depth + (1 if layer_of(path) is not None else 2)  # outside the layers "model" alone says nothing
+        keep = self.depth + (
+            1 if layer_of(path) is not None else 2
+        )  # outside the layers "model" alone says nothing
         return ".".join(parts[:keep]) if len(parts) > self.depth else ""
 
     def clusters(self, n: NodeRecord, base: tuple[str, ...]) -> tuple[str, ...]:
         path = n.module_path
         if not path or path.startswith("_") or n.op == "output":
             return ()
-        inner = without_layer(path).split("*", 1)[1].lstrip(".").split(".", 1)[0] if layer_of(path) is not None else path
+        inner = (
+            without_layer(path).split("*", 1)[1].lstrip(".").split(".", 1)[0]
+            if layer_of(path) is not None
+            else path
+        )
         if not inner or (not base and inner == path.split(".", 1)[0]):
             return ()
         cluster = (*base, inner)
@@ -263,11 +294,17 @@ class _Maker:
                     continue
                 m = self.snapshot[j]
                 label = ""
-                if self.shapes and tail not in told and (tail.startswith("m") or changes_shape(self.snapshot, m)):
+                if (
+                    self.shapes
+                    and tail not in told
+                    and (tail.startswith("m") or changes_shape(self.snapshot, m))
+                ):
                     label = _dims(m, self.symbols)
                     told.add(tail)
                 seen[tail, head] = Arrow(tail, head, label)
-        if folding is not None and len(self.picture.boxes) <= MOST_BACK:  # in a larger picture it only wanders
+        if (
+            folding is not None and len(self.picture.boxes) <= MOST_BACK
+        ):  # in a larger picture it only wanders
             for s in folding:
                 self.back_arrows(s, rep, seen)
         self.picture.arrows = list(seen.values())
@@ -284,7 +321,9 @@ class _Maker:
                         head = self.key.get(rep[i])
                         if tail and head and (tail, head) not in seen:
                             forward = place[blocks[k - 1].layer] is not place[blocks[k].layer] and k == 1
-                            seen[tail, head] = Arrow(tail, head, "" if forward else "next layer", back=not forward)
+                            seen[tail, head] = Arrow(
+                                tail, head, "" if forward else "next layer", back=not forward
+                            )
                         break
 
     def drop_small_clusters(self) -> None:
@@ -307,7 +346,9 @@ def _dims(n: NodeRecord, symbols: Symbols) -> str:
 
 def changes_shape(snapshot: Snapshot, n: NodeRecord) -> bool:
     """False where a value has the shape of a call it was made from: saying it again tells nothing."""
-    return n.shape is not None and all(snapshot[i].shape != n.shape for i in n.inputs() if snapshot[i].op != "get_attr")
+    return n.shape is not None and all(
+        snapshot[i].shape != n.shape for i in n.inputs() if snapshot[i].op != "get_attr"
+    )
 
 
 def _short(path: str) -> str:
@@ -322,14 +363,19 @@ def rewrite_picture(step: Step | Diff, rewrite: RewriteClass, site: int | Site =
     """
     s = rewrite.sites[site] if isinstance(site, int) else site
     where = s.module_path or "root"
-    picture = Picture(title=f"{where}" + (f"   (1 of {rewrite.count})" if rewrite.count > 1 else ""), legend=False)
-    sides = (("before", step.before, set(s.erased) | set(s.changed)), ("after", step.after, set(s.created) | set(s.changed)))
+    picture = Picture(
+        title=f"{where}" + (f"   (1 of {rewrite.count})" if rewrite.count > 1 else ""), legend=False
+    )
+    sides = (
+        ("before", step.before, set(s.erased) | set(s.changed)),
+        ("after", step.after, set(s.created) | set(s.changed)),
+    )
     for side, snapshot, ids in sides:
-        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s)
+        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s, step.before)
     return picture
 
 
-def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site) -> None:
+def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site, before: Snapshot) -> None:
     symbols = Symbols(snapshot)
     users = snapshot.users()
     cluster = (side,)
@@ -339,7 +385,17 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
     if not calls:
         leaves = [n for n in snapshot if n.id in ids]
         text = tuple(_short(n.target_name) for n in leaves[:4])
-        picture.boxes.append(Box(f"{side}0", "nothing" if not leaves else "parameters", "view", text, "", cluster, gone if leaves else "context"))
+        picture.boxes.append(
+            Box(
+                f"{side}0",
+                "nothing" if not leaves else "parameters",
+                "view",
+                text,
+                "",
+                cluster,
+                gone if leaves else "context",
+            )
+        )
         return
     if len(calls) > MOST_SITE:
         tally = Counter(op_text(n) for n in calls).most_common(8)
@@ -352,14 +408,31 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
         parameters = [snapshot[i] for i in dict.fromkeys(n.inputs()) if snapshot[i].op == "get_attr"]
         detail = tuple(_parameter(m, symbols) for m in parameters[:4])
         title = n.target_name if n.op == "placeholder" else op_text(n)
-        tip = tooltip(n, symbols)
-        picture.boxes.append(Box(f"{side}{n.id}", title, category_of(n), detail if mark != "context" else tuple(_short(m.target_name) for m in parameters[:1]), tip, cluster, mark))
+        stood = [before[o].source for o in n.origins if o in before.by_id and before[o].op == "call_function"]
+        sources = sorted({x for x in stood if x is not None}, key=lambda x: (x.file, x.line))
+        tip = tooltip(n, symbols, sources=sources if mark == gone else ())
+        picture.boxes.append(
+            Box(
+                f"{side}{n.id}",
+                title,
+                category_of(n),
+                detail if mark != "context" else tuple(_short(m.target_name) for m in parameters[:1]),
+                tip,
+                cluster,
+                mark,
+            )
+        )
 
     drawn: set[int] = set()
     for n in calls:
         for i in dict.fromkeys(n.inputs()):
             m = snapshot[i]
-            if i not in inside and i not in drawn and m.op != "get_attr" and isinstance(m.val, (torch.Tensor, tuple, list)):
+            if (
+                i not in inside
+                and i not in drawn
+                and m.op != "get_attr"
+                and isinstance(m.val, (torch.Tensor, tuple, list))
+            ):
                 drawn.add(i)
                 box(m, "context")
     for n in calls:
@@ -385,15 +458,36 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
                 readers.setdefault(u, []).append(n.id)
     for k, (u, tails) in enumerate(readers.items()):
         if k == 4 and len(readers) > 5:
-            picture.boxes.append(Box(f"{side}more", f"{len(readers) - 4} more readers", "view", (), "", cluster, "context"))
+            picture.boxes.append(
+                Box(f"{side}more", f"{len(readers) - 4} more readers", "view", (), "", cluster, "context")
+            )
             for tail in dict.fromkeys(t for ts in list(readers.values())[4:] for t in ts):
                 arrow(tail, f"{side}more")
             break
         key = f"{side}r{u}" if u in drawn else f"{side}{u}"
-        picture.boxes.append(Box(key, op_text(snapshot[u]), category_of(snapshot[u]), (), tooltip(snapshot[u], symbols), cluster, "context"))
+        picture.boxes.append(
+            Box(
+                key,
+                op_text(snapshot[u]),
+                category_of(snapshot[u]),
+                (),
+                tooltip(snapshot[u], symbols),
+                cluster,
+                "context",
+            )
+        )
         for tail in tails:
             arrow(tail, key)
     picture.arrows += arrows.values()
 
 
-__all__ = ["LEAVES", "MOST_NODES", "Arrow", "Box", "Picture", "PictureTooLarge", "picture_of", "rewrite_picture", "tooltip"]
+__all__ = [
+    "MOST_NODES",
+    "Arrow",
+    "Box",
+    "Picture",
+    "PictureTooLarge",
+    "picture_of",
+    "rewrite_picture",
+    "tooltip",
+]

@@ -23,14 +23,22 @@ def export(kind: str = "llama", layers: int = 4, **extra: Any) -> GraphModule:
     """A tiny model's graph with ids, exported."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     config = AutoConfig.for_model(kind, num_hidden_layers=layers, vocab_size=128, **{**sizes, **extra})
     gm = export_model(AutoModelForCausalLM.from_config(config))
     identities(gm).settle(gm.graph)
     return gm
 
 
-def run(gm: GraphModule, name: str, stage: str, apply: Callable[[GraphModule], int], doc: str, before: Snapshot) -> Step:
+def run(
+    gm: GraphModule, name: str, stage: str, apply: Callable[[GraphModule], int], doc: str, before: Snapshot
+) -> Step:
     """Run ``apply`` on ``gm`` as a pass and say what it did."""
     with journal(gm) as log:
         matches = apply(gm)
@@ -42,7 +50,18 @@ def run(gm: GraphModule, name: str, stage: str, apply: Callable[[GraphModule], i
         record.created = tuple(node_id(n) for n in record.made)
     after = take(gm, before)
     info = PassInfo(num_matches=matches)
-    return Step(name, stage, {"enabled": True}, doc, "done", before, after, info, tuple(log.sites), seconds=0.01 * (1 + matches))
+    return Step(
+        name,
+        stage,
+        {"enabled": True},
+        doc,
+        "done",
+        before,
+        after,
+        info,
+        tuple(log.sites),
+        seconds=0.01 * (1 + matches),
+    )
 
 
 def strip_asserts(gm: GraphModule) -> int:
@@ -92,7 +111,11 @@ def match_swiglu(gm: GraphModule) -> int:
     """silu(gate) * up becomes ``torch_swiglu``."""
     found = 0
     for n in list(gm.graph.nodes):
-        if n.target is aten.mul.Tensor and isinstance(n.args[0], Node) and n.args[0].target is aten.silu.default:
+        if (
+            n.target is aten.mul.Tensor
+            and isinstance(n.args[0], Node)
+            and n.args[0].target is aten.silu.default
+        ):
             act, up = n.args
             with site(gm, [act, n], label="swiglu", before=n) as s:
                 s.replace(n, s.call(ops.torch_swiglu.default, (act.args[0], up), like=n))
@@ -107,6 +130,8 @@ def fuse_gate_up(gm: GraphModule) -> int:
         if n.target is not ops.torch_swiglu.default:
             continue
         gate, up = n.args[:2]
+        if gate.target is not aten.linear.default:
+            continue
         path = gate.args[1].target.rsplit(".", 2)[0]
         fused = torch.nn.Parameter(torch.cat([gm.get_parameter(x.args[1].target) for x in (gate, up)]))
         gm.get_submodule(path).register_parameter("gate_up_weight", fused)
@@ -124,17 +149,48 @@ def pipeline(gm: GraphModule) -> Steps:
     """A few steps over ``gm``: done, unchanged, skipped and pending ones."""
     first = take(gm)
     doc = "Recognise the norm and name it.\n\n    before: pow, mean, add, rsqrt, mul, to, mul\n    after:  torch_rmsnorm"
-    steps = [Step("build_model", "factory", {}, "Build the module on meta.", "done", info=PassInfo(num_matches=1))]
-    steps.append(Step("export_to_gm", "export", {}, "Export.", "done", Snapshot(), first, PassInfo(num_matches=1), seconds=1.2))
-    steps.append(run(gm, "strip_asserts", "post_export", strip_asserts, "Erase metadata asserts.", steps[-1].after))
+    steps = [
+        Step("build_model", "factory", {}, "Build the module on meta.", "done", info=PassInfo(num_matches=1))
+    ]
+    steps.append(
+        Step(
+            "export_to_gm",
+            "export",
+            {},
+            "Export.",
+            "done",
+            Snapshot(),
+            first,
+            PassInfo(num_matches=1),
+            seconds=1.2,
+        )
+    )
+    steps.append(
+        run(gm, "strip_asserts", "post_export", strip_asserts, "Erase metadata asserts.", steps[-1].after)
+    )
     steps.append(run(gm, "match_rmsnorm_pattern", "pattern_matcher", match_rmsnorm, doc, steps[-1].after))
-    steps.append(run(gm, "match_swiglu_pattern", "pattern_matcher", match_swiglu, "Name the gated activation.", steps[-1].after))
+    steps.append(
+        run(
+            gm,
+            "match_swiglu_pattern",
+            "pattern_matcher",
+            match_swiglu,
+            "Name the gated activation.",
+            steps[-1].after,
+        )
+    )
     now = steps[-1].after
     steps.append(Step("match_moe_pattern", "pattern_matcher", {}, "Name the experts.", "done", now, now))
     skipped = PassInfo(skipped=True, reason="no checkpoint: shapes only")
     steps.append(Step("load_weights", "weight_load", {}, "Stream weights.", "skipped", now, now, skipped))
-    steps.append(run(gm, "fuse_gemms", "post_load_fusion", fuse_gate_up, "One GEMM where two read the same input.", now))
-    steps.append(Step("insert_cached_attention", "cache_init", {}, "Attention over a paged cache.", "pending"))
+    steps.append(
+        run(
+            gm, "fuse_gemms", "post_load_fusion", fuse_gate_up, "One GEMM where two read the same input.", now
+        )
+    )
+    steps.append(
+        Step("insert_cached_attention", "cache_init", {}, "Attention over a paged cache.", "pending")
+    )
     steps.append(Step("compile_model", "compile", {"backend": "eager"}, "Compile.", "pending"))
     return Steps(steps)
 

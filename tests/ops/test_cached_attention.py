@@ -127,6 +127,7 @@ def test_a_cache_of_another_dtype_is_cast_on_the_way() -> None:
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_by_inductor_it_writes_the_callers_cache_and_copies_none() -> None:
     from torch._inductor.utils import run_and_get_code

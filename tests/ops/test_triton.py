@@ -32,14 +32,25 @@ def run(code: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("triton_in_interpreter.py")
+    file = Path(__file__).with_name("triton_against_reference.py")
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
+@pytest.mark.gpu
+@needs_triton
+def test_kernels_equal_their_references_on_a_gpu() -> None:
+    file = Path(__file__).with_name("triton_against_reference.py")
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
 @needs_triton
 def test_attention_compiles_for_gpus_within_their_shared_memory() -> None:
     done = run([str(Path(__file__).with_name("triton_for_gpus.py"))], TRITON_INTERPRET="0")

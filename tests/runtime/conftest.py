@@ -137,7 +137,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2, Mistral and Gemma have it: leading spaces as tokens, bytes for what is not in the vocabulary."""
+    """As Llama 2, Mistral and Gemma have it: spaces as part of tokens, bytes for unknown characters."""
     pieces = [
         "<unk>",
         "<s>",

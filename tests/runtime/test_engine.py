@@ -31,7 +31,9 @@ requests = st.lists(
     max_num_tokens=st.integers(1, 40),
     max_batch_size=st.integers(1, 6),
 )
-def test_every_output_equals_running_alone(lab, requests, num_pages, page_size, max_num_tokens, max_batch_size):
+def test_every_output_equals_running_alone(
+    lab, requests, num_pages, page_size, max_num_tokens, max_batch_size
+):
     engine, model = lab.engine(
         num_pages, page_size, max_seq_len=32, max_num_tokens=max_num_tokens, max_batch_size=max_batch_size
     )
@@ -40,7 +42,9 @@ def test_every_output_equals_running_alone(lab, requests, num_pages, page_size, 
         for i, (prompt, max_tokens, arrival, _) in enumerate(requests):
             if arrival == step:
                 try:
-                    handles[i] = engine.add(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=i % 2 == 0))
+                    handles[i] = engine.add(
+                        prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=i % 2 == 0)
+                    )
                 except RequestError:
                     assert len(prompt) > engine.capacity
                     refused += 1
@@ -49,6 +53,8 @@ def test_every_output_equals_running_alone(lab, requests, num_pages, page_size, 
                 engine.cancel(handle)
         assert bool(engine.step()) <= bool(handles)
         engine.pages.check(s.pages for s in engine.scheduler)
+        in_line = [s.id for s in engine.scheduler]
+        assert in_line == sorted(in_line), "somebody jumped the queue"
         assert len(engine.scheduler.running) <= max_batch_size
         step += 1
         assert step < 3000, "no progress"
@@ -100,7 +106,7 @@ def test_preemption_recomputes_and_changes_nothing(lab):
 
 
 def test_equal_prefixes_are_computed_once(lab):
-    engine, model = lab.engine(64, 4)
+    engine, _ = lab.engine(64, 4)
     prefix = list(range(1, 17))
     first = engine.add([*prefix, 5], SamplingParams(max_tokens=3, ignore_eos=True))
     lab.drain(engine)
@@ -129,7 +135,9 @@ def test_long_prompt_is_chunked_while_others_decode(lab):
     engine.step()
     long = engine.add(list(range(1, 31)), SamplingParams(max_tokens=2, ignore_eos=True))
     engine.step()
-    assert model.shapes[-1] == (2, 8, 1), "one decode token and seven of the prompt, logits for the decode only"
+    assert model.shapes[-1] == (2, 8, 1), (
+        "one decode token and seven of the prompt, logits for the decode only"
+    )
     assert (short.num_output, long.num_cached, long.num_output) == (2, 7, 0)
     lab.drain(engine)
     assert long.output == lab.greedy_alone(list(range(1, 31)), 2, ignore_eos=True)

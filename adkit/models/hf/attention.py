@@ -14,7 +14,9 @@ from adkit.models.hf.masks import MaskDescriptor
 
 # Arguments that attention_interface understands, and those that cannot change its result without a cache,
 # padding or training.
-_UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "position_bias", "is_causal", "sliding_window", "dropout"})
+_UNDERSTOOD = frozenset(
+    {"scaling", "softcap", "s_aux", "position_bias", "is_causal", "sliding_window", "dropout"}
+)
 _HARMLESS = frozenset(
     "module query key value attention_mask position_ids cache_position position_embeddings use_cache past_key_values "
     "past_key_value output_attentions output_hidden_states output_router_logits return_dict cu_seq_lens_q cu_seq_lens_k "
@@ -50,7 +52,9 @@ class AttentionInterface:
         self._refuse_unknown(module, name, kwargs)
         window = kwargs.get("sliding_window")
         if isinstance(window, int) and window != mask.window and not (mask.window is None and mask.chunk):
-            self._note(f"{name} names a window of {window}; its mask, which Hugging Face's eager code obeys, has {mask.window}")
+            self._note(
+                f"{name} names a window of {window}; its mask, which Hugging Face's eager code obeys, has {mask.window}"
+            )
         out = torch.ops.adkit.torch_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -101,7 +105,9 @@ class AttentionInterface:
                     "export with export_to_gm.attention = 'eager' to keep Hugging Face's own code"
                 )
         if kwargs.get("dropout"):
-            raise ExportError(f"attention of {name} has dropout {kwargs['dropout']}; put the model in eval mode before export")
+            raise ExportError(
+                f"attention of {name} has dropout {kwargs['dropout']}; put the model in eval mode before export"
+            )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

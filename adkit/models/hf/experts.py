@@ -68,7 +68,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _candidates(module: nn.Module) -> Iterator[Gate]:
     """Gates to try, plainest first; constants are whatever numbers the module or its config's gate fields hold."""
-    numbers = [float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)]
+    numbers = [
+        float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)
+    ]
     constants = sorted({v for v in numbers if 0 < v <= 1000})
     layouts = (False, True) if getattr(module, "is_concatenated", True) else (True, False)
     offsets = (0.0, 1.0)
@@ -89,11 +91,16 @@ class ExpertsInterface:
         for name, module in model.named_modules():
             if not is_experts(module):
                 continue
-            key = (type(module), tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float))))
+            key = (
+                type(module),
+                tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float))),
+            )
             if key not in known:
                 known[key] = recognise_gate(module)
                 if known[key] is None:
-                    self.notes.append(f"{name} ({type(module).__name__}): gate not recognised, every expert is computed")
+                    self.notes.append(
+                        f"{name} ({type(module).__name__}): gate not recognised, every expert is computed"
+                    )
             self.gates[id(module)] = known[key]
 
     def __call__(self, module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

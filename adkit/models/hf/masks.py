@@ -54,7 +54,9 @@ class MaskDescriptor:
         raise self._refuse("arithmetic")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _operate
-    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __neg__ = __lt__ = __gt__ = __le__ = __ge__ = _operate
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __neg__ = __lt__ = __gt__ = __le__ = __ge__ = (
+        _operate
+    )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,7 +136,9 @@ def _counterexample(
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(positions, (_SAMPLES,), generator=generator)
     pairs.append((q, torch.randint(positions, (_SAMPLES,), generator=generator)))
-    edges = [0, 1, -1] + [s * (size + d) for size in (mask.window, mask.chunk) if size for s in (1, -1) for d in (-1, 0, 1)]
+    edges = [0, 1, -1] + [
+        s * (size + d) for size in (mask.window, mask.chunk) if size for s in (1, -1) for d in (-1, 0, 1)
+    ]
     pairs.append((q[:, None], (q[:, None] - torch.tensor(edges)).clamp(0, positions - 1)))
     if mask.chunk:
         start = q // mask.chunk * mask.chunk
@@ -167,7 +171,9 @@ def mask_interface(
     length = getattr(config, "max_position_embeddings", None) or 0
     heads = getattr(config, "num_attention_heads", None) or 1
     return describe(
-        mask_function, positions=max(2 * length, 1 << 17), heads=heads if isinstance(heads, int) else max(heads)
+        mask_function,
+        positions=max(2 * length, 1 << 17),
+        heads=heads if isinstance(heads, int) else max(heads),
     )
 
 
@@ -182,7 +188,9 @@ class KnownOnes(torch.overrides.TorchFunctionMode):
         return out
 
 
-_KEEPING = frozenset({"to", "bool", "long", "int", "float", "view", "reshape", "expand", "contiguous", "clone"})
+_KEEPING = frozenset(
+    {"to", "bool", "long", "int", "float", "view", "reshape", "expand", "contiguous", "clone"}
+)
 
 
 def known_ones(value: Any) -> bool:

@@ -73,10 +73,17 @@ def extension_points(model: nn.Module, attention: str) -> Iterator[Extensions]:
         ):
             stack.enter_context(mock.patch.dict(table, {NAME: value}))
         # adkit packs sequences by itself, and a batch without padding has none on the left
-        stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(
+            mock.patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None)
+        )
         if attention == "interface":
-            overlay = masking.chunked_overlay
-            stack.enter_context(mock.patch.object(masking, "chunked_overlay", lambda size, left: overlay(size, _NoPadding())))
+            overlay: Any = masking.chunked_overlay
+            unpadded = _NoPadding()
+            stack.enter_context(
+                mock.patch.object(
+                    masking, "chunked_overlay", lambda size, left_padding: overlay(size, unpadded)
+                )
+            )
         stack.enter_context(_configured(model, NAME if attention == "interface" else attention))
         for module, forward in extensions.rope.values():
             stack.enter_context(mock.patch.object(module, "forward", forward))
@@ -127,13 +134,16 @@ def fake_tensors(model: nn.Module, mode: Any) -> Iterator[None]:
         if id(tensor) not in memo:
             with mode:
                 made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            memo[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+            memo[id(tensor)] = (
+                nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+            )
         return memo[id(tensor)]
 
     undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 undo.append((table, dict(table)))
                 for name, tensor in table.items():
                     if tensor is not None:

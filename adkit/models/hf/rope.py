@@ -78,7 +78,11 @@ def layer_types(module: nn.Module) -> list[str | None]:
         return []
     kind: Any = getattr(module, "rope_type", None)
     kinds = kind if isinstance(kind, dict) else {None: kind}
-    return [key for key, name in kinds.items() if isinstance(name, str) and ("dynamic" in name or name == "longrope")]
+    return [
+        key
+        for key, name in kinds.items()
+        if isinstance(name, str) and ("dynamic" in name or name == "longrope")
+    ]
 
 
 def _updates(module: nn.Module) -> bool:
@@ -118,7 +122,9 @@ def _scaling(module: nn.Module, name: str, key: str | None) -> _Scaling:
         short = _fit(twin, key, candidates, (min(8, boundary), boundary))
         long = _fit(twin, key, candidates, (boundary + 1, 2 * boundary + 3, 3 * boundary + 5))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ExportError(f"the rotary scaling of {name} ({type(module).__name__}) cannot be evaluated: {error}") from error
+        raise ExportError(
+            f"the rotary scaling of {name} ({type(module).__name__}) cannot be evaluated: {error}"
+        ) from error
     if short is None or long is None or short.layout is not long.layout:
         raise ExportError(
             f"{name} ({type(module).__name__}) changes its rotary frequencies with length in a way that adkit cannot "
@@ -147,7 +153,10 @@ def _frequencies(module: nn.Module, key: str | None) -> tuple[int, tuple[Frequen
         boundary = int(parameters["original_max_position_embeddings"])
         return boundary, (constant(None), constant(boundary + 1))
     boundary = int(getattr(module, "original_max_seq_len", config.max_position_embeddings))
-    return boundary, (constant(None), lambda lengths: init(config, lengths.device, seq_len=lengths[..., None], **keyed)[0])
+    return boundary, (
+        constant(None),
+        lambda lengths: init(config, lengths.device, seq_len=lengths[..., None], **keyed)[0],
+    )
 
 
 def _fit(
@@ -159,7 +168,9 @@ def _fit(
         positions = torch.tensor([[0, 1, 5, length - 1]])
         with torch.no_grad():
             want = twin(torch.zeros(1, 1), positions, *(() if key is None else (key,)))
-        samples.append((positions, torch.full_like(positions, length), want if isinstance(want, tuple) else (want,)))
+        samples.append(
+            (positions, torch.full_like(positions, length), want if isinstance(want, tuple) else (want,))
+        )
     scale = float(samples[0][2][0][0, 0, 0].real)  # at position 0 cos is 1
     for layout in LAYOUTS:
         for frequencies in candidates:

@@ -196,7 +196,7 @@ def write_kv(key: Tensor, value: Tensor, slot_mapping: Tensor, k_cache: Tensor, 
 
 
 def blocks(head_dim: int, value_dim: int, heads_per_kv: int, itemsize: int, decode: bool) -> dict[str, int]:
-    """Block sizes: 16 rows at least (``tl.dot``), keys and values of a block within an A100's shared memory."""
+    """Block sizes: 16 rows at least (``tl.dot``); keys and values fit an A100's shared memory."""
     block_h = max(16, triton.next_power_of_2(head_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
     group = triton.next_power_of_2(heads_per_kv)

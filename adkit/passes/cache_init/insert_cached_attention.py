@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from adkit.contract import CachePool, CacheSpec, ExportError, MixerDescriptor
-from adkit.graph.inputs import add_input
+from adkit.graph.inputs import GraphInputs
 from adkit.graph.provenance import source_of
 from adkit.graph.step import PassInfo
 from adkit.ops.mixers import MIXERS
@@ -68,10 +68,11 @@ class InsertCachedAttention(Pass):
             backend = "triton" if ctx.device.type == "cuda" else "torch"
         wanted = dict.fromkeys(m for n in mixers for m in MIXERS[n.target].metadata)
         with self.site(gm, [], label="batch inputs", before=mixers[0]) as s:
-            metadata = {name: add_input(gm, name, *_METADATA[name]) for name in wanted}
+            inputs = GraphInputs(gm)
+            metadata = {name: inputs.add(name, *_METADATA[name]) for name in wanted}
             s.adopt(*metadata.values())
         for index, node in enumerate(mixers):
-            specs += self._insert(gm, node, MIXERS[node.target], f"layer{index}", backend, metadata, ctx)
+            specs += self._insert(gm, node, MIXERS[node.target], f"layer{index}", backend, metadata, inputs, ctx)
         ctx.caches = CachePool(tuple(specs), ctx.engine.page_size)
         return PassInfo(
             num_matches=len(mixers),
@@ -100,13 +101,14 @@ class InsertCachedAttention(Pass):
         prefix: str,
         backend: str,
         metadata: dict[str, Node],
+        inputs: GraphInputs,
         ctx: Context,
     ) -> tuple[CacheSpec, ...]:
         values = bound_values(node)
         bound = bound_arguments(node)
         dtype = values["key"].dtype if self.config.cache_dtype == "auto" else getattr(torch, self.config.cache_dtype)
         specs = descriptor.cache_specs(values, ctx.engine.page_size, dtype, prefix)
-        caches = [add_input(gm, s.name, (None, *s.page_shape), s.dtype) for s in specs]
+        caches = [inputs.add(s.name, (None, *s.page_shape), s.dtype) for s in specs]
         op = descriptor.cached_ops.get(backend, descriptor.cached_ops["torch"])
         args = [bound[name] for name in descriptor.tensor_args]
         args += [metadata[name] for name in descriptor.metadata] + caches

@@ -47,13 +47,11 @@ class CompileModel(Pass):
         if strange:
             raise PassError(f"the graph has inputs the engine cannot feed: {', '.join(strange)}; known: {', '.join(sorted(known))}")
         gm.recompile()
-        forward: Callable[..., Any] = gm
-        if self.config.backend == "torch-compile":
-            forward = torch.compile(gm, dynamic=True)
+        run: Callable[..., Any] = gm if self.config.backend == "eager" else torch.compile(gm, dynamic=True)
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         logits = output.args[0][0]
         ctx.compiled = CompiledModel(
-            forward=forward,
+            forward=lambda **feed: run(**feed)[0],
             inputs=inputs,
             caches=ctx.caches,
             vocab_size=int(logits.meta["val"].shape[-1]),

@@ -162,7 +162,7 @@ def _as_scores(x: Tensor, rank: int, batch: int, heads: int, seq: int, rows: Ten
     if rank == 3:
         x = x.reshape(batch, heads, *x.shape[1:]) if x.shape[0] == batch * heads else x.unsqueeze(1)
     if x.ndim != 4 or x.shape[-1] not in (1, seq) or x.shape[-2] not in (1, seq):
-        raise NotUnderstood(f"an operand of shape {tuple(x.shape)} does not fit scores of length {seq}")
+        raise EvaluationError(f"an operand of shape {tuple(x.shape)} does not fit scores of length {seq}")
     return x.index_select(-2, rows) if x.shape[-2] == seq else x
 
 

@@ -38,7 +38,7 @@ class MatchAttentionLayout(Pass):
             with self.site(gm, [*matched, node, *turned], label="attention layout", before=node) as s:
                 inputs = [n.args[0] if swaps_heads(n) else s.call(aten.transpose.int, (n, 1, 2)) for n in node.args[:3]]  # type: ignore[union-attr,arg-type]
                 options = {k: v for k, v in node.kwargs.items() if k != "layout"}
-                new = s.call(ATTENTION, (*inputs, *node.args[3:]), options)
+                new = s.call(ATTENTION, (*inputs, *node.args[3:]), options, like=turned[0] if turned else None)
                 for user in turned:
                     s.replace(user, new)
                 if any(u not in turned for u in node.users):

@@ -21,6 +21,8 @@ _CASTS = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
 )
 _COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default})
+_MULTIPLIES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor})
+_DIVIDES = frozenset({aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor})
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 # sizes that no model has, so that equal numbers mean equal dimensions
 _B, _S = 1009, 10007
@@ -48,8 +50,13 @@ class Found:
 
 
 def readers(node: Node) -> list[Node]:
-    """Who reads a node's value; export's metadata asserts do not count."""
-    return [u for u in node.users if u.target is not aten._assert_tensor_metadata.default]
+    """Who reads a node's value; export's metadata asserts and ``x.type_as(node)`` do not."""
+    return [
+        u
+        for u in node.users
+        if u.target is not aten._assert_tensor_metadata.default
+        and not (u.target is aten.type_as.default and u.args[0] is not node)
+    ]
 
 
 def with_asserts(nodes: list[Node]) -> list[Node]:
@@ -113,9 +120,9 @@ def scalar(x: Any, shapes: ShapeOnly) -> float | None:
 
 def factor_of(node: Node, shapes: ShapeOnly) -> tuple[Node, float] | None:
     """``(x, c)`` when ``node`` is x * c or x / c' for a constant."""
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, operator.mul, operator.truediv):
+    if node.target in _MULTIPLIES or node.target in _DIVIDES:
         a, b = node.args[:2]
-        divides = node.target in (aten.div.Tensor, aten.div.Scalar, operator.truediv)
+        divides = node.target in _DIVIDES
         c = scalar(b, shapes)
         if c is not None and c != 0 and isinstance(a, Node):
             return a, 1 / c if divides else c
@@ -306,7 +313,7 @@ class ScoreReader:
         if t in (aten.where.self, aten.where.ScalarSelf) and args[0] in known:
             if not isinstance(args[1], Node) or args[1] in known:
                 return MaskStep("fill", args[0], fill=args[1], rank=rank), args[2]  # type: ignore[arg-type,return-value]
-        if t is aten.maximum.default:
+        if t in (aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default) and len(args) == 2:
             low = scalar(args[1], known)
             if low is not None:
                 return MaskStep("at_least", factor=low, rank=rank), args[0]  # type: ignore[return-value]
@@ -378,7 +385,7 @@ def _cap(inner: list[Node], outer: float | None) -> tuple[float, float | None]:
         literal = next(a for a in n.args if not isinstance(a, Node)) if any(not isinstance(a, Node) for a in n.args) else None
         if literal is None:
             raise NotUnderstood("the softcap is not a literal")
-        divides = n.target in (aten.div.Tensor, aten.div.Scalar)
+        divides = n.target in _DIVIDES
         if divides and float(literal) == outer and not capped:  # type: ignore[arg-type]
             capped = True
             continue

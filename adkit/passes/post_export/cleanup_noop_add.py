@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -10,7 +12,7 @@ from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.post_export._replace import bypass, same_value
 from adkit.passes.registry import register
 
-_NEUTRAL = {
+_NEUTRAL: dict[Any, int] = {
     torch.ops.aten.add.Tensor: 0,
     torch.ops.aten.add.Scalar: 0,
     torch.ops.aten.sub.Tensor: 0,
@@ -23,12 +25,15 @@ _NEUTRAL = {
 
 
 def _is_neutral(node: Node) -> bool:
-    neutral = _NEUTRAL.get(node.target)  # type: ignore[arg-type]
+    neutral = _NEUTRAL.get(node.target)
     if neutral is None or len(node.args) < 2:
         return False
     source, other = node.args[:2]
     return (
-        isinstance(source, Node) and isinstance(other, int | float) and other == neutral and same_value(source, node)
+        isinstance(source, Node)
+        and isinstance(other, int | float)
+        and other == neutral
+        and same_value(source, node)
     )
 
 

@@ -20,8 +20,10 @@ _ALWAYS = frozenset(
         _aten.lift_fresh_copy.default,
     )
 )
-_DROPOUTS = frozenset((_aten.dropout.default, _aten.native_dropout.default, _aten.feature_dropout.default))
-_SHAPING = frozenset((_aten.expand.default, _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default))
+_DROPOUTS = frozenset((_aten.dropout.default, _aten.feature_dropout.default))
+_SHAPING = frozenset(
+    (_aten.expand.default, _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
+)
 
 
 def _is_noop(node: Node) -> bool:
@@ -29,9 +31,9 @@ def _is_noop(node: Node) -> bool:
         return False
     if node.target in _ALWAYS:
         return True
-    if node.target in _DROPOUTS and node.target is not _aten.native_dropout.default:
+    if node.target in _DROPOUTS:
         probability, training = node.args[1:3]
-        return probability == 0 or training is False
+        return bool(probability == 0 or training is False)
     return node.target in _SHAPING and same_value(node.args[0], node)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -17,7 +19,8 @@ _MAX = 2**63 - 1
 def _keeps_everything(node: Node) -> bool:
     if node.target is not torch.ops.aten.slice.Tensor:
         return False
-    source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    source, dim, start, end, step = node.args + defaults[len(node.args) :]
     if start not in (None, 0) or step != 1 or not isinstance(source, Node):
         return False
     if end is None or (isinstance(end, int) and end == _MAX):
@@ -29,9 +32,9 @@ def _keeps_everything(node: Node) -> bool:
     if isinstance(end, int):
         return isinstance(size, int) and end >= size
     limit = end.meta.get("val") if isinstance(end, Node) else None
-    return (
-        isinstance(limit, torch.SymInt) and isinstance(size, torch.SymInt) and limit.node.expr == size.node.expr
-    )
+    if not isinstance(limit, torch.SymInt) or not isinstance(size, torch.SymInt):
+        return False
+    return bool(limit.node.expr == size.node.expr)
 
 
 @register

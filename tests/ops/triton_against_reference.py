@@ -1,4 +1,4 @@
-"""Triton kernels in triton's interpreter; test_triton.py runs it apart, with TRITON_INTERPRET=1."""
+"""Triton kernels against their references: in triton's interpreter, or on a GPU; test_triton.py runs it apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from adkit.ops import pick
 from tests.ops.paged import Case, serve, whole
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+assert INTERPRETED or torch.cuda.is_available(), "run through test_triton.py"
+if not INTERPRETED:
+    torch.set_default_device("cuda")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Of the largest output: order of sums, and a few last places in 16 bits (bfloat16 is cut off there).

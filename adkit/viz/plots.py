@@ -1,0 +1,206 @@
+"""Figures over steps and cost tables. No pyplot: every function returns a Figure of its own.
+
+Backgrounds are transparent and text is mid grey, so that a figure reads on light and dark pages; colours are
+Okabe and Ito's, which colour-blind readers tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from adkit.graph.step import Step
+
+INK = "#808792"
+GRID = "#9aa1ab55"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
+)  # fmt: skip
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
+_TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
+
+
+class Plot(Figure):
+    """A Figure that shows itself as SVG in a notebook, without pyplot and the same each time."""
+
+    def svg(self) -> str:
+        """The figure as an SVG element."""
+        buffer = io.StringIO()
+        with rc_context(_TEXT):
+            self.savefig(
+                buffer,
+                format="svg",
+                transparent=True,
+                bbox_inches="tight",
+                metadata={"Date": None, "Creator": None},
+            )
+        text = buffer.getvalue()
+        return (
+            text[text.index("<svg") :].replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1).strip()
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": f"Plot({self.axes[0].get_title(loc='left')!r})", "image/svg+xml": self.svg()}
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Plot, Axes]:
+    with rc_context(_TEXT):
+        figure = Plot(figsize=(width, height))
+        axes: Axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    return figure, axes
+
+
+def _bars(
+    title: str, names: list[str], values: list[float], labels: list[str], colours: list[str], unit: str
+) -> Plot:
+    figure, axes = _figure(7.2, 0.7 + 0.27 * max(1, len(names)), title)
+    at = range(len(names))
+    axes.barh(list(at), values, color=colours, height=0.66)
+    axes.set_yticks(list(at), names)
+    axes.invert_yaxis()
+    axes.xaxis.grid(True, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(unit, color=INK, fontsize=9)
+    span = max([abs(v) for v in values], default=0) or 1
+    for y, (v, label) in enumerate(zip(values, labels, strict=True)):
+        axes.text(max(v, 0) + span * 0.012, y, label, va="center", ha="left", fontsize=8.5, color=INK)
+    axes.set_xlim(min([0.0, *values]), span * 1.16)
+    return figure
+
+
+def _stage_colours(steps: Iterable[Step]) -> dict[str, str]:
+    stages = dict.fromkeys(str(s.stage) for s in steps)
+    return {stage: CYCLE[k % len(CYCLE)] for k, stage in enumerate(stages)}
+
+
+def nodes_by_stage(steps: Iterable[Step]) -> Plot:
+    """Nodes in the graph at the end of each stage that has run."""
+    last = {str(s.stage): len(s.after) for s in steps if s.status == "done" and len(s.after)}
+    values = [float(v) for v in last.values()]
+    labels = [f"{v:,.0f}" for v in values]
+    return _bars(
+        "Nodes in the graph, after each stage", list(last), values, labels, [BLUE] * len(last), "nodes"
+    )
+
+
+def time_by_pass(steps: Iterable[Step]) -> Plot:
+    """Seconds each pass took, coloured by stage; passes that did not run are left out."""
+    ran = [s for s in steps if s.status == "done" and s.seconds > 0]
+    colours = _stage_colours(ran)
+    labels = [f"{s.seconds:.2f} s" if s.seconds >= 0.1 else f"{s.seconds * 1e3:.0f} ms" for s in ran]
+    figure = _bars(
+        "Time a pass",
+        [s.name for s in ran],
+        [s.seconds for s in ran],
+        labels,
+        [colours[str(s.stage)] for s in ran],
+        "seconds",
+    )
+    _legend(figure.axes[0], colours)
+    return figure
+
+
+def memory(steps: Iterable[Step]) -> Plot:
+    """Tensor memory on the device as the pipeline goes: the running sum of each step's change, in GiB."""
+    ran = [s for s in steps if s.status == "done"]
+    total, sums = 0, []
+    for s in ran:
+        total += s.memory_bytes
+        sums.append(total / 2**30)
+    figure, axes = _figure(7.2, 2.8, "Memory on the device, step by step")
+    at = list(range(len(ran) + 1))
+    sums = [*sums, *sums[-1:]] or [0.0]
+    axes.step(at, sums, where="post", color=BLUE, linewidth=1.8)
+    axes.fill_between(at, sums, step="post", color=BLUE, alpha=0.15)
+    axes.set_xticks(at[:-1], [s.name for s in ran], rotation=40, ha="right")
+    axes.yaxis.grid(True, color=GRID, linewidth=0.6)
+    axes.set_ylabel("GiB", color=INK, fontsize=9)
+    axes.set_ylim(bottom=min([0.0, *sums]))
+    return figure
+
+
+def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "device") -> Plot:
+    """Where the operations lie under a device's roof.
+
+    ``costs`` is a DataFrame, one row an operation, with columns ``flops`` and ``bytes`` and, where present,
+    ``category`` (or ``op``) to colour by. ``peak_flops`` in FLOP/s, ``bandwidth`` in bytes/s. The roof is
+    min(peak, intensity x bandwidth) (Williams et al., CACM 2009). A dot's area is its share of the time.
+    """
+    figure, axes = _figure(7.2, 4.2, f"Roofline on {device}")
+    rows = costs[(costs["flops"] > 0) & (costs["bytes"] > 0)]
+    by = next((c for c in ("category", "op", "target") if c in rows), None)
+    ridge = peak_flops / bandwidth
+    intensity = rows["flops"] / rows["bytes"]
+    low = min([ridge / 100, *intensity]) / 2
+    high = max([ridge * 20, *intensity]) * 2
+    axes.plot([low, ridge, high], [low * bandwidth, peak_flops, peak_flops], color=INK, linewidth=1.6)
+    axes.axvline(ridge, color=GRID, linestyle=":", linewidth=1)
+    seconds = (rows["flops"] / peak_flops).combine(rows["bytes"] / bandwidth, max)
+    whole = float(seconds.sum()) or 1.0
+    groups = list(rows.groupby(by, sort=False)) if by else [("operations", rows)]
+    groups.sort(key=lambda g: -float(seconds[g[1].index].sum()))
+    for k, (name, part) in enumerate(groups):
+        x = part["flops"] / part["bytes"]
+        y = part["flops"] / seconds[part.index]
+        share = seconds[part.index] / whole
+        label = f"{name}  {share.sum():.0%}" if k < 8 else "_hidden"
+        axes.scatter(
+            x, y, s=18 + 900 * share, color=CYCLE[k % len(CYCLE)], alpha=0.75, linewidths=0, label=label
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xlabel("arithmetic intensity (FLOP/byte)", color=INK, fontsize=9)
+    axes.set_ylabel("attainable FLOP/s", color=INK, fontsize=9)
+    axes.grid(True, which="major", color=GRID, linewidth=0.5)
+    axes.text(
+        high, peak_flops * 1.12, f"{_si(peak_flops)}FLOP/s", ha="right", va="bottom", fontsize=8.5, color=INK
+    )
+    axes.text(
+        ridge / 12,
+        ridge / 12 * bandwidth * 1.6,
+        f"{_si(bandwidth)}B/s",
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=INK,
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
+    legend = axes.legend(
+        frameon=False, fontsize=8.5, loc="lower right", title="share of time", labelcolor=INK
+    )
+    legend.get_title().set(color=INK, fontsize=8.5)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set(sizes=[36])
+    return figure
+
+
+def _legend(axes: Axes, colours: dict[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=c, label=name) for name, c in colours.items()]
+    axes.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right", labelcolor=INK)
+
+
+def _si(value: float) -> str:
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+__all__ = ["Plot", "memory", "nodes_by_stage", "roofline", "time_by_pass"]

@@ -1,0 +1,51 @@
+"""The packed batch of a mixed step, written out by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from adkit.contract import SamplingParams
+from adkit.runtime.batch import build_batch
+from adkit.runtime.sequence import Sequence
+
+
+def sequence(tokens, prompt_len, pages, cached, scheduled):
+    seq = Sequence(0, tokens[:prompt_len], SamplingParams(), 100)
+    seq.tokens.extend(tokens[prompt_len:])
+    seq.pages.extend(pages)
+    seq.num_cached, seq.num_scheduled = cached, scheduled
+    return seq
+
+
+def test_decode_chunk_and_recompute_in_one_batch():
+    batch = build_batch(
+        [
+            sequence([10, 11, 12, 13, 14], 3, [7, 2, 5], cached=4, scheduled=1),  # a decode
+            sequence(
+                [20, 21, 22, 23, 24, 25], 6, [3, 1, 4], cached=1, scheduled=3
+            ),  # a chunk, the end not reached
+            sequence([30, 31, 32], 2, [9, 8], cached=0, scheduled=3),  # all anew after a preemption
+        ],
+        page_size=2,
+        device=torch.device("cpu"),
+    )
+    expected = {
+        "input_ids": [[14, 21, 22, 23, 30, 31, 32]],
+        "position_ids": [[4, 1, 2, 3, 0, 1, 2]],
+        "rope_lengths": [[5, 6, 6, 6, 2, 2, 3]],
+        "cu_seqlens": [0, 1, 4, 7],
+        "cache_lens": [4, 1, 0],
+        "page_table": [[7, 2, 5], [3, 1, 4], [9, 8, 0]],
+        "slot_mapping": [10, 7, 2, 3, 18, 19, 16],
+        "logits_indices": [0, 6],
+    }
+    int32 = {"cu_seqlens", "cache_lens", "page_table"}
+    for name in batch.names():
+        tensor = getattr(batch, name)
+        assert tensor.tolist() == expected[name], name
+        assert tensor.dtype == (torch.int32 if name in int32 else torch.int64), name
+
+
+def test_a_batch_in_which_nobody_samples_still_asks_for_one_row():
+    batch = build_batch([sequence([1, 2, 3], 3, [1, 2], 0, 2)], 2, torch.device("cpu"))
+    assert batch.logits_indices.tolist() == [1]

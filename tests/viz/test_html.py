@@ -1,0 +1,140 @@
+"""Objects in a notebook: HTML that stands alone, and text where there is none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import adkit.viz
+from adkit.graph.display import html_of, mimebundle
+from adkit.graph.step import PassInfo, Step, Steps
+from adkit.viz import dot, plots
+from adkit.viz.report import write_report
+from adkit.viz.widgets import TABS, StepBrowser
+from tests.graph.samples import sample
+
+
+def objects() -> list[object]:
+    steps = sample("llama")
+    step = steps["match_rmsnorm_pattern"]
+    return [steps, step, step.diff, step.rewrites[0], step.after, step.explain(), step.after.code(layer=1), *steps]
+
+
+def test_every_object_has_text_and_html_without_scripts_or_network() -> None:
+    assert adkit.viz.html is not None
+    for obj in objects():
+        bundle = mimebundle(obj)
+        assert bundle["text/plain"]
+        assert "<script" not in bundle["text/html"]
+        assert not re.search(r"(src|href)=.https?:", bundle["text/html"])
+
+
+def test_html_is_the_same_each_time() -> None:
+    assert [html_of(o) for o in objects()] == [html_of(o) for o in objects()]
+
+
+def test_html_works_without_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dot, "_pipe", lambda source, kind: None)
+    assert "apt-get install graphviz" in str(html_of(sample("llama")["match_rmsnorm_pattern"]))
+
+
+def test_a_step_tells_its_rewrites_and_code_change() -> None:
+    html = str(html_of(sample("llama")["match_rmsnorm_pattern"]))
+    assert "9 ×" in html
+    assert "torch_rmsnorm" in html
+    assert '<span class="a">+' in html
+    assert "285 → 231" in html
+
+
+def test_steps_tell_what_changed_and_what_is_next() -> None:
+    html = str(html_of(sample("llama")))
+    assert re.search(r'class="changed">\s*<td class="ak-key">match_rmsnorm_pattern', html)
+    assert re.search(r'class="pending next">\s*<td class="ak-key">insert_cached_attention', html)
+    assert "no checkpoint: shapes only" in html
+
+
+def test_text_from_a_pass_is_escaped() -> None:
+    step = Step("evil", "export", {"x": "</pre><script>"}, "<script>alert(1)</script>", "failed", info=PassInfo(reason="a < b"))
+    html = str(html_of(step)) + str(html_of(Steps([step])))
+    assert "<script>" not in html
+    assert "a &lt; b" in html
+
+
+def test_report_is_one_small_file_that_has_every_step(tmp_path: Path) -> None:
+    steps = sample("llama")
+    path = write_report(
+        tmp_path / "walk.html", title="A <walk>", steps=steps, final=steps["fuse_gemms"].after,
+        sections=[("Model", "<p>tiny</p>")], completions=[("What is 27 + 45?", " 72")],
+    )  # fmt: skip
+    text = path.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["walk.html"]
+    assert len(text) < 5_000_000
+    assert "<title>A &lt;walk&gt;</title>" in text
+    assert all(f'id="step-{s.name}"' in text for s in steps)
+    assert 'class="p">What is 27 + 45?</span> 72' in text
+    assert not re.search(r"(src|href)=.https?:", text)
+    links = set(re.findall(r'href="#([^"]+)"', text))
+    assert links <= set(re.findall(r'id="([^"]+)"', text))
+
+
+def test_report_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "walk.html"
+    path.write_text("old")
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    steps = sample("llama")
+    with pytest.raises(OSError, match="disk full"):
+        write_report(path, title="t", steps=steps, final=steps["fuse_gemms"].after, figures=())
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["walk.html"]
+
+
+def test_report_of_a_pipeline_that_has_not_run(tmp_path: Path) -> None:
+    from adkit.graph.snapshot import Snapshot
+
+    steps = Steps([Step("build_model", "factory", {}, "Build."), Step("export_to_gm", "export", {}, "Export.")])
+    text = write_report(tmp_path / "r.html", title="nothing yet", steps=steps, final=Snapshot()).read_text()
+    assert "0 of 2 passes ran" in text
+
+
+def test_plots_are_figures_that_show_themselves_the_same_each_time() -> None:
+    import pandas as pd
+
+    steps = list(sample("llama"))
+    costs = pd.DataFrame({"op": ["linear", "add"], "flops": [2e9, 1e6], "bytes": [3e7, 6e6]})
+    for make in (
+        lambda: plots.nodes_by_stage(steps), lambda: plots.time_by_pass(steps), lambda: plots.memory(steps),
+        lambda: plots.roofline(costs, peak_flops=989e12, bandwidth=3.35e12, device="H100"),
+    ):  # fmt: skip
+        figure = make()
+        bundle = figure._repr_mimebundle_()
+        assert bundle["image/svg+xml"].startswith("<svg")
+        assert bundle == make()._repr_mimebundle_()
+    lengths = [bar.get_width() for bar in plots.nodes_by_stage(steps).axes[0].patches]
+    assert lengths[0] == len(sample("llama")["export_to_gm"].after)
+
+
+def test_step_browser_fills_tabs_and_explains_a_rewrite() -> None:
+    browser = StepBrowser(sample("llama"))
+    assert browser.selected == "export_to_gm"
+    browser.selected = "match_rmsnorm_pattern"
+    for index in range(len(TABS)):
+        assert "adkit" in browser.tab(index)
+    assert "9 x [7 nodes" in browser.explain(0)
+    assert "> + match_rmsnorm_pattern" in repr(browser)
+    bundle = browser._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    browser._tabs.selected_index = TABS.index("rewrites")
+    browser._buttons.children[0].click()
+    assert "torch_rmsnorm" in browser._explained.value
+
+
+def test_step_browser_without_ipywidgets_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    browser = StepBrowser(sample("llama"))
+    bundle = browser._repr_mimebundle_()
+    assert set(bundle) == {"text/plain"}
+    assert "pip install ipywidgets" in bundle["text/plain"]
