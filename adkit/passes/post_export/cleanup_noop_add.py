@@ -41,8 +41,8 @@ def _is_neutral(node: Node) -> bool:
 class CleanupNoopAdd(Pass):
     """Bypass ``x + 0``, ``x - 0``, ``x * 1`` and ``x / 1``, where the result has the dtype of ``x``.
 
-    Models write them with numbers from their config (an attention scaling of 1.0, an offset of 0), so they show up
-    in some checkpoints of a family and not in others; without them the family has one form.
+    Models write them with numbers from their config (an attention scaling of 1.0, an offset of 0), so they
+    show up in some checkpoints of a family and not in others; without them the family has one form.
 
         before: %c = aten.cos(%emb)
                 %d = aten.mul.Tensor(%c, 1.0)

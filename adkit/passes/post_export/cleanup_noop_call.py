@@ -39,10 +39,10 @@ def _is_noop(node: Node) -> bool:
 
 @register
 class CleanupNoopCall(Pass):
-    """Bypass calls that return their input: dropout outside training, detach, expand or view to the same shape.
+    """Bypass calls that return their input: eval-mode dropout, detach, expand or view to the same shape.
 
-    They compute nothing. ``detach_`` and ``lift_fresh_copy`` come from tensors that a forward builds from numbers;
-    in inference nobody needs their copy.
+    They compute nothing. ``detach_`` and ``lift_fresh_copy`` come from tensors that a forward builds from
+    numbers; in inference nobody needs their copy.
 
         before: %d = aten.dropout(%x, 0.1, False)
                 %y = aten.add.Tensor(%residual, %d)
