@@ -72,7 +72,7 @@ def test_interface_export_from_meta_equals_hugging_face(kind: str) -> None:
             assert node.meta.get("val") is not None, node
         if node.op == "call_function":
             assert {"stack_trace", "nn_module_stack"} <= set(node.meta), node
-            assert node.users, node
+            assert node.users or node.is_impure(), node
             assert "assert" not in str(node.target), node
 
 

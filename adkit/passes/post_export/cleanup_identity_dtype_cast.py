@@ -18,9 +18,7 @@ _CASTS = frozenset(
         _aten.to.dtype_layout,
         _aten.to.device,
         _aten.to.other,
-        _aten._to_copy.default,
         _aten.type_as.default,
-        _aten.clone.default,
     )
 )
 
@@ -35,7 +33,6 @@ def _is_identity(node: Node) -> bool:
         and before.dtype == after.dtype
         and before.device == after.device
         and before.layout == after.layout
-        and (node.target is not _aten.clone.default or before.stride() == after.stride())
     )
 
 

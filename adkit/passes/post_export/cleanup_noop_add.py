@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
-from adkit.passes.post_export._replace import bypass, same_value
+from adkit.passes.post_export._replace import bypass, fresh_copies_kept, same_value
 from adkit.passes.registry import register
 
 _NEUTRAL: dict[Any, int] = {
@@ -56,4 +56,5 @@ class CleanupNoopAdd(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Bypass every arithmetic identity."""
-        return PassInfo(num_matches=bypass(gm, _is_neutral))
+        kept = fresh_copies_kept(gm)
+        return PassInfo(num_matches=bypass(gm, lambda node: _is_neutral(node) and not kept(node)))
