@@ -131,6 +131,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_neox": {"num_key_value_heads": DROP},
     "deepseek_v3": {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "stablelm": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "llama4_text": {
         "no_rope_layers": [1, 0],
