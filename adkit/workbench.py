@@ -50,8 +50,6 @@ class Workbench:
         **engine: Any,
     ) -> None:
         fragments = [config] if isinstance(config, (str, Path, dict)) else list(cast(Iterable[Fragment], config))
-        if force:
-            overrides = [*overrides, "transforms.load_weights.force=true"]
         self.config: AdkitConfig = load_config(fragments, overrides, **engine)
         self.device = self._device()
         self.factory: ModelFactory = resolve(
@@ -63,6 +61,7 @@ class Workbench:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        self.force = force
         self.progress = progress
         self._context = Context(
             factory=self.factory, engine=self.config.engine, device=self.device, weights=self.factory.weights
@@ -139,6 +138,8 @@ class Workbench:
         if i >= len(self._passes):
             raise IndexError("every step of this pipeline has run; wb.rewind(...) goes back")
         p = self._passes[i]
+        if p.key == "load_weights" and p.config.enabled and self.factory.weights != "none" and not self.force:
+            self.factory.memory_estimate(self.config.engine, self.device).require()
         if isinstance(p, PipelineCache):
             self._context.fingerprint = fingerprint(self._context, self._passes[:i])
         before = self._state
