@@ -55,7 +55,7 @@ class ShapeOnly:
         self._constants = dict(constants or {})
         if buffers:
             for name in {n.target for n in gm.graph.nodes if n.op == "get_attr"} - self._constants.keys():
-                tensor = _attribute(gm, name)
+                tensor = attribute(gm, name)
                 if isinstance(tensor, Tensor) and not isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta:
                     self._constants[name] = tensor
         self._symbols = _input_symbols(gm)
@@ -254,7 +254,8 @@ class ShapeOnly:
         return sorted(f for f in found if 2 <= f < 2**31)
 
 
-def _attribute(gm: GraphModule, path: str) -> Any:
+def attribute(gm: GraphModule, path: str) -> Any:
+    """What ``gm`` has at dotted ``path``, or None."""
     at: Any = gm
     for part in path.split("."):
         at = getattr(at, part, None)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.edit import fake_mode_of
 from adkit.graph.provenance import source_of
-from adkit.graph.shape_only import EvaluationError, ShapeOnly
+from adkit.graph.shape_only import EvaluationError, ShapeOnly, attribute
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass
 from adkit.passes.pattern_matcher.masks import MaskMeaning, NotUnderstood
@@ -43,8 +43,18 @@ def attention_options(
 
 
 def known_buffers(gm: GraphModule, ctx: Context) -> dict[str, Tensor]:
-    """Data of buffers that the model computes when it is built (not from a checkpoint) and that lack it on meta."""
-    return {}
+    """Data of the buffers that a model on meta computes when it is really built: causal tables, slopes.
+
+    The factory rebuilds them on the CPU; buffers that a checkpoint holds are not among them.
+    """
+    computed = getattr(ctx.factory, "computed", frozenset())
+    lacking = {
+        n.target
+        for n in gm.graph.nodes
+        if n.op == "get_attr" and n.target in computed and (t := attribute(gm, n.target)) is not None and t.is_meta
+    }
+    # what is computed needs no weights, so a factory without them can still make it
+    return dict(ctx.factory.with_random_weights().load(sorted(lacking), torch.device("cpu"))) if lacking else {}
 
 
 @dataclass

@@ -182,7 +182,8 @@ def understand(samples: list[_Sample]) -> MaskMeaning:
         starts.update(zip(s.rows.tolist(), first.tolist(), strict=True))
     cut = {row: start for row, start in starts.items() if start > 0}
     windows = [None] if not cut else [None, max(row - start + 1 for row, start in cut.items())]
-    chunks = [None] if not cut else [None, min(cut.values())]
+    fresh = [row for row, start in cut.items() if start == row]  # rows where a chunk may begin
+    chunks = [None] if not fresh else [None, min(fresh)]
     for window in windows:
         for chunk in chunks:
             if all(_fits(s, causal, window, chunk) for s in samples):
@@ -213,4 +214,6 @@ def _slopes(samples: list[_Sample]) -> tuple[float, ...] | None:
         off = torch.where(s.bias > MASKED, rest - shift, torch.zeros(()))
         if bool((off.abs() > 1e-4 * (1 + wanted.abs())).any()):
             raise NotUnderstood("its bias is not ALiBi (a slope a head times the distance)")
+    if not slopes.abs().max() > 1e-9:
+        return None
     return tuple(float(torch.tensor(x, dtype=torch.float32)) for x in slopes.tolist())

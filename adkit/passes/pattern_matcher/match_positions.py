@@ -51,8 +51,9 @@ class MatchPositions(Pass):
             if not outside or not self._varies(node, shapes):
                 continue
             found = self._counters(node, shapes)
-            if not found:
+            if not found or not _token_local(node, list(found), shapes):
                 strange.append(node.name)
+                continue
             for counter, offset in found.items():
                 way = set(shapes.closure(node))
                 users = [u for u in counter.users if u in way or (counter is node and u in outside)]
@@ -134,6 +135,25 @@ def _offset(node: Node, shapes: ShapeOnly) -> int | None:
     if len(offsets) != 1 or not (offset := offsets.pop()).is_integer():
         return None
     return int(offset)
+
+
+def _token_local(node: Node, counters: list[Node], shapes: ShapeOnly) -> bool:
+    """Whether each element of ``node`` depends on its own position only, neither on others nor on the length."""
+    if counters == [node]:
+        return True
+    long, short = shapes.value(node, 2, 13), shapes.value(node, 2, 7)
+    dim = next(i for i, (a, b) in enumerate(zip(long.shape, short.shape, strict=True)) if a != b)
+    if long.shape[dim] != 13 or short.shape[dim] != 7 or not torch.equal(long.narrow(dim, 0, 7), short):
+        # flattened over the batch: rows of 7 inside rows of 13
+        if long.shape[dim] != 26 or short.shape[dim] != 14:
+            return False
+        long, short = (t.unflatten(dim, (2, -1)) for t in (long, short))
+        dim += 1
+        if not torch.equal(long.narrow(dim, 0, 7), short):
+            return False
+    order = torch.tensor([3, 0, 6, 5, 1, 4, 2])
+    given = {c: shapes.value(c, 2, 7).index_select(-1, order) for c in counters}
+    return torch.equal(shapes.value(node, 2, 7, given).reshape(short.shape), short.index_select(dim, order))
 
 
 def _widens(gm: GraphModule, shapes: ShapeOnly, node: Node, users: list[Node]) -> bool:

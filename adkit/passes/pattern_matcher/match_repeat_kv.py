@@ -16,6 +16,8 @@ aten = torch.ops.aten
 _MERGES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
 _EXPANDS = frozenset({aten.expand.default, aten.broadcast_to.default})
 
+_SIZES = (1009, 10007)  # no model has these sizes, so equal numbers mean equal dimensions
+
 
 @register
 class MatchRepeatKV(Pass):
@@ -43,7 +45,7 @@ class MatchRepeatKV(Pass):
             count += self._merge(gm, node, shapes)
         for node in repeats:
             dim = node.args[2] if len(node.args) > 2 else None
-            if isinstance(dim, int) and isinstance(node.args[1], int):
+            if isinstance(dim, int) and isinstance(node.args[1], int) and _repeats_heads(node, dim % 4, shapes):
                 self._put(gm, [node], node, node.args[0], node.args[1], dim % 4)  # type: ignore[arg-type]
                 count += 1
         return PassInfo(num_matches=count, is_clean=False)
@@ -60,12 +62,12 @@ class MatchRepeatKV(Pass):
         assert isinstance(narrow, Node)
         if not _is_rank(narrow, 5):
             return False
-        small, big, out = (shapes.shape(n, 1009, 10007) for n in (narrow, wide, node))
+        small, big, out = (shapes.shape(n, *_SIZES) for n in (narrow, wide, node))
         grown = [i for i in range(5) if small[i] != big[i]]
         if len(grown) != 1 or grown[0] == 0 or small[grown[0]] != 1:
             return False
         dim = grown[0]
-        if out != (*big[: dim - 1], big[dim - 1] * big[dim], *big[dim + 1 :]):
+        if not _repeats_heads(node, dim - 1, shapes) or out != (*big[: dim - 1], big[dim - 1] * big[dim], *big[dim + 1 :]):
             return False
         inner = peel(narrow, shapes, matched)
         if inner.target is aten.unsqueeze.default and inner.args[1] in (dim, dim - 5):
@@ -83,6 +85,12 @@ class MatchRepeatKV(Pass):
             if squeeze is not None:
                 source = s.call(aten.squeeze.dim, (source, squeeze))
             s.replace(node, s.call(REPEAT_KV, (source, times, dim), like=node))
+
+
+def _repeats_heads(node: Node, dim: int, shapes: ShapeOnly) -> bool:
+    """Whether ``dim`` is where heads are: [B, here, S, H] or [B, S, here, H]."""
+    shape = shapes.shape(node, *_SIZES)
+    return dim in (1, 2) and shape[0] == _SIZES[0] and shape[3 - dim] == _SIZES[1] and shape[dim] not in _SIZES
 
 
 def _is_rank(node: Node, rank: int) -> bool:

@@ -50,7 +50,7 @@ class MatchSDPA(Pass):
 
 
 def _read(node: Node, masks: MaskReader) -> Found:
-    bound = {a.name: a.default_value for a in _SDPA._schema.arguments}
+    bound: dict[str, Any] = {a.name: a.default_value for a in _SDPA._schema.arguments}
     bound.update(zip((a.name for a in _SDPA._schema.arguments), node.args, strict=False))
     bound.update(node.kwargs)
     query, key, value, mask = (bound[n] for n in ("query", "key", "value", "attn_mask"))
@@ -58,7 +58,7 @@ def _read(node: Node, masks: MaskReader) -> Found:
         raise NotUnderstood(f"it drops out probabilities (dropout_p={bound['dropout_p']}); export in eval mode")
     if query.meta["val"].ndim != 4:
         raise NotUnderstood("queries are not batch, heads, sequence, width")
-    scale: Any = bound["scale"]
+    scale = bound["scale"]
     if scale is None:
         scale = int(query.meta["val"].shape[-1]) ** -0.5
     meaning = MaskMeaning(causal=bool(bound["is_causal"]))
