@@ -29,7 +29,7 @@ ATTENTION_KEYS = (
 
 @pytest.fixture
 def run_attention_passes() -> Any:
-    """``run(gm, keys, factory) -> (gm, {key: step})``: clean the graph and run the attention matchers on it."""
+    """``run(gm, keys, factory) -> (gm, {key: step})``: clean the graph, run the attention matchers on it."""
 
     def run(
         gm: GraphModule, keys: tuple[str, ...] = ATTENTION_KEYS, factory: Any = None
