@@ -123,7 +123,7 @@ def test_causal_tables_on_meta_are_asked_of_the_factory(run_attention_passes: An
     assert not attentions(gm)
     assert steps["match_eager_attention"].info.details["not matched"]
     factory = SimpleNamespace(
-        computed=frozenset(buffers), with_random_weights=lambda: SimpleNamespace(load=load)
+        computed=frozenset(buffers), tensors={}, with_random_weights=lambda: SimpleNamespace(load=load)
     )
     gm, _ = run_attention_passes(export_model(meta_twin(config)), factory=factory)
     assert len(attentions(gm)) == 2
