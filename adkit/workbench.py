@@ -450,12 +450,15 @@ class Workbench:
         for s in self._steps:
             s._checker = self.check
 
-    def __repr__(self) -> str:
-        lines = [
+    def _heading(self) -> list[str]:
+        left = f"; next: {self._passes[self.position].key}" if self.position < len(self._passes) else ""
+        return [
             f"Workbench {self.name!r} ({type(self.factory.config).__name__}) on {self.device}, weights: {self.factory.weights}",
-            f"{self.position} of {len(self._passes)} steps run"
-            + (f"; next: {self._passes[self.position].key}" if self.position < len(self._passes) else ""),
+            f"{self.position} of {len(self._passes)} steps run{left}",
         ]
+
+    def __repr__(self) -> str:
+        lines = self._heading()
         stage = ""
         for i, s in enumerate(self._steps):
             if s.stage != stage:
@@ -468,7 +471,7 @@ class Workbench:
         from adkit.graph.display import html_of
 
         bundle = {"text/plain": repr(self)}
-        html = html_of(self.steps)
+        html = html_of(Steps(list(self._steps), heading="\n".join(self._heading())))
         if html is not None:
             bundle["text/html"] = html
         return bundle

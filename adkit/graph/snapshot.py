@@ -192,16 +192,22 @@ class Snapshot:
         return found
 
     def table(self) -> Any:
-        """The graph as a pandas DataFrame, one row a node (id, name, op, target, shape, dtype, module, source)."""
+        """The graph as a pandas DataFrame, one row a node (id, name, op, target, shape, dtype, module, source).
+
+        Open sizes go by the names of the code view (B, S, T).
+        """
         import pandas as pd
 
+        from adkit.graph.code import symbols
+
+        names = symbols(self)
         return pd.DataFrame(
             {
                 "id": n.id,
                 "name": n.name,
                 "op": n.op,
                 "target": n.target_name,
-                "shape": "" if n.shape is None else str(list(n.shape)).replace("'", ""),
+                "shape": "" if n.shape is None else f"[{', '.join(map(names.dim, n.shape))}]",
                 "dtype": "" if n.dtype is None else str(n.dtype).removeprefix("torch."),
                 "module": n.module_path,
                 "source": str(n.source or ""),

@@ -89,7 +89,7 @@ class Step:
             lines.append(f"Here: {self.status}: {self.info.reason}")
         elif self.status == "done" and self.changed:
             lines.append(f"Here: {len(self.before)} -> {len(self.after)} nodes in {self.seconds:.3f} s.")
-            lines += [f"  {r}" for r in self.rewrites]
+            lines += [f"  {r}" for r in self._told()]
         elif self.status == "done" and not self.altered:
             lines.append("Here: nothing to change in this graph.")
         if self.altered:
@@ -109,7 +109,7 @@ class Step:
         mark = {"done": "+", "skipped": "-", "disabled": "x", "failed": "!", "pending": " "}[self.status]
         if self.status == "done" and not self.changed and not self.altered:
             mark = "="
-        parts = [str(r) for r in self.rewrites[:2]] if self.changed else []
+        parts = self._told()[:2] if self.changed else []
         what = self.info.reason or "; ".join([*parts, *([self._altered()] if self.altered else [])])
         return f"{mark} {self.name:<32} {what}".rstrip()
 
@@ -120,13 +120,19 @@ class Step:
         if self.status != "done":
             return head
         body = [f"{head}: {len(self.before)} -> {len(self.after)} nodes"]
-        body += [f"  {r}" for r in self.rewrites]
+        body += [f"  {r}" for r in self._told()]
         body += [f"  {self._altered()}"] if self.altered else []
         return "\n".join(body if len(body) > 1 else [*body, "  no change"])
 
     def _altered(self) -> str:
         names = ", ".join(self.altered[:3]) + (", ..." if len(self.altered) > 3 else "")
         return f"new data in {len(self.altered)} tensors: {names}"
+
+    def _told(self) -> list[str]:
+        """The rewrite classes as text; where the graph begins everything is new, which one line says better."""
+        if not len(self.before) and len(self.after):
+            return [f"a graph of {len(self.after):,} nodes"]
+        return [str(r) for r in self.rewrites]
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from adkit.graph.display import mimebundle
@@ -147,10 +153,11 @@ class Text(str):
 
 
 class Steps:
-    """The steps of a pipeline, in order; takes a key, an index, or a slice."""
+    """The steps of a pipeline, in order; takes a key or an index. ``heading`` stands above them in a notebook."""
 
-    def __init__(self, steps: list[Step]) -> None:
+    def __init__(self, steps: list[Step], heading: str = "") -> None:
         self._steps = steps
+        self.heading = heading
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self._steps)

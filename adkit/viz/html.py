@@ -183,7 +183,7 @@ def step_body(s: Step, *, pictures: int = 1, graph: bool = False, history: Histo
             "name": s.name, "stage": str(s.stage), "status": s.status, "info": s.info,
             "changed": changed or not len(s.after),
             "counts": counts, "time": seconds_text(s.seconds), "memory": memory_text(s.memory_bytes),
-            "lead": " ".join(lead.split()), "rest": rest, "rows": rows, "more": more,
+            "lead": _marked(" ".join(lead.split())), "rest": rest, "rows": rows, "more": more,
             "diff": diff_html(s.before, s.after) if changed else "",
             "code": code_html(s.after) if whole else "",
             "graph": picture_html(s.after, highlight=touched, history=history) if whole else "",
@@ -191,6 +191,11 @@ def step_body(s: Step, *, pictures: int = 1, graph: bool = False, history: Histo
             "log": "\n".join(s.log),
         },
     )  # fmt: skip
+
+
+def _marked(text: str) -> str:
+    """Docstring text as HTML: ``literals`` in code type."""
+    return re.sub(r"``(.+?)``", r"<code>\1</code>", escape(text, quote=False))
 
 
 def steps_body(steps: Steps, *, link: bool = False) -> str:
@@ -211,7 +216,8 @@ def steps_body(steps: Steps, *, link: bool = False) -> str:
             {"name": s.name, "status": s.status, "kind": kind_of(s, waiting), "what": what, "counts": counts,
              "time": seconds_text(s.seconds), "anchor": anchor(s)}
         )  # fmt: skip
-    return template("steps.html", stages=stages, link=link)
+    title, *facts = steps.heading.splitlines() or [""]
+    return template("steps.html", stages=stages, link=link, title=title, facts=facts)
 
 
 def _what(s: Step) -> str:

@@ -45,13 +45,15 @@ class FuseGemms(Pass):
             key = _group_key(gm, node, readers, owners)
             if key is not None:
                 groups[key].append(node)
+        values: dict[Any, Any] = {}
         found = [nodes for nodes in groups.values() if len(nodes) > 1]
         for i, nodes in enumerate(found):
-            self._fuse(gm, _gate_first(nodes))
+            self._fuse(gm, _gate_first(nodes), values)
             ctx.progress(i + 1, len(found), "fused")
         return PassInfo(num_matches=len(found))
 
-    def _fuse(self, gm: GraphModule, nodes: list[Node]) -> None:
+    def _fuse(self, gm: GraphModule, nodes: list[Node], values: dict[Any, Any]) -> None:
+        """``values`` keeps (fused value, its pieces) by shape: layers are alike, symbolic sizes slow."""
         x, anchor = nodes[0].args[0], min(nodes)  # FX nodes compare by their place in the graph
         weights = [arg(n, 1, "weight") for n in nodes]
         biases = [arg(n, 2, "bias") for n in nodes]
@@ -68,9 +70,12 @@ class FuseGemms(Pass):
                     operands.append(s.get_attr(name, val=old.new_empty((sum(sizes), *old.shape[1:]))))
             old = anchor.meta["val"]
             fused = s.call(torch.ops.adkit.torch_linear_simple.default, tuple(operands), like=anchor)
-            fused.meta["val"] = old.new_empty((*old.shape[:-1], sum(sizes)))
-            pieces = s.call(aten.split_with_sizes.default, (fused, sizes, -1), like=fused)
-            pieces.meta["val"] = fused.meta["val"].split(sizes, -1)
+            pieces = s.call(aten.split_with_sizes.default, (fused, sizes, -1), like=anchor)
+            key = (str(old.shape[:-1]), old.dtype, *sizes)
+            if key not in values:
+                whole = old.new_empty((*old.shape[:-1], sum(sizes)))
+                values[key] = whole, whole.split(sizes, -1)
+            fused.meta["val"], pieces.meta["val"] = values[key]
             for i, node in enumerate(nodes):
                 piece = s.call(operator.getitem, (pieces, i), like=node)
                 piece.meta["val"] = pieces.meta["val"][i]

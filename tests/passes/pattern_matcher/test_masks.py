@@ -1,4 +1,4 @@
-"""Masks are understood by their values, however they are written; what is none of the known kinds is refused."""
+"""Masks are understood by their values, however they are written; unknown kinds are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def read(mask: Callable[[Any], Tensor], kind: str = "keep", **more: Any) -> Mask
 
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(
-        Model(), (), {"input_ids": torch.zeros(2, 6, dtype=torch.long)}, dynamic_shapes={"input_ids": dims}, strict=False
+        Model(),
+        (),
+        {"input_ids": torch.zeros(2, 6, dtype=torch.long)},
+        dynamic_shapes={"input_ids": dims},
+        strict=False,
     )
     gm = program.module(check_guards=False)
     node = next(n for n in gm.graph.nodes if n.op == "output").args[0][0]
@@ -67,7 +71,7 @@ def slopes_of(s: Any) -> Tensor:
 
 
 def test_alibi_whatever_its_origin() -> None:
-    """Softmax does not see what is added to a whole row: slope * k, slope * (k - q), slope * (k - S) are one."""
+    """Softmax does not see what is added to a whole row: slope * k and slope * (k - q) are one."""
     wanted = MaskMeaning(slopes=tuple(h / 8 for h in range(1, HEADS + 1)))
 
     def causal(s: Any) -> Tensor:

@@ -28,7 +28,9 @@ class Learned(nn.Module):
 def exported(model: nn.Module) -> Any:
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     ids = torch.zeros(2, 6, dtype=torch.long)
-    program = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": dims}, strict=False)
+    program = torch.export.export(
+        model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": dims}, strict=False
+    )
     module = program.module(check_guards=False)
     module.graph.set_codegen(CodeGen())
     return GraphModule(module, module.graph)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from adkit.contract import ConfigError
 from tests.passes.graphs import check_values, count, logits, rmse_ratio, run_pass, tiny_graph
@@ -34,6 +36,20 @@ def test_norms_gates_and_sums_fuse(kind: str) -> None:
     assert found == FUSED[kind]
     assert count(gm, "torch_swiglu") == 0
     check_values(gm)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "width", "packed"),
+    [(0, 4, 4, 1), (4, 0, 4, 0), (0, 3, 3, 0)],
+    ids=["gate then up", "up then gate", "pieces of more"],
+)
+def test_only_two_halves_in_order_are_packed(gate: int, up: int, width: int, packed: int) -> None:
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x.narrow(-1, gate, width)) * x.narrow(-1, up, width)
+
+    gm = make_fx(gated, tracing_mode="fake", pre_dispatch=True)(torch.randn(2, 8))
+    assert run_pass(gm, "match_swiglu_pattern").num_matches == 1
+    assert run_pass(gm, "fuse_swiglu").num_matches == packed
 
 
 def test_bfloat16_sums_round_before_the_norm() -> None:
