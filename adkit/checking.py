@@ -207,7 +207,7 @@ def compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     a = torch.where(both, 0.0, a)
     scale = float(a.square().mean().sqrt())
     error = float(d.square().mean().sqrt())
-    ratio = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+    ratio = error / scale if scale != 0 else (0.0 if error == 0 else math.inf)
     return (float(d.abs().max()) if d.numel() else 0.0), ratio
 
 

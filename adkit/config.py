@@ -158,9 +158,11 @@ def _one_line(error: Exception) -> str:
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, anything else replaces."""
+    """``over`` laid on ``base``: mappings merge key by key, anything else replaces; an empty key keeps a mapping."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and (value is None or isinstance(value, Mapping)):
+            value = deep_merge(old, value or {})
+        result[key] = value
     return result
