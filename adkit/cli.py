@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from adkit.contract import AdkitError
+from adkit.contract import AdkitError, ConfigError
+from adkit.graph.step import Step
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -34,22 +35,17 @@ def run(
     from adkit import SamplingParams, Workbench
 
     start = time.perf_counter()
+    if prompt and until is not None:
+        raise ConfigError("--prompt needs the whole pipeline: leave out --until")
     wb = Workbench(
         model, config=list(config), overrides=overrides, random_weights=random_weights, trust_remote_code=trust_remote_code
     )
     print(f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: {wb.factory.weights}")
-    stages = list(dict.fromkeys(s.stage for s in wb.steps))
-    stop = wb._end_of(until) if until else len(wb.steps)
-    for stage in stages:
-        first = wb.position
-        begin = time.perf_counter()
-        while wb.position < stop and wb.steps[wb.position].stage == stage:
-            wb.step()
-        ran = list(wb.steps)[first : wb.position]
-        if ran:
-            print(_stage_line(stage, ran, time.perf_counter() - begin), flush=True)
+    stages = _StageLines()
+    wb.run(until, on_step=stages.add)
+    stages.flush()
     completions = []
-    if prompt and until is None:
+    if prompt:
         params = SamplingParams(max_tokens=max_tokens)
         completions = wb.llm().generate(prompt, params, progress=False)
         for text, completion in zip(prompt, completions, strict=True):
@@ -61,7 +57,30 @@ def run(
     print(f"\n{time.perf_counter() - start:.1f} s")
 
 
-def _stage_line(stage: str, ran: list[Any], seconds: float) -> str:
+class _StageLines:
+    """Prints a line when a stage has ended."""
+
+    def __init__(self) -> None:
+        self.ran: list[Step] = []
+        self.begin = time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        """Take the next step that ran."""
+        if self.ran and self.ran[-1].stage != step.stage:
+            self.flush(but=step)
+        self.ran.append(step)
+
+    def flush(self, but: Step | None = None) -> None:
+        """Print the stage; the time since its first step began, less what ``but``, already run, took."""
+        if self.ran:
+            late = 0.0 if but is None else but.seconds + but.record_seconds
+            now = time.perf_counter()
+            print(_stage_line(self.ran[0].stage, self.ran, now - self.begin - late), flush=True)
+            self.begin = now - late
+        self.ran = []
+
+
+def _stage_line(stage: str, ran: list[Step], seconds: float) -> str:
     changed = [s for s in ran if s.changed]
     nodes = len(ran[-1].after)
     what = ", ".join(f"{s.name} x{s.info.num_matches}" for s in changed if s.info.num_matches) or "nothing to change"
@@ -103,7 +122,7 @@ def show_config(
     from adkit.models import resolve
 
     settings = load_config(list(config), overrides)
-    resolve(model, dtype=settings.dtype, device=settings.engine.resolved_device())
+    resolve(model, dtype=settings.dtype, device=settings.usable_device())
     print(settings.to_yaml(), end="")
 
 
@@ -111,7 +130,9 @@ def main() -> None:
     """Entry point: adkit's own errors are one line, not a traceback."""
     try:
         app()
-    except (AdkitError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"adkit: {text}", file=sys.stderr)
+    except AdkitError as error:
+        print(f"adkit: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("adkit: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adkit.runtime.live import LiveModel
 
 
-def LLM(model: Any, **options: Any) -> Any:  # noqa: N802 - it stands where a class would
+def LLM(model: Any, **options: Any) -> LiveModel:  # noqa: N802 - it stands where a class would
     """Compile ``model`` and return the engine: ``adkit.LLM("demo").generate("Once upon a time")``.
 
     Takes what :class:`adkit.Workbench` takes, and runs its whole pipeline.

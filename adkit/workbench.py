@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import GraphModule
 
 from adkit.checking import CheckResult, Checks, check_step, first_bad_step
-from adkit.config import AdkitConfig, Fragment, load_config
-from adkit.contract import AdkitError, ConfigError, ModelError, nearest
+from adkit.config import AdkitConfig, Fragment, load_config, transform_config
+from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, ModelError, nearest
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
-from adkit.models.loading import load_graph_tensors
+from adkit.models.loading import graph_tensor_names, load_graph_tensors
 from adkit.passes import Context, Pass, Stage, get_pass
-from adkit.passes.pipeline_cache import PipelineCache, fingerprint, read_entry
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
+from adkit.passes.pipeline_cache import PipelineCache, fingerprint
+from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
+
+if TYPE_CHECKING:
+    from adkit.runtime.live import LiveModel
 
 
 class Workbench:
@@ -49,14 +56,14 @@ class Workbench:
         progress: bool = True,
         **engine: Any,
     ) -> None:
-        fragments = [config] if isinstance(config, (str, Path, dict)) else list(cast(Iterable[Fragment], config))
+        fragments = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
-        self.config: AdkitConfig = load_config(fragments, overrides, **engine)
-        self.device = self._device()
+        settings = load_config(fragments, overrides, **engine)
+        self.device = settings.usable_device()
         self.factory: ModelFactory = resolve(
             model,
-            dtype=self.config.dtype,
+            dtype=settings.dtype,
             device=self.device,
             random_weights=random_weights,
             seed=seed,
@@ -65,21 +72,17 @@ class Workbench:
         )
         self.progress = progress
         self._context = Context(
-            factory=self.factory, engine=self.config.engine, device=self.device, weights=self.factory.weights
+            factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights
         )
         self._context.progress = self._bar
-        self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in self.config.transforms.items())
+        self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
         self._history: list[State] = []  # the state before each step that ran, without its module
         self._steps: list[Step] = []
+        self._engine: tuple[CompiledModel, LiveModel] | None = None
+        self._served: list[weakref.ref[CachePool]] = []
         self._bars: dict[str, Any] = {}
         self._bind()
-
-    def _device(self) -> torch.device:
-        device = self.config.engine.resolved_device()
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device is {self.config.device!r} but torch sees no CUDA device; use device='cpu' or 'auto'")
-        return device
 
     # --- looking
 
@@ -87,6 +90,12 @@ class Workbench:
     def name(self) -> str:
         """The model's name."""
         return self.factory.name
+
+    @property
+    def config(self) -> AdkitConfig:
+        """Engine fields and the transforms as they stand, changes made here included."""
+        engine = self._context.engine.model_dump()
+        return AdkitConfig(**engine, transforms={p.key: p.config for p in self._passes})
 
     @property
     def steps(self) -> Steps:
@@ -114,23 +123,33 @@ class Workbench:
     @property
     def loaded(self) -> bool:
         """True when weights are in."""
-        return any(s.stage == Stage.WEIGHT_LOAD and s.name == "load_weights" and s.status == "done" for s in self._done())
+        names = self.factory.tensors
+        return any(name in names for name in self._state.tensors) and self._past_loading(self.position)
+
+    def _past_loading(self, index: int) -> bool:
+        return any(p.loads and p.config.enabled for p in self._passes[:index])
 
     def _done(self) -> list[Step]:
         return self._steps[: self.position]
 
     # --- running
 
-    def run(self, until: str | None = None) -> Workbench:
+    def run(self, until: str | None = None, *, on_step: Callable[[Step], None] | None = None) -> Workbench:
         """Run the steps that remain, through a stage or a transform key if ``until`` names one.
 
-        Returns the Workbench. An error leaves it at the last good step.
+        ``on_step`` is called with each step that ran. Returns the Workbench. An error leaves it at the last good
+        step. Raises ConfigError for an unknown stage or transform.
         """
         stop = self._end_of(until) if until is not None else len(self._passes)
         if self.position == 0:
             self._restore(stop)
+            for step in self._done():
+                if on_step is not None:
+                    on_step(step)
         while self.position < stop:
-            self.step()
+            step = self.step()
+            if on_step is not None:
+                on_step(step)
         return self
 
     def step(self) -> Step:
@@ -141,72 +160,123 @@ class Workbench:
         p = self._passes[i]
         if isinstance(p, PipelineCache):
             self._context.fingerprint = fingerprint(self._context, self._passes[:i])
+        self._context.loaded = frozenset(n for n, stamp in self._state.tensors.items() if stamp.loadable)
         before = self._state
-        with self._progress():
-            state, step = run_pass(p, before, self._context)
-        self._history.append(_without_module(before))
-        self._state = state
+        try:
+            with self._progress():
+                state, step = run_pass(p, before, self._context)
+        except BaseException:
+            self._mend()
+            raise
         self._steps[i] = step
         self._bind()
+        self._history, self._state = [*self._history, replace(before, module=None)], state
+        if step.status == "failed":
+            self._mend()
         return step
 
     def _restore(self, stop: int) -> None:
-        """Start from the latest enabled ``pipeline_cache`` whose entry is on disk."""
+        """Start from the latest enabled ``pipeline_cache`` whose entry can be read."""
         for i in range(stop - 1, -1, -1):
             p = self._passes[i]
             if not isinstance(p, PipelineCache) or not p.config.enabled:
                 continue
             self._context.fingerprint = fingerprint(self._context, self._passes[:i])
-            folder = p.entry(self._context.fingerprint)
-            if not (folder / "graph.json").is_file():
+            entry = p.find(self._context)
+            if entry is None:
                 continue
-            snapshot, holder, caches = read_entry(folder, self._context)
+            snapshot, holder, caches = entry
             gm = rebuild(snapshot, holder)
-            if any(q.key == "load_weights" and q.config.enabled for q in self._passes[:i]) and self.factory.weights != "none":
-                load_graph_tensors(gm, self.factory, _on_meta(gm), self.device)
+            state = State(gm, snapshot, caches)
+            past = self._past_loading(i) and self.factory.weights != "none"
+            if past:
+                with self._progress():
+                    load_graph_tensors(gm, self.factory, _on_meta(gm), self.device, self._loading)
                 retarget_device(gm, self.device)
+            state.tensors = take_stamps(gm, snapshot, {}, self.factory, past)
             for j in range(i + 1):
                 step = pending_step(self._passes[j])
                 step.status, step.after, step.before = "skipped", snapshot, snapshot
-                step.info.reason = f"restored from the pipeline cache ({folder.name})"
+                step.info.reason = f"restored from the pipeline cache ({self._context.fingerprint})"
                 self._steps[j] = step
             self._history = [State()] * (i + 1)
-            self._state = State(gm, snapshot, caches)
+            self._state = state
             self._bind()
             return
 
     def rewind(self, to: str | int = 0) -> Workbench:
-        """Go back to just before the step ``to`` (key or index); what came before is kept.
+        """Go back to just before the step ``to`` (key or index, negative from the end); earlier steps are kept.
 
         After weights were loaded only tensors that later steps changed are read again.
         """
-        index = to if isinstance(to, int) else self._index(to)
+        index = self._place(to)
         if index >= self.position:
             return self
-        target = self._history[index]
-        module = self._state.module
-        if len(target.snapshot) and isinstance(module, GraphModule):
-            state = State(None, target.snapshot, target.caches, target.compiled, dict(target.facts))
-            self._state = State()  # frees what only later steps used
-            gm = rebuild(target.snapshot, module)
-            if any(s.name == "load_weights" and s.status == "done" for s in self._steps[:index]):
-                load_graph_tensors(gm, self.factory, _on_meta(gm), self.device)
-            state.module = gm
-            self._state = state
-            self._history = self._history[:index]
-        else:
-            keep = min(index, self._index_of_first_graph())
+        self._engine = None
+        if not len(self._history[index].snapshot) or not isinstance(self._state.module, GraphModule):
+            # Before export there is no graph to rebuild, and making the bare module again is cheap.
             self._state, self._history = State(), []
-            index = 0
             self._reset_steps(0)
-            while self.position < keep:
+            while self.position < index:
                 self.step()
             return self
-        self._reset_steps(index)
+        self._return_to(index)
         return self
 
-    def _index_of_first_graph(self) -> int:
-        return next((i for i, s in enumerate(self._history) if len(s.snapshot)), len(self._history))
+    def _return_to(self, index: int) -> None:
+        """Stand before step ``index``, which has a graph, or after the last step when it is the position."""
+        leaving = self._state
+        states = [*self._history, leaving]
+        module = cast(GraphModule, leaving.module)
+        good = index
+        while good > 0 and len(states[good].snapshot) and lost(_reads(states[good]), states[good].tensors):
+            good -= 1  # what that state read was changed since, by a pass that left no copy: run the pass again
+        target = states[good]
+        if not len(target.snapshot):
+            self._state, self._history = State(), []
+            self._reset_steps(0)
+        else:
+            gm = rebuild(target.snapshot, module)
+            target = replace(target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches))
+            again = restore(gm, _reads(target), target.tensors, leaving.tensors)
+            self._state, self._history = target, self._history[:good]
+            if good < len(states) - 1:
+                self._reset_steps(good)
+            del leaving, module, states  # frees what only later steps used
+            self._reload(again)
+        while self.position < index:
+            self.step()
+
+    def _fresh(self, caches: CachePool | None) -> CachePool | None:
+        """A cache to go on with: one that an engine writes to stays that engine's; one without memory gets it back."""
+        if caches is None or not caches.num_pages:
+            return caches
+        if caches.tensors and not any(pool() is caches for pool in self._served):
+            return caches
+        new = replace(caches, tensors={})
+        new.allocate(new.num_pages, torch.device("meta") if self.factory.weights == "none" else self.device)
+        return new
+
+    def _reload(self, names: list[str]) -> None:
+        """Read tensors again; when that fails, stand before the weights were loaded, where shapes are enough."""
+        if not names:
+            return
+        gm = cast(GraphModule, self._state.module)
+        try:
+            with self._progress():
+                load_graph_tensors(gm, self.factory, names, self.device, self._loading)
+        except BaseException:
+            first = next(i for i, p in enumerate(self._passes) if p.loads and p.config.enabled)
+            self._state = replace(self._state, tensors={n: s for n, s in self._state.tensors.items() if n not in names})
+            self.rewind(first)
+            raise
+        for name in names:
+            self._state.tensors[name].renew(cast(torch.Tensor, tensor_at(gm, name)))
+
+    def _mend(self) -> None:
+        """Put back tensors that a failed step changed or freed."""
+        if isinstance(self._state.module, GraphModule) and len(self._state.snapshot):
+            self._return_to(self.position)
 
     def _reset_steps(self, index: int) -> None:
         self._steps = self._steps[:index] + [pending_step(p) for p in self._passes[index:]]
@@ -215,35 +285,45 @@ class Workbench:
     # --- changing the pipeline
 
     def insert(self, new: Pass | type[Pass], *, after: str | None = None, before: str | None = None) -> Workbench:
-        """Add a pass after or before another (default: at the end of its stage); rewinds to its place."""
-        p = new() if isinstance(new, type) else new
+        """Add a pass after or before another (default: at the end of its stage); rewinds to its place.
+
+        Between passes of other stages it takes the stage of the one it was put next to.
+        """
+        p = _a_pass(new)
         if any(q.key == p.key for q in self._passes):
-            raise ConfigError(f"the pipeline has a step {p.key!r} already; replace({p.key!r}, ...) swaps it")
-        if after is not None:
-            index = self._index(after) + 1
-        elif before is not None:
-            index = self._index(before)
-        else:
+            raise ConfigError(f"the pipeline has a step {p.key!r} already; wb.replace({p.key!r}, ...) swaps it")
+        if after is None and before is None:
             index = sum(q.config.stage.position <= p.config.stage.position for q in self._passes)
-        self._edit(index, lambda passes: passes.insert(index, p))
+            self._become([*self._passes[:index], p, *self._passes[index:]])
+        else:
+            self._become(_beside(self._passes, p, self._anchor(after, before), after is not None))
         return self
 
     def replace(self, key: str, new: Pass | type[Pass]) -> Workbench:
-        """Swap one pass for another; rewinds to its place."""
-        p = new() if isinstance(new, type) else new
+        """Swap one pass for another, which takes its place and stage; rewinds to its place."""
+        p = _a_pass(new)
         index = self._index(key)
-        self._edit(index, lambda passes: passes.__setitem__(index, p))
+        if any(q.key == p.key for q in self._passes if q.key != key):
+            raise ConfigError(f"the pipeline has a step {p.key!r} already, elsewhere; disable or move that one")
+        if p.config.stage != self._passes[index].config.stage:
+            p = _with_config(p, {"stage": self._passes[index].config.stage})
+        self._become([*self._passes[:index], p, *self._passes[index + 1 :]])
         return self
 
     def configure(self, key: str, **fields: Any) -> Workbench:
-        """Change fields of one transform's config; rewinds to its place."""
+        """Change fields of one transform's config; rewinds to its place.
+
+        A new ``stage`` moves the transform to that stage's end. Raises ConfigError for unknown fields and
+        impossible values.
+        """
         index = self._index(key)
-        p = self._passes[index]
-        for name in fields:
-            if name not in type(p.config).model_fields:
-                raise ConfigError(f"transform {key!r} has no field {name!r}{nearest(name, type(p.config).model_fields)}")
-        config = type(p.config)(**{**p.config.model_dump(), **fields})
-        self._edit(index, lambda passes: passes.__setitem__(index, _with_config(p, config)))
+        p = _with_config(self._passes[index], fields)
+        if p.config == self._passes[index].config:
+            return self
+        if p.config.stage == self._passes[index].config.stage:
+            self._become([*self._passes[:index], p, *self._passes[index + 1 :]])
+        else:
+            self._become(ordered([*self._passes[:index], *self._passes[index + 1 :], p]))
         return self
 
     def disable(self, key: str) -> Workbench:
@@ -255,43 +335,51 @@ class Workbench:
         return self.configure(key, enabled=True)
 
     def move(self, key: str, *, after: str | None = None, before: str | None = None) -> Workbench:
-        """Reorder one transform; rewinds to the earlier of its two places."""
-        if (after is None) == (before is None):
-            raise ConfigError("move() takes exactly one of after= and before=")
-        old = self._index(key)
-        p = self._passes[old]
-        passes = [q for q in self._passes if q is not p]
-        anchor = next((i for i, q in enumerate(passes) if q.key == (after or before)), None)
-        if anchor is None:
-            self._index(cast(str, after or before))
+        """Reorder one transform; rewinds to the earlier of its two places.
+
+        Between passes of other stages it takes the stage of the one it was put next to.
+        """
+        p = self._passes[self._index(key)]
+        anchor = self._anchor(after, before)
+        if anchor is p:
             raise ConfigError(f"cannot move {key!r} next to itself")
-        new = anchor + (after is not None)
-        passes.insert(new, p)
-        self.rewind(min(old, new))
-        self._passes = passes
-        self._reset_steps(self.position)
+        self._become(_beside([q for q in self._passes if q is not p], p, anchor, after is not None))
         return self
 
-    def _edit(self, index: int, change: Callable[[list[Pass]], None]) -> None:
-        self.rewind(index)
-        change(self._passes)
+    def _become(self, passes: list[Pass]) -> None:
+        """Take over a changed pipeline: back to the first pass that differs, what came before stays."""
+        pairs = zip(self._passes, passes, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a is not b), min(len(self._passes), len(passes)))
+        self.rewind(same) if same < len(self._passes) else None
+        self._passes = passes
         self._reset_steps(self.position)
+
+    def _anchor(self, after: str | None, before: str | None) -> Pass:
+        if (after is None) == (before is None):
+            raise ConfigError("give exactly one of after= and before=")
+        return self._passes[self._index(cast(str, after if after is not None else before))]
 
     def _index(self, key: str) -> int:
         for i, p in enumerate(self._passes):
             if p.key == key:
                 return i
-        raise KeyError(f"no step {key!r} in this pipeline{nearest(key, [p.key for p in self._passes])}")
+        raise KeyError(f"no step {key!r} in this pipeline{nearest(str(key), [p.key for p in self._passes])}")
+
+    def _place(self, to: str | int) -> int:
+        if not isinstance(to, int):
+            return self._index(to)
+        count = len(self._passes)
+        if not -count <= to <= count:
+            raise IndexError(f"no step {to}: the pipeline has {count}")
+        return to + count if to < 0 else to
 
     def _end_of(self, name: str) -> int:
-        stages = [p.config.stage.value for p in self._passes]
-        if name in Stage.__members__.values():
-            last = [i for i, s in enumerate(stages) if Stage(s).position <= Stage(name).position]
-            return (last[-1] + 1) if last else 0
         keys = [p.key for p in self._passes]
-        if name not in keys:
+        if name in keys:
+            return keys.index(name) + 1
+        if name not in Stage.__members__.values():
             raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *Stage])}")
-        return keys.index(name) + 1
+        return sum(p.config.stage.position <= Stage(name).position for p in self._passes)
 
     # --- trusting
 
@@ -303,7 +391,7 @@ class Workbench:
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
             return check_step(self, one, **options)
-        return Checks([check_step(self, s, **options) for s in self._done() if s.changed and len(s.before)])
+        return Checks([check_step(self, s, **options) for s in self._done() if len(s.before) and (s.changed or s.altered)])
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all agree."""
@@ -311,8 +399,8 @@ class Workbench:
 
     # --- using
 
-    def llm(self) -> Any:
-        """Run what remains and return the engine (see :class:`adkit.runtime.live.LiveModel`).
+    def llm(self) -> LiveModel:
+        """Run what remains and return the engine; the same one until the pipeline changes.
 
         Raises ModelError when there are no weights to generate with.
         """
@@ -328,7 +416,11 @@ class Workbench:
             step = next((s for s in self._steps if s.name == "compile_model"), None)
             why = f" ({step.info.reason or step.status})" if step is not None else ""
             raise AdkitError(f"the pipeline ended without a compiled model: compile_model did not run{why}")
-        return LiveModel(compiled, self.config.engine, self.factory.tokenizer())
+        if self._engine is None or self._engine[0] is not compiled:
+            # Two engines over one cache would write over each other's pages.
+            self._engine = (compiled, LiveModel(compiled, self._context.engine, self.factory.tokenizer()))
+            self._served.append(weakref.ref(compiled.caches))
+        return self._engine[1]
 
     def report(self, path: str | Path, completions: Iterable[Any] = ()) -> Path:
         """Write one standalone HTML file that shows every step; returns its path."""
@@ -394,6 +486,9 @@ class Workbench:
                 bar.close()
             self._bars = {}
 
+    def _loading(self, done: int, total: int) -> None:
+        self._bar(done, total, "loading")
+
     def _bar(self, done: int, total: int, what: str) -> None:
         if not self.progress:
             return
@@ -406,18 +501,36 @@ class Workbench:
         bar.update(done - bar.n)
 
 
-def _without_module(state: State) -> State:
-    return State(None, state.snapshot, state.caches, state.compiled, dict(state.facts))
+def _reads(state: State) -> list[str]:
+    """Names of the tensors a state's graph reads."""
+    return list(dict.fromkeys(n.target for n in state.snapshot if n.op == "get_attr"))
 
 
 def _on_meta(gm: GraphModule) -> list[str]:
-    tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
-    return [name for name, t in tensors.items() if t.is_meta]
+    """Names of the tensors the graph reads that have no data."""
+    return [n for n in graph_tensor_names(gm) if cast(torch.Tensor, tensor_at(gm, n)).is_meta]
 
 
-def _with_config(p: Pass, config: Any) -> Pass:
-    import copy
+def _a_pass(new: Any) -> Pass:
+    p = new() if isinstance(new, type) and issubclass(new, Pass) else new
+    if not isinstance(p, Pass):
+        raise ConfigError(f"a step is a Pass or a class of them, not {new!r}; see CONTRIBUTING.md for how to write one")
+    return p
 
+
+def _beside(passes: list[Pass], p: Pass, anchor: Pass, after: bool) -> list[Pass]:
+    """``passes`` with ``p`` next to ``anchor``; it takes the anchor's stage where its own would be out of order."""
+    index = next(i for i, q in enumerate(passes) if q is anchor) + after
+    place = p.config.stage.position
+    if any(q.config.stage.position > place for q in passes[:index]) or any(
+        q.config.stage.position < place for q in passes[index:]
+    ):
+        p = _with_config(p, {"stage": anchor.config.stage})
+    return [*passes[:index], p, *passes[index:]]
+
+
+def _with_config(p: Pass, fields: dict[str, Any]) -> Pass:
+    """A copy of ``p`` with some config fields changed."""
     new = copy.copy(p)
-    new.config = config
+    new.config = transform_config(p.key, type(p.config), {**p.config.model_dump(), **fields})
     return new

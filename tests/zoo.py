@@ -1,8 +1,8 @@
 """Tiny random causal LMs of any Hugging Face type, made so that mistakes show.
 
 ``tiny("llama")`` builds one from its config class and a few general overrides. Random models of default
-initialisation hardly notice attention or positions, so matrices other than embeddings are scaled by 10, norms and
-biases are made uneven, and windows are short (8).
+initialisation hardly notice attention or positions, so matrices other than embeddings are scaled by 10, norms
+and biases are made uneven, and windows are short (8).
 """
 
 from __future__ import annotations
@@ -15,9 +15,33 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 #: The types that generation must be exact for (issue 2), without bloom.
 INTERFACE_TYPES = (
-    "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 olmo3 granite starcoder2 cohere2 glm4 "
-    "smollm3 exaone4 gpt2 gpt_neox opt phi gpt_oss mixtral qwen3_moe olmoe phimoe"
-).split()
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "starcoder2",
+    "cohere2",
+    "glm4",
+    "smollm3",
+    "exaone4",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi",
+    "gpt_oss",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "phimoe",
+)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -61,6 +85,16 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+#: Sizes of every type with latent attention (known by its ``kv_lora_rank``).
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+
 #: Leaves a field to the config class.
 DROP = object()
 
@@ -96,18 +130,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], "layer_types": DROP},
     "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_neox": {"num_key_value_heads": DROP},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-        "head_dim": DROP,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
+    "deepseek_v3": {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "stablelm": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "llama4_text": {
         "no_rope_layers": [1, 0],
         "layer_types": DROP,
@@ -127,7 +154,8 @@ def tiny_config(model_type: str, **more: Any) -> Any:
     default = AutoConfig.for_model(model_type)
     aliases = getattr(default, "attribute_map", {})
     known = set(default.to_dict()) | set(aliases)
-    given = {n: v for n, v in _SIZES.items() if n in known and aliases.get(n) not in _SIZES}
+    sizes = {**_SIZES, **_LATENT, "head_dim": DROP} if "kv_lora_rank" in known else _SIZES
+    given = {n: v for n, v in sizes.items() if n in known and aliases.get(n) not in sizes}
     given.update(special)
     return AutoConfig.for_model(model_type, **{n: v for n, v in given.items() if v is not DROP})
 

@@ -29,7 +29,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype; auto: the checkpoint's on GPU, float32 on CPU"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
 
     def resolved_device(self) -> torch.device:
         """The device meant: CUDA where there is one, else the CPU."""

@@ -12,6 +12,7 @@ import builtins
 import keyword
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ _END = 2**63 - 1
 _INFIX = {
     "aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/",
     "aten.add.Scalar": "+", "aten.sub.Scalar": "-", "aten.mul.Scalar": "*", "aten.div.Scalar": "/",
-    "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.floordiv": "//", "operator.truediv": "/",
+    "operator.add": "+", "operator.sub": "-", "operator.mul": "*", "operator.floordiv": "//",
+    "operator.truediv": "/",
     "aten.add_.Tensor": "+=", "aten.lt.Scalar": "<", "aten.ge.Scalar": ">=", "aten.eq.Scalar": "==",
     "aten.pow.Tensor_Scalar": "**", "aten.matmul": "@",
 }  # fmt: skip
-_DTYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
+_DTYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16",
+           "int64": "i64", "int32": "i32",
            "int8": "i8", "uint8": "u8", "bool": "bool", "complex64": "c64",
            "float8_e4m3fn": "f8e4m3", "float8_e5m2": "f8e5m2"}  # fmt: skip
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -51,7 +54,7 @@ class Line:
 
 
 def render(snapshot: Snapshot, fold: bool = True, layer: int | None = None, types: bool = True) -> str:
-    """The program as text. ``layer=3`` shows that layer alone, unfolded; KeyError when there is no such layer."""
+    """The program as text. ``layer=3`` shows that layer alone, unfolded; KeyError when there is none."""
     from adkit.graph.step import Text
 
     return Text("\n".join(str(line) for line in lines(snapshot, fold=fold, layer=layer, types=types)))
@@ -60,12 +63,12 @@ def render(snapshot: Snapshot, fold: bool = True, layer: int | None = None, type
 def lines(
     snapshot: Snapshot, *, fold: bool = True, layer: int | None = None, types: bool = True
 ) -> list[Line]:
-    """The program as :class:`Line` data; every call, input and output is on exactly one line (modulo folding)."""
+    """The program as data; every call, input and output is on exactly one line (modulo folding)."""
     return _Writer(snapshot, types).write(fold, layer)
 
 
 class Symbols:
-    """Readable names of a graph's dynamic dimensions: B, S (T once packed), L for gathered rows, P for pages."""
+    """Readable names of dynamic dimensions: B, S (T once packed), L for gathered rows, P for pages."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.names: dict[str, str] = {}
@@ -111,7 +114,7 @@ class Symbols:
         return _WORD.sub(name, str(d))
 
     def value(self, val: Any) -> str:
-        """Shape and dtype of a value or of a record's value: ``[B, S, 4096] bf16``; several: ``(..., ...)``; empty when neither."""
+        """Shape and dtype of a value or record: ``[B, S, 4096] bf16``, ``(..., ...)``; else empty."""
         if isinstance(val, NodeRecord):
             if val.shape is None:
                 return self.value(val.val)
@@ -235,7 +238,7 @@ class _Writer:
         self.blank()
 
     def carry(self, s: Segment) -> list[str]:
-        """Names of the loop-carried values; the statements before the loop that give them their first value."""
+        """Names of the loop-carried values; writes the statements that give them their first value."""
         carried = []
         self.wired: dict[tuple[int, int], int] = {}
         blocks = s.blocks
@@ -502,7 +505,7 @@ def _range(numbers: list[int]) -> str:
 def _members(layers: tuple[int, ...]) -> str:
     """Layer indices as Python: a tuple, or a range where they are evenly spaced."""
     step = layers[1] - layers[0] if len(layers) > 1 else 0
-    if len(layers) > 2 and all(b - a == step for a, b in zip(layers, layers[1:], strict=False)):
+    if len(layers) > 2 and all(b - a == step for a, b in pairwise(layers)):
         tail = f", {step}" if step != 1 else ""
         return f"range({layers[0]}, {layers[-1] + 1}{tail})"
     return f"({', '.join(map(str, layers))}{',' if len(layers) == 1 else ''})"

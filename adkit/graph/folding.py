@@ -1,8 +1,8 @@
 """Repeated decoder layers, found by structure: a graph of 32 equal layers reads as one layer, 32 times.
 
 A *block* is the run of nodes of one layer; blocks of equal structure (same operations on the same inputs,
-read relative to the layer) are one *variant*; a *segment* is either plain nodes or a loop over layers with one or
-more variants (sliding and full attention in turns are two). Linear in the number of nodes.
+read relative to the layer) are one *variant*; a *segment* is either plain nodes or a loop over layers with
+one or more variants (sliding and full attention in turns are two). Linear in the number of nodes.
 """
 
 from __future__ import annotations
@@ -216,16 +216,17 @@ def _shared_sizes(snapshot: Snapshot) -> dict[int, None]:
         for i in n.inputs():
             if n.layer is not None:
                 read_in.setdefault(i, set()).add(n.layer)
-        if n.op == "call_function" and isinstance(n.val, scalars):
-            if all(snapshot[i].op in LEAVES or i in from_inputs for i in n.inputs()):
-                from_inputs[n.id] = None
+        if n.op != "call_function" or not isinstance(n.val, scalars):
+            continue
+        if all(snapshot[i].op in LEAVES or i in from_inputs for i in n.inputs()):
+            from_inputs[n.id] = None
     wanted: set[int] = set()
     for n in reversed(snapshot.nodes):
         shared = n.layer is not None and bool(read_in.get(n.id, set()) - {n.layer})
         if n.id in from_inputs and (shared or n.id in wanted):
             wanted.add(n.id)
             wanted.update(n.inputs())
-    return {i: None for i in from_inputs if i in wanted}
+    return dict.fromkeys(i for i in from_inputs if i in wanted)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Where a node came from and what became of it, across a whole pipeline.
 
-Every node a pass makes names the ids it replaces; followed back, that leads from a fused kernel to the lines of
-modelling code it computes, and forward from a line to the kernel that computes it now.
+Every node a pass makes names the ids it replaces; followed back, that leads from a fused kernel to the
+lines of modelling code it computes, and forward from a line to the kernel that computes it now.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class History:
         return self.records[node_id]
 
     def roots(self, node_id: int) -> tuple[NodeRecord, ...]:
-        """The exported nodes that a node goes back to (itself, when nothing replaced anything), in export order."""
+        """The exported nodes that a node goes back to (itself, when it replaced nothing), in export order."""
         found: dict[int, NodeRecord] = {}
         seen: set[int] = set()
         todo = [node_id]
@@ -95,7 +95,7 @@ class History:
 
 @dataclass(frozen=True)
 class Trace:
-    """A node's history: ``roots`` (exported nodes), ``ends`` (nodes of the last graph), ``steps`` that were between."""
+    """A node's history: ``roots`` (exported nodes), ``ends`` (in the last graph), the ``steps`` between."""
 
     node: NodeRecord
     roots: tuple[NodeRecord, ...]
@@ -123,7 +123,7 @@ def trace_origins(steps: Iterable[Step], node_id: int) -> Trace:
 def descendants(steps: Iterable[Step], what: int | str) -> tuple[Trace, ...]:
     """What became of a node (its id) or of every exported node of a source line (``modeling_llama.py:66``).
 
-    Raises KeyError for an unknown id, or a line that no node of these steps came from, naming the lines near it.
+    Raises KeyError for an unknown id, or a line that no node came from, naming the lines near it.
     """
     history = History(steps)
     if isinstance(what, int):

@@ -9,9 +9,10 @@ A pattern is written in the words of this module and called once on placeholders
     for match in find(gm, rmsnorm):
         match["x"], match["eps"], match.root, match.nodes
 
-The graph is read in *normal form* (:func:`term_of`), so one pattern covers every spelling: ``pow(2)``, ``x * x``
-and ``square``; chunk, split, narrow and slicing; negative and positive dimensions; commuted sums and products.
-Casts, clones and dropout at inference are looked through, so a pass asks the values' dtypes when rounding matters.
+The graph is read in *normal form* (:func:`term_of`), so one pattern covers every spelling: ``pow(2)``, ``x *
+x`` and ``square``; chunk, split, narrow and slicing; negative and positive dimensions; commuted sums and
+products. Casts, clones and dropout at inference are looked through, so a pass asks the values' dtypes when
+rounding matters.
 """
 
 from __future__ import annotations
@@ -37,25 +38,26 @@ class Term:
     through: tuple[Node, ...] = ()
 
 
-# --- normal form -----------------------------------------------------------------------------------------------
+# --- normal form ----------------------------------------------------------------------------------
 
-_SIMPLE = {
+_SIMPLE: dict[Any, str] = {
     aten.add.Tensor: "add", aten.add.Scalar: "add", aten.mul.Tensor: "mul", aten.mul.Scalar: "mul",
     aten.sub.Tensor: "sub", aten.sub.Scalar: "sub", aten.div.Tensor: "div", aten.div.Scalar: "div",
-    aten.neg.default: "neg", aten.rsqrt.default: "rsqrt", aten.sqrt.default: "sqrt", aten.square.default: "square",
+    aten.neg.default: "neg", aten.rsqrt.default: "rsqrt", aten.sqrt.default: "sqrt",
+    aten.square.default: "square",
     aten.silu.default: "silu", aten.relu.default: "relu", aten.tanh.default: "tanh",
     aten.view_as_complex.default: "view_as_complex", aten.view_as_real.default: "view_as_real",
     aten.to.dtype: "cast", aten.to.device: "cast", aten.to.dtype_layout: "cast", aten.to.other: "cast",
     aten._to_copy.default: "cast", aten.type_as.default: "cast", aten.clone.default: "cast",
     aten.contiguous.default: "cast", aten.alias.default: "cast", aten.detach.default: "cast",
 }  # fmt: skip
-_LAST_DIM = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum"}
+_LAST_DIM: dict[Any, str] = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum"}
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
-def shape_of(node: Node) -> tuple[Any, ...] | None:
+def shape_of(node: Any) -> tuple[Any, ...] | None:
     """Shape of a node's value (ints and symbolic ints); None when it has no tensor value."""
-    val = node.meta.get("val")
+    val = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(val.shape) if isinstance(val, torch.Tensor) else None
 
 
@@ -63,6 +65,11 @@ def dtype_of(node: Any) -> torch.dtype | None:
     """Dtype of a node's value; None when it has no tensor value."""
     val = node.meta.get("val") if isinstance(node, Node) else None
     return val.dtype if isinstance(val, torch.Tensor) else None
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """Positional arguments of a call."""
+    return node.args
 
 
 def arg(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -90,34 +97,40 @@ def term_of(node: Any) -> Term | None:
     """Normal form of a call node; None for other nodes and for operations that have none."""
     if not isinstance(node, Node) or node.op != "call_function":
         return None
-    op = _SIMPLE.get(node.target)
+    target: Any = node.target
+    op = _SIMPLE.get(target)
     if op == "cast":
-        return Term("cast", (node.args[0],))
+        return Term("cast", (args_of(node)[0],))
     if op is not None:
         if node.kwargs:  # alpha=, rounding_mode=
             return None
-        if op == "mul" and node.args[0] is node.args[1]:
-            return Term("square", (node.args[0],))
-        return Term(op, tuple(node.args))
-    if node.target in _LAST_DIM:
-        return _reduction(node, _LAST_DIM[node.target])
-    if node.target in _RESHAPES:
+        if op == "mul" and args_of(node)[0] is args_of(node)[1]:
+            return Term("square", (args_of(node)[0],))
+        return Term(op, tuple(args_of(node)))
+    if target in _LAST_DIM:
+        return _reduction(node, _LAST_DIM[target])
+    if target in _RESHAPES:
         return _reshape(node)
-    special = _SPECIAL.get(node.target)
+    special = _SPECIAL.get(target)
     return special(node) if special is not None else None
 
 
 def _reduction(node: Node, op: str) -> Term | None:
-    x, dims = node.args[0], arg(node, 1, "dim")
+    x, dims = args_of(node)[0], arg(node, 1, "dim")
     shape = shape_of(x)
-    if shape is None or not arg(node, 2, "keepdim", False) or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+    if (
+        shape is None
+        or not arg(node, 2, "keepdim", False)
+        or not isinstance(dims, (list, tuple))
+        or len(dims) != 1
+    ):
         return None
     return Term(op, (x,)) if from_end(dims[0], len(shape)) == -1 else None
 
 
 def _reshape(node: Node) -> Term | None:
     """``merge`` flattens the last two dimensions, ``pairs`` splits the last one into [..., 2]."""
-    x = node.args[0]
+    x = args_of(node)[0]
     old, new = shape_of(x), shape_of(node)
     if old is None or new is None:
         return None
@@ -129,16 +142,22 @@ def _reshape(node: Node) -> Term | None:
 
 
 def _pow(node: Node) -> Term | None:
-    op = {2: "square", 0.5: "sqrt", -0.5: "rsqrt"}.get(node.args[1])
-    return Term(op, (node.args[0],)) if op else None
+    op = {2: "square", 0.5: "sqrt", -0.5: "rsqrt"}.get(args_of(node)[1])
+    return Term(op, (args_of(node)[0],)) if op else None
 
 
 def _reciprocal(node: Node) -> Term | None:
-    inner = term_of(node.args[0])
-    return Term("rsqrt", inner.args, (node.args[0], *inner.through)) if inner is not None and inner.op == "sqrt" else None
+    inner = term_of(args_of(node)[0])
+    return (
+        Term("rsqrt", inner.args, (args_of(node)[0], *inner.through))
+        if inner is not None and inner.op == "sqrt"
+        else None
+    )
 
 
-def _slice_term(x: Node, dim: int, start: Any, stop: Any, step: Any, through: tuple[Node, ...] = ()) -> Term | None:
+def _slice_term(
+    x: Node, dim: int, start: Any, stop: Any, step: Any, through: tuple[Node, ...] = ()
+) -> Term | None:
     shape = shape_of(x)
     if shape is None:
         return None
@@ -151,22 +170,22 @@ def _slice_term(x: Node, dim: int, start: Any, stop: Any, step: Any, through: tu
 
 def _slice(node: Node) -> Term | None:
     bounds = (arg(node, 1, "dim", 0), arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1))
-    return _slice_term(node.args[0], *bounds)
+    return _slice_term(args_of(node)[0], *bounds)
 
 
 def _narrow(node: Node) -> Term | None:
-    start, length = node.args[2], node.args[3]
+    start, length = args_of(node)[2], args_of(node)[3]
     if not isinstance(start, int) or not isinstance(length, int):
         return None
-    return _slice_term(node.args[0], node.args[1], start, start + length, 1)
+    return _slice_term(args_of(node)[0], args_of(node)[1], start, start + length, 1)
 
 
 def _getitem(node: Node) -> Term | None:
     """One piece of a split or chunk, as a slice."""
-    source, index = node.args
+    source, index = args_of(node)
     if not isinstance(source, Node) or source.target not in _SPLITS or not isinstance(index, int):
         return None
-    x, sizes, dim = source.args[0], source.args[1], arg(source, 2, "dim", 0)
+    x, sizes, dim = args_of(source)[0], args_of(source)[1], arg(source, 2, "dim", 0)
     shape = shape_of(x)
     if shape is None or not isinstance(shape[dim], int):
         return None
@@ -182,27 +201,31 @@ def _getitem(node: Node) -> Term | None:
 def _join(op: str) -> Callable[[Node], Term | None]:
     def join(node: Node) -> Term | None:
         rank = len(shape_of(node) or ())
-        return Term(op, (from_end(arg(node, 1, "dim", 0), rank), *node.args[0])) if rank else None
+        return Term(op, (from_end(arg(node, 1, "dim", 0), rank), *args_of(node)[0])) if rank else None
 
     return join
 
 
 def _gelu(node: Node) -> Term:
-    return Term("gelu_tanh" if arg(node, 1, "approximate", "none") == "tanh" else "gelu", (node.args[0],))
+    return Term("gelu_tanh" if arg(node, 1, "approximate", "none") == "tanh" else "gelu", (args_of(node)[0],))
 
 
 def _dropout(node: Node) -> Term | None:
-    return None if arg(node, 2, "train", True) else Term("cast", (node.args[0],))
+    return None if arg(node, 2, "train", True) else Term("cast", (args_of(node)[0],))
 
 
 def _unsqueeze(node: Node) -> Term | None:
     rank = len(shape_of(node) or ())
-    return Term("unsqueeze", (node.args[0], from_end(node.args[1], rank))) if rank else None
+    return Term("unsqueeze", (args_of(node)[0], from_end(args_of(node)[1], rank))) if rank else None
 
 
 def _transpose(node: Node) -> Term | None:
     rank = len(shape_of(node) or ())
-    return Term("transpose", (node.args[0], *sorted(from_end(d, rank) for d in node.args[1:3]))) if rank else None
+    return (
+        Term("transpose", (args_of(node)[0], *sorted(from_end(d, rank) for d in args_of(node)[1:3])))
+        if rank
+        else None
+    )
 
 
 _SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes}
@@ -221,7 +244,7 @@ _SPECIAL: dict[Any, Callable[[Node], Term | None]] = {
 }
 
 
-# --- patterns --------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +311,7 @@ def pattern(fn: Callable[..., Pat]) -> Pattern:
     return Pattern(fn.__name__, fn(*(Pat("any", (), name) for name in inspect.signature(fn).parameters)))
 
 
-# --- matching --------------------------------------------------------------------------------------------------
+# --- matching -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,7 +342,8 @@ def cast_chain(node: Any) -> Iterator[Node]:
 
 
 def uncast(node: Any, dtype: torch.dtype | None = None) -> Any:
-    """The node below ``node``'s casts; with ``dtype``, the deepest one of that dtype that only lossless casts hide.
+    """The node below ``node``'s casts; with ``dtype``, the deepest one of that dtype that only lossless casts
+    hide.
 
     None when there is no node of that dtype.
     """
@@ -388,9 +412,11 @@ def match_at(node: Node, *patterns: Pattern) -> Iterator[Match]:
 
 
 def find(gm: GraphModule, *patterns: Pattern) -> Iterator[Match]:
-    """Matches of the patterns, from the graph's end to its start, so that a larger block comes before its parts.
+    """Matches of the patterns, from the graph's end to its start, so that a larger block comes before its
+    parts.
 
-    The caller may rewrite a match before asking for the next one; a node that a rewrite erased is not looked at.
+    The caller may rewrite a match before asking for the next one; a node that a rewrite erased is not looked
+    at.
     """
     for node in reversed(list(gm.graph.nodes)):
         if node.op != "call_function" or node._erased:

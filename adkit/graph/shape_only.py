@@ -1,9 +1,9 @@
 """Subgraphs that depend on sizes only, and what they compute.
 
-Masks, ALiBi biases and derived positions are spelled out in an exported graph as arithmetic on sizes: aranges,
-ones, comparisons, cumulative sums, perhaps on ``position_ids`` or a constant buffer, never on what the tokens
-are. :class:`ShapeOnly` finds these nodes and evaluates them on small real tensors on the CPU, so that a pass can
-look at what a node *means* instead of how it is written.
+Masks, ALiBi biases and derived positions are spelled out in an exported graph as arithmetic on sizes:
+aranges, ones, comparisons, cumulative sums, perhaps on ``position_ids`` or a constant buffer, never on what
+the tokens are. :class:`ShapeOnly` finds these nodes and evaluates them on small real tensors on the CPU, so
+that a pass can look at what a node *means* instead of how it is written.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class EvaluationError(RuntimeError):
 class ShapeOnly:
     """The size-only nodes of a graph, and their values at chosen sizes.
 
-    ``inputs``: placeholders that count as known, fed with 0, 1, 2, ... in every row. ``constants``: real tensors
-    for ``get_attr`` nodes, by dotted name; buffers of ``gm`` that have data count as well unless ``buffers`` is
-    False; so do tensors that export lifted out of the forward. Parameters never count.
+    ``inputs``: placeholders that count as known, fed with 0, 1, 2, ... in every row. ``constants``: real
+    tensors for ``get_attr`` nodes, by dotted name; buffers of ``gm`` that have data count as well unless
+    ``buffers`` is False; so do tensors that export lifted out of the forward. Parameters never count.
     """
 
     def __init__(
@@ -55,8 +55,12 @@ class ShapeOnly:
         self._constants = dict(constants or {})
         if buffers:
             for name in {n.target for n in gm.graph.nodes if n.op == "get_attr"} - self._constants.keys():
-                tensor = _attribute(gm, name)
-                if isinstance(tensor, Tensor) and not isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta:
+                tensor = attribute(gm, name)
+                if (
+                    isinstance(tensor, Tensor)
+                    and not isinstance(tensor, torch.nn.Parameter)
+                    and not tensor.is_meta
+                ):
                     self._constants[name] = tensor
         self._symbols = _input_symbols(gm)
         self._sizes: dict[tuple[Any, int, int], int | float | bool] = {}
@@ -105,9 +109,10 @@ class ShapeOnly:
         if node.target in _LIKE:
             rest = (a for a in node.all_input_nodes[1:])
             return isinstance(node.args[0], Node) and all(a in self.nodes for a in rest)
-        if isinstance(node.target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in node.target.tags or not node.target._schema.returns:
-                return False
+        if isinstance(node.target, torch._ops.OpOverload) and (
+            torch.Tag.nondeterministic_seeded in node.target.tags or not node.target._schema.returns
+        ):
+            return False
         return all(a in self.nodes for a in node.all_input_nodes)
 
     def _symbolic(self, value: Any) -> bool:
@@ -116,7 +121,7 @@ class ShapeOnly:
     # --- sizes
 
     def size(self, value: Any, batch: int, seq: int) -> Any:
-        """A (symbolic) number at B = ``batch``, S = ``seq``; EvaluationError for a size the inputs do not fix."""
+        """A (symbolic) number at B = ``batch``, S = ``seq``; EvaluationError if they do not fix it."""
         if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return value
         expr = value.node.expr
@@ -126,7 +131,13 @@ class ShapeOnly:
             found = expr.subs(at)
             if found.free_symbols:
                 raise EvaluationError(f"size {expr} does not follow from batch and sequence length")
-            kind = int if isinstance(value, torch.SymInt) else float if isinstance(value, torch.SymFloat) else bool
+            kind = (
+                int
+                if isinstance(value, torch.SymInt)
+                else float
+                if isinstance(value, torch.SymFloat)
+                else bool
+            )
             self._sizes[key] = kind(found)
         return self._sizes[key]
 
@@ -158,15 +169,16 @@ class ShapeOnly:
 
     @staticmethod
     def _is_size(node: Node) -> bool:
-        return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+        return isinstance(
+            node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+        )
 
-    def value(
-        self, node: Node, batch: int, seq: int, given: Mapping[Node, Any] | None = None
-    ) -> Any:
-        """What ``node`` computes at B = ``batch``, S = ``seq``, on the CPU, half precision widened to float32.
+    def value(self, node: Node, batch: int, seq: int, given: Mapping[Node, Any] | None = None) -> Any:
+        """What ``node`` computes at B = ``batch``, S = ``seq``, on the CPU, half precision widened to
+        float32.
 
-        ``given`` supplies values of nodes that are not size-only. Raises EvaluationError when an operation fails or
-        depends on something unknown.
+        ``given`` supplies values of nodes that are not size-only. Raises EvaluationError when an operation
+        fails or depends on something unknown.
         """
         given = dict(given or {})
         order = self.closure(node, given)
@@ -229,7 +241,7 @@ class ShapeOnly:
                 done[n] = self.fingerprint(n)
                 continue
             elif n.op == "get_attr" and n.target in self._constants:
-                data = self._constants[n.target].detach().cpu().contiguous()  # type: ignore[index]
+                data = self._constants[str(n.target)].detach().cpu().contiguous()
                 content = hash(data.reshape(-1).view(torch.uint8).numpy().tobytes())
                 key = ("constant", str(data.dtype), tuple(data.shape), content)
             else:
@@ -238,7 +250,7 @@ class ShapeOnly:
         return done[node]
 
     def landmarks(self, node: Node) -> list[int]:
-        """Integers that may matter to where ``node``'s value changes: literals and constant dimensions, ascending."""
+        """Integers where ``node``'s value may change: literals and sizes of constants, ascending."""
         found: set[int] = set()
 
         def note(a: Any) -> Any:
@@ -248,13 +260,14 @@ class ShapeOnly:
 
         for n in self.closure(node):
             if n.op == "get_attr":
-                found.update(d for d in self._constants[n.target].shape)
+                found.update(self._constants[str(n.target)].shape)
             elif n.op == "call_function":
                 map_aggregate(n.args, note)
         return sorted(f for f in found if 2 <= f < 2**31)
 
 
-def _attribute(gm: GraphModule, path: str) -> Any:
+def attribute(gm: GraphModule, path: str) -> Any:
+    """What ``gm`` has at dotted ``path``, or None."""
     at: Any = gm
     for part in path.split("."):
         at = getattr(at, part, None)

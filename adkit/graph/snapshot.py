@@ -61,8 +61,10 @@ class NodeRecord:
         """Shape of the value (symbols as text), or None where the value is not a tensor."""
         if self._shape is False:
             val = self.val
-            dims = (d if isinstance(d, int) else str(d) for d in val.shape) if isinstance(val, torch.Tensor) else None
-            object.__setattr__(self, "_shape", None if dims is None else tuple(dims))
+            dims = None
+            if isinstance(val, torch.Tensor):
+                dims = tuple(d if isinstance(d, int) else str(d) for d in val.shape)
+            object.__setattr__(self, "_shape", dims)
         shape: tuple[Any, ...] | None = self._shape
         return shape
 

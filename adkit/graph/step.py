@@ -36,7 +36,7 @@ class Step:
     """One pass of the pipeline: what it is, and once run, what it did.
 
     ``seconds`` is the pass's own time, ``record_seconds`` the time spent recording it; ``memory_bytes`` the
-    change of tensor memory on the device.
+    change of tensor memory on the device; ``altered`` names tensors whose data the pass changed.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Step:
     record_seconds: float = 0.0
     memory_bytes: int = 0
     log: list[str] = field(default_factory=list)
-    source: str = ""
+    altered: tuple[str, ...] = ()
     _diff: Diff | None = field(default=None, repr=False)
     _checker: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -90,8 +90,10 @@ class Step:
         elif self.status == "done" and self.changed:
             lines.append(f"Here: {len(self.before)} -> {len(self.after)} nodes in {self.seconds:.3f} s.")
             lines += [f"  {r}" for r in self._told()]
-        elif self.status == "done":
+        elif self.status == "done" and not self.altered:
             lines.append("Here: nothing to change in this graph.")
+        if self.altered:
+            lines.append(f"Here: {self._altered()}.")
         return Text("\n".join(lines))
 
     def text_diff(self, *, context: int = 3) -> str:
@@ -105,9 +107,10 @@ class Step:
     def summary(self) -> str:
         """One line: mark, name, what changed."""
         mark = {"done": "+", "skipped": "-", "disabled": "x", "failed": "!", "pending": " "}[self.status]
-        if self.status == "done" and not self.changed:
+        if self.status == "done" and not self.changed and not self.altered:
             mark = "="
-        what = self.info.reason or ("; ".join(self._told()[:2]) if self.changed else "")
+        parts = self._told()[:2] if self.changed else []
+        what = self.info.reason or "; ".join([*parts, *([self._altered()] if self.altered else [])])
         return f"{mark} {self.name:<32} {what}".rstrip()
 
     def __repr__(self) -> str:
@@ -117,8 +120,13 @@ class Step:
         if self.status != "done":
             return head
         body = [f"{head}: {len(self.before)} -> {len(self.after)} nodes"]
-        body += [f"  {r}" for r in self._told()] or ["  no change"]
-        return "\n".join(body)
+        body += [f"  {r}" for r in self._told()]
+        body += [f"  {self._altered()}"] if self.altered else []
+        return "\n".join(body if len(body) > 1 else [*body, "  no change"])
+
+    def _altered(self) -> str:
+        names = ", ".join(self.altered[:3]) + (", ..." if len(self.altered) > 3 else "")
+        return f"new data in {len(self.altered)} tensors: {names}"
 
     def _told(self) -> list[str]:
         """The rewrite classes as text; where the graph begins everything is new, which one line says better."""

@@ -18,7 +18,7 @@ def bundled_names() -> tuple[str, ...]:
 
 
 def bundled_config(name: str) -> dict[str, Any]:
-    """The config of a bundled name (any case) as Hugging Face's ``config.json`` dictionary; KeyError otherwise."""
+    """The config of a bundled name (any case) as a ``config.json`` dictionary; KeyError otherwise."""
     if name.lower() not in bundled_names():
         raise KeyError(name)
     return dict(json.loads((_CONFIGS / f"{name.lower()}.json").read_text(encoding="utf-8")))

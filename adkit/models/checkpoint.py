@@ -125,8 +125,8 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"cannot read {file} ({file.stat().st_size:,} bytes): {str(error).splitlines()[0]}; it is truncated, "
-            "corrupt, or holds more than tensors; convert it to safetensors"
+            f"cannot read {file} ({file.stat().st_size:,} bytes): {str(error).splitlines()[0]}; it is "
+            "truncated, corrupt, or holds more than tensors; convert it to safetensors"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{file} does not hold a table of tensors; convert it to safetensors")
@@ -141,8 +141,8 @@ def _weight_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], bool
         index, single = directory / f"{stem}.{suffix}.index.json", directory / f"{stem}.{suffix}"
         if pickled and (index.exists() or single.exists()) and not allow_pickle:
             raise CheckpointError(
-                f"{directory} has only pickle weights ({stem}.{suffix}), which can run code when read: convert them "
-                "to safetensors, or pass allow_pickle=True if you trust their source"
+                f"{directory} has only pickle weights ({stem}.{suffix}), which can run code when read: "
+                "convert them to safetensors, or pass allow_pickle=True if you trust their source"
             )
         if index.exists():
             return _shards(index), pickled
@@ -151,12 +151,13 @@ def _weight_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], bool
     others = sorted(p.name for p in directory.glob("*.safetensors"))
     if others:
         raise CheckpointError(
-            f"{directory} has {', '.join(others[:3])} but neither model.safetensors nor model.safetensors.index.json, "
-            "so which files make the model is not known; rename the file or restore the index"
+            f"{directory} has {', '.join(others[:3])} but neither model.safetensors nor "
+            "model.safetensors.index.json, so which files make the model is not known; "
+            "rename the file or restore the index"
         )
     raise CheckpointError(
-        f"{directory} has no weights (expected model.safetensors, or model.safetensors.index.json and its shards): "
-        "add them, pass random_weights=True, or pass the config object to work on shapes only"
+        f"{directory} has no weights (expected model.safetensors, or model.safetensors.index.json and its "
+        "shards): add them, pass random_weights=True, or pass the config object to work on shapes only"
     )
 
 
@@ -173,6 +174,7 @@ def _shards(index: Path) -> list[Path]:
     if absent:
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise CheckpointError(
-            f"{index} names {len(files)} shards, of which {len(absent)} are absent: {shown}; copy or download them"
+            f"{index} names {len(files)} shards, of which {len(absent)} are absent: {shown}; "
+            "copy or download them"
         )
     return files

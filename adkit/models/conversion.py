@@ -35,8 +35,8 @@ _NESTED = re.compile(r"(^|\.)(?:language_model|text_model)\.")
 class Group:
     """Stored tensors that become one or more tensors of the model.
 
-    ``sources``: (stored name, the converter's pattern that it matched); ``converter`` None: one tensor under a
-    new name; ``shapes``: what the group makes, known before reading.
+    ``sources``: (stored name, the converter's pattern that it matched); ``converter`` None: one tensor under
+    a new name; ``shapes``: what the group makes, known before reading.
     """
 
     key: str
@@ -60,8 +60,8 @@ class Group:
 class Plan:
     """How a checkpoint becomes a model.
 
-    ``where`` model name -> group; ``unexpected`` stored names with no place in the model; ``mismatched`` model
-    name -> what is wrong with its shape or assembly.
+    ``where`` model name -> group; ``unexpected`` stored names with no place in the model; ``mismatched``
+    model name -> what is wrong with its shape or assembly.
     """
 
     groups: list[Group]
@@ -134,7 +134,7 @@ def may_be_missing(model: Any) -> re.Pattern[str] | None:
 
 
 def may_be_unexpected(model: Any) -> re.Pattern[str] | None:
-    """Stored names that mean nothing today: those the class lists, and buffers that old checkpoints stored."""
+    """Stored names that mean nothing today: those the class lists, and buffers that old ones stored."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):

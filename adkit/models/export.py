@@ -42,11 +42,12 @@ class ExportFacts:
 def export_model(model: Any, attention: str = "interface") -> GraphModule:
     """The model as a flat graph: ``gm(input_ids=..., position_ids=...) -> (logits,)``.
 
-    ``model`` is a Hugging Face causal LM, on meta or with weights (which the graph then shares); it and Hugging
-    Face's global state are left as they were. Inputs are int64 [B, S]: ``input_ids``, ``position_ids`` where the
-    model takes them, and ``rope_lengths`` where a rotary scaling depends on length (each token's sequence length).
-    Values and device literals say ``cpu``; :func:`retarget_device` changes the literals. ``attention``:
-    ``interface`` for canonical ops, ``sdpa`` or ``eager`` for Hugging Face's own code.
+    ``model`` is a Hugging Face causal LM, on meta or with weights (which the graph then shares); it and
+    Hugging Face's global state are left as they were. Inputs are int64 [B, S]: ``input_ids``,
+    ``position_ids`` where the model takes them, and ``rope_lengths`` where a rotary scaling depends on length
+    (each token's sequence length). Values and device literals say ``cpu``; :func:`retarget_device` changes
+    the literals. ``attention``: ``interface`` for canonical ops, ``sdpa`` or ``eager`` for Hugging Face's own
+    code.
 
     Raises ExportError, naming the module where it can, when the model cannot be captured or its mask is not
     understood.
@@ -93,7 +94,7 @@ def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
             forward = _forward(model.forward, extensions)
             with mock.patch.object(model, "forward", forward), torch.no_grad(), tracing(TracingContext(mode)):
                 program = torch.export.export(
-                    model, (), kwargs=inputs, strict=False, dynamic_shapes={name: dims for name in inputs}
+                    model, (), kwargs=inputs, strict=False, dynamic_shapes=dict.fromkeys(inputs, dims)
                 )
             module = program.module(check_guards=False)
     except ExportError:
@@ -154,8 +155,8 @@ def _constant(module: GraphModule, node: Node) -> Any:
         value = getattr(value, part)
     if isinstance(value, Tensor) and (isinstance(value, FakeTensor) or value.is_meta):
         raise ExportError(
-            f"the forward uses a tensor {tuple(value.shape)} that is neither parameter nor buffer and has no data "
-            f"(graph attribute {node.target!r}); build the model on the CPU instead of meta"
+            f"the forward uses a tensor {tuple(value.shape)} that is neither parameter nor buffer and has no "
+            f"data (graph attribute {node.target!r}); build the model on the CPU instead of meta"
         )
     return value
 
@@ -197,8 +198,9 @@ def _where(error: BaseException, model: nn.Module) -> str:
 def retarget_device(gm: GraphModule, device: torch.device | str) -> int:
     """Point every device literal and every constant of the graph at ``device``; returns how many changed.
 
-    Constants are tensors the forward made from numbers (not parameters or buffers, which ``load_weights`` places).
-    Values (``meta["val"]``) stay on the device of the export: passes compute with them, they are not run.
+    Constants are tensors the forward made from numbers (not parameters or buffers, which ``load_weights``
+    places). Values (``meta["val"]``) stay on the device of the export: passes compute with them, they are not
+    run.
     """
     device = torch.device(device)
     changed = 0

@@ -1,8 +1,8 @@
 """The model factory: a Hugging Face causal LM on meta, and its tensors one at a time.
 
-Neighbours: ``resolve`` finds what a user means and makes a factory; ``checkpoint`` reads files; ``conversion``
-maps stored names to the model's; ``initialise`` makes what is not stored; ``memory`` counts bytes;
-``loading`` fills a graph module from a factory.
+Neighbours: ``resolve`` finds what a user means and makes a factory; ``checkpoint`` reads files;
+``conversion`` maps stored names to the model's; ``initialise`` makes what is not stored; ``memory`` counts
+bytes; ``loading`` fills a graph module from a factory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -60,9 +60,9 @@ class LoadReport:
 class ModelFactory:
     """Builds a model without weights and streams its tensors.
 
-    ``config`` is the Hugging Face config of the causal LM (the text part of a multi-modal one, then ``nested``
-    is true); ``weights`` says where tensors come from, ``why_no_weights`` is a sentence when they come from
-    nowhere; ``directory`` holds the checkpoint and tokenizer files.
+    ``config`` is the Hugging Face config of the causal LM (the text part of a multi-modal one, then
+    ``nested`` is true); ``weights`` says where tensors come from, ``why_no_weights`` is a sentence when they
+    come from nowhere; ``directory`` holds the checkpoint and tokenizer files.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ModelFactory:
     def build(self) -> nn.Module:
         """The causal LM on the meta device, in eval mode, in ``dtype``.
 
-        Tensors that Hugging Face keeps in float32 are float32. Raises ModelError when its class cannot be made.
+        Tensors that Hugging Face keeps in float32 are float32. Raises ModelError when it cannot be made.
         """
         tied = None
         if self.weights == "checkpoint" and not self._tied_in_checkpoint:
@@ -98,8 +98,8 @@ class ModelFactory:
 
         Parameters and persistent buffers come from the checkpoint or the seed, computed buffers are rebuilt.
         Tied names come one after the other with the same tensor. Only what is needed is read.
-        ``progress(done, total)`` counts bytes. Raises CheckpointError listing every missing or mis-shaped tensor
-        (before anything is read), ModelError for a name that the model has not or when there are no weights.
+        ``progress(done, total)`` counts bytes. Raises CheckpointError listing every missing or mis-shaped
+        tensor (before anything is read), ModelError for an unknown name or when there are no weights.
         """
         device = torch.device(device)
         table = self.tensors
@@ -128,10 +128,6 @@ class ModelFactory:
                     yield alias, tensor
                 if progress is not None:
                     progress(done, total)
-
-    def with_random_weights(self, seed: int = 0) -> ModelFactory:
-        """The same model with weights drawn from ``seed``."""
-        return replace(self, weights="random", seed=seed)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None (``why_no_tokenizer`` says why; prompts are then lists of token ids)."""
@@ -180,7 +176,7 @@ class ModelFactory:
         if self.weights == "checkpoint" and not self._tied_in_checkpoint:
             other.config = copy.deepcopy(self.config)
             other.config.tie_word_embeddings = False
-        other.weights, other.seed = "random", seed
+        other.weights, other.seed, other.why_no_weights = "random", seed, ""
         return other
 
     def tensor_names(self) -> list[str]:
@@ -224,6 +220,14 @@ class ModelFactory:
         return {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
 
     @cached_property
+    def _members(self) -> dict[str, list[str]]:
+        """First name -> all names of the tensor."""
+        members: dict[str, list[str]] = {}
+        for name, first in self._canonical.items():
+            members.setdefault(first, []).append(name)
+        return members
+
+    @cached_property
     def _tokenizer(self) -> Any | None:
         from transformers import AutoTokenizer
 
@@ -238,7 +242,8 @@ class ModelFactory:
         try:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raise whatever their parser raises
-            self.why_no_tokenizer = f"the tokenizer in {self.directory} cannot be read ({type(error).__name__}: {str(error).strip()[:200]})"
+            what = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            self.why_no_tokenizer = f"the tokenizer in {self.directory} cannot be read ({what})"
             return None
 
     @cached_property
@@ -272,11 +277,8 @@ class ModelFactory:
         model = self._skeleton
         plan = conversion.make_plan(model, self._checkpoint.tensors, nested=self.nested)
         report = LoadReport(untied=not self._tied_in_checkpoint)
-        members: dict[str, list[str]] = {}
-        for name, first in self._canonical.items():
-            members.setdefault(first, []).append(name)
         absent_ok = conversion.may_be_missing(model)
-        for first, names in members.items():
+        for first, names in self._members.items():
             if first in self.computed or any(n in plan.where or n in plan.mismatched for n in names):
                 continue
             optional = absent_ok is not None and any(absent_ok.search(n) for n in names)
@@ -303,18 +305,19 @@ class ModelFactory:
 
     def _from_checkpoint(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         plan, report = self._fit
-        asked = {alias for alias, first in self._canonical.items() if first in set(names)}
+        asked = {alias for first in names for alias in self._members[first]}
         missing = [n for n in report.missing if n in asked]
         mismatched = {n: why for n, why in report.mismatched.items() if n in asked}
         if missing or mismatched:
             bad = LoadReport(missing, report.unexpected, mismatched)
             raise CheckpointError(
-                f"the checkpoint in {self._checkpoint.directory} does not fit {type(self._skeleton).__name__}:\n{bad!r}\n"
-                "check that config.json and the weights belong together; random_weights=True works without them"
+                f"the checkpoint in {self._checkpoint.directory} does not fit "
+                f"{type(self._skeleton).__name__}:\n{bad!r}\n"
+                "check that config.json and the weights belong together; random_weights=True needs none"
             )
         pending: dict[int, tuple[conversion.Group, dict[str, str]]] = {}
         for first in names:
-            supplier = next((a for a in self._aliases(first) if a in plan.where), None)
+            supplier = next((a for a in self._members[first] if a in plan.where), None)
             if supplier is not None:
                 group = plan.where[supplier]
                 pending.setdefault(id(group), (group, {}))[1][supplier] = first
@@ -328,12 +331,10 @@ class ModelFactory:
                 tensor = made.pop(supplier).to(device=device, dtype=self.tensors[first].dtype).contiguous()
                 yield first, tensor
         self._checkpoint.close()
-        rest = [n for n in names if n in set(report.made)]
+        made_up = set(report.made)
+        rest = [n for n in names if n in made_up]
         if rest:
             yield from self._from_seed(rest, device)
-
-    def _aliases(self, first: str) -> list[str]:
-        return [n for n, c in self._canonical.items() if c == first]
 
     def _from_seed(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         return initialise.random_tensors(self._skeleton, names, device, self.seed)
@@ -360,7 +361,8 @@ class ModelFactory:
                 )
         except Exception as error:
             raise ModelError(
-                f"cannot build {self.name} ({type(config).__name__}, {self.dtype}): {type(error).__name__}: {error}"
+                f"cannot build {self.name} ({type(config).__name__}, {self.dtype}): "
+                f"{type(error).__name__}: {error}"
             ) from error
         for name in conversion.float32_names(model, self.dtype):
             path, _, leaf = name.rpartition(".")

@@ -32,7 +32,7 @@ class Loaded:
 
 
 def graph_tensor_names(gm: GraphModule) -> list[str]:
-    """Names of the tensors that the graph reads, in order of use; other parameters of the module are left out."""
+    """Names of the tensors that the graph reads, in order of use (not all the module's parameters)."""
     targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
     return [t for t in targets if isinstance(_get(gm, t), Tensor)]
 
@@ -70,8 +70,8 @@ def load_graph_tensors(
             lost.append(name)
     if lost:
         raise ModelError(
-            f"the graph reads {', '.join(lost[:5])}, which {factory.name} does not have and the graph does not hold: a "
-            f"pass that makes a parameter records its parts in gm.meta[{FUSED!r}]"
+            f"the graph reads {', '.join(lost[:5])}, which {factory.name} does not have and the graph does "
+            f"not hold: a pass that makes a parameter records its parts in gm.meta[{FUSED!r}]"
         )
 
     slots = _slots(fused, known)

@@ -18,8 +18,8 @@ from adkit.contract import EngineConfig, MemoryLimitError
 class MemoryEstimate:
     """Bytes needed against bytes free on a device.
 
-    ``weights_by_dtype``: parameters and buffers, tied ones once. ``kv_cache``: ``max_batch_size`` sequences of
-    ``max_seq_len`` tokens; ``kv_minimum``: one such sequence, since the cache shrinks to what is left.
+    ``weights_by_dtype``: parameters and buffers, tied ones once. ``kv_cache``: ``max_batch_size`` sequences
+    of ``max_seq_len`` tokens; ``kv_minimum``: one such sequence, since the cache shrinks to what is left.
     ``workspace``: activations of one step, logits, and the largest tensor while it is converted (rough).
     """
 

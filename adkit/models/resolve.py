@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from adkit.contract import CheckpointError, ModelError, nearest
 from adkit.models import hub
 from adkit.models.bundled import bundled_config, bundled_names, demo_directory
 from adkit.models.checkpoint import Checkpoint, has_weights
-from adkit.models.factory import ModelFactory
+from adkit.models.factory import ModelFactory, Weights
 
 _DTYPES = {
     "float32": torch.float32,
@@ -40,8 +41,8 @@ def resolve(
     """The factory of a model.
 
     ``model``: ``"demo"``, a bundled config's name (any case), a local directory, a Hugging Face hub id, a
-    Hugging Face config object, or such a config as a dictionary. ``dtype`` auto: float32 when ``device`` is the
-    CPU, else what the config or the checkpoint says. ``random_weights`` replaces any checkpoint by values
+    Hugging Face config object, or such a config as a dictionary. ``dtype`` auto: float32 when ``device`` is
+    the CPU, else what the config or the checkpoint says. ``random_weights`` replaces any checkpoint by values
     drawn from ``seed``. Raises ModelError (CheckpointError for its files) saying what to do.
     """
     options = {"trust_remote_code": trust_remote_code}
@@ -83,29 +84,28 @@ def resolve(
             )
         )
 
-    weights = "random" if random_weights else "none" if directory is None else "checkpoint"
-    if weights == "checkpoint":
-        assert directory is not None
-        _refuse_quantised(name, config, kind)
-        if repo is None and not has_weights(directory):
-            Checkpoint(directory)  # raises, saying what was looked for
-    chosen = _dtype(
-        dtype,
-        kind,
-        parent,
-        device,
-        directory if weights == "checkpoint" and repo is None else None,
-        allow_pickle,
-    )
+    weights: Weights = "random" if random_weights else "none" if directory is None else "checkpoint"
     fetch = None
-    if repo is not None and weights == "checkpoint":
-        here = directory
-        fetch = lambda: hub.fetch_weights(repo, here, allow_pickle)  # type: ignore[arg-type]  # noqa: E731
+    files = directory if weights == "checkpoint" else None
+    if files is not None:
+        _refuse_quantised(name, config, kind)
+        if repo is not None:
+            fetch, files = partial(hub.fetch_weights, repo, files, allow_pickle), None
+        elif not has_weights(files):
+            Checkpoint(files)  # raises, saying what was looked for
     return ModelFactory(
-        name=name, config=kind, dtype=chosen, weights=weights, why_no_weights=why if weights == "none" else "",  # type: ignore[arg-type]
-        directory=directory, seed=seed, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-        nested=parent is not None, fetch=fetch,
-    )  # fmt: skip
+        name=name,
+        config=kind,
+        dtype=_dtype(dtype, kind, parent, device, files, allow_pickle),
+        weights=weights,
+        why_no_weights=why if weights == "none" else "",
+        directory=directory,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        nested=parent is not None,
+        fetch=fetch,
+    )
 
 
 def _locate(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str | None]:
@@ -128,8 +128,8 @@ def _locate(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
     close = difflib.get_close_matches(model.lower(), known, 1, cutoff=0.75)
     if "/" not in model and close:
         raise ModelError(
-            f"no model {model!r}; did you mean {close[0]!r}? (bundled: {', '.join(known)}; a directory or a hub id "
-            "owner/name works too)"
+            f"no model {model!r}; did you mean {close[0]!r}? (bundled: {', '.join(known)}; a directory or a "
+            "hub id owner/name works too)"
         )
     try:
         return hub.fetch_small_files(model, revision, code=trust_remote_code), model
@@ -167,8 +167,8 @@ def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any
     except Exception as error:
         if not trust_remote_code and values.get("auto_map"):
             raise ModelError(
-                f"{given!r} comes with its own Python code, which is not run by default: pass trust_remote_code=True "
-                "if you trust it"
+                f"{given!r} comes with its own Python code, which is not run by default: pass "
+                "trust_remote_code=True if you trust it"
             ) from error
         kind = values.get("model_type")
         raise ModelError(
@@ -193,8 +193,8 @@ def _refuse_quantised(name: str, *configs: Any) -> None:
             values = found if isinstance(found, dict) else getattr(found, "__dict__", {})
             method = values.get("quant_method", "unknown method")
             raise CheckpointError(
-                f"{name}'s checkpoint is quantised ({getattr(method, 'value', method)}), which is not supported yet: use an "
-                "unquantised checkpoint of the model, or random_weights=True to work on its graph"
+                f"{name}'s checkpoint is quantised ({getattr(method, 'value', method)}), which is not "
+                "supported yet: use an unquantised checkpoint, or random_weights=True to work on its graph"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -63,6 +63,8 @@ class Context:
     ``load_weights`` will find: ``checkpoint``, ``random`` or ``none``. ``caches`` and ``compiled`` are filled
     by cache_init and compile. ``report(text)`` adds a line to the step's log; ``progress(done, total, what)``
     drives a progress bar. ``fingerprint`` hashes all that decided the graph so far (for ``pipeline_cache``).
+    ``loaded`` names the weights that stand in the graph as the factory gives them (after going back), so that
+    they need not be read again.
     """
 
     factory: Any
@@ -73,8 +75,8 @@ class Context:
     compiled: CompiledModel | None = None
     report: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
-    facts: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    loaded: frozenset[str] = frozenset()
 
 
 class Pass(ABC):
@@ -87,6 +89,8 @@ class Pass(ABC):
     key: ClassVar[str]
     stage: ClassVar[Stage]
     Config: ClassVar[type[PassConfig]] = PassConfig
+    #: The pass reads weights: what stands under a weight's name afterwards is what the factory gives.
+    loads: ClassVar[bool] = False
 
     def __init__(self, config: PassConfig | dict[str, Any] | None = None) -> None:
         if not isinstance(config, PassConfig):

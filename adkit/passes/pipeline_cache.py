@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +21,13 @@ from adkit.contract import CachePool, CacheSpec
 from adkit.graph.serialize import SnapshotReader, SnapshotWriter
 from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import PassInfo
+from adkit.models.loading import FUSED
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
+from adkit.passes.tensors import put_tensor
+
+_LOG = logging.getLogger(__name__)
+CONSTANT = "adkit_constant"  # the mark that export puts on nodes reading tensors it lifted out of the forward
 
 
 class PipelineCacheConfig(PassConfig):
@@ -49,32 +57,86 @@ class PipelineCache(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Write the entry unless it is there."""
-        folder = self.entry(ctx.fingerprint)
+        folder = self._entry(ctx)
+        known = {n.target for n in gm.graph.nodes if n.op == "get_attr"} & set(ctx.factory.tensors)
+        changed = [n for n in known - ctx.loaded if not _tensor(gm, n).is_meta]
+        if changed:
+            reason = f"an earlier step changed the data of {len(changed)} weights ({min(changed)}), which is not stored here"
+            return PassInfo(skipped=True, reason=reason)
+        if folder in self._unreadable:
+            ctx.report(f"entry {folder.name} could not be read and is written again: {self._unreadable.pop(folder)}")
+            shutil.rmtree(folder, ignore_errors=True)
         if (folder / "graph.json").is_file():
             return PassInfo(num_matches=0, details={"entry": folder.name, "already there": True})
         write_entry(folder, gm, ctx)
         return PassInfo(num_matches=1, details={"entry": folder.name})
 
-    def entry(self, fingerprint: str) -> Path:
-        """The folder of the entry for a pipeline up to here."""
-        return Path(self.config.root) / fingerprint
+    def find(self, ctx: Context) -> tuple[Snapshot, torch.nn.Module, CachePool | None] | None:
+        """The entry for the context's fingerprint, or None: there is none, or it cannot be read (logged)."""
+        folder = self._entry(ctx)
+        if not (folder / "graph.json").is_file():
+            return None
+        try:
+            return read_entry(folder, ctx)
+        except Exception as error:  # a damaged file can fail in any way; the graph is then made anew
+            self._unreadable[folder] = f"{type(error).__name__}: {error}"
+            _LOG.warning("pipeline cache entry %s cannot be read (%s); running every step instead", folder.name, error)
+            return None
+
+    def __init__(self, config: PassConfig | dict[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self._unreadable: dict[Path, str] = {}
+
+    def _entry(self, ctx: Context) -> Path:
+        return Path(self.config.root) / ctx.fingerprint
 
 
 def fingerprint(ctx: Context, before: list[Pass]) -> str:
-    """Hash of all that decides the graph: model config, dtype, settings, transforms so far, versions."""
+    """Hash of all that decides the graph: model config, dtype, settings, transforms so far and their code, versions."""
     import transformers
-
-    import adkit
 
     data = {
         "model": ctx.factory.config.to_json_string(use_diff=False),
+        "tied": sorted(ctx.factory.tied.items()),
         "dtype": str(ctx.factory.dtype),
         "engine": ctx.engine.model_dump(),
-        "transforms": [(p.key, type(p).__qualname__, p.config.model_dump(mode="json")) for p in before],
-        "versions": (adkit.__version__, torch.__version__, transformers.__version__),
+        "transforms": [(p.key, _code_of(type(p)), p.config.model_dump(mode="json")) for p in before],
+        "versions": (_package_hash(), torch.__version__, transformers.__version__),
         "weights": ctx.weights,
     }
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@cache
+def _package_hash() -> str:
+    """Hash of adkit's own sources, which says more than its version while it is being worked on."""
+    import adkit
+
+    package = Path(adkit.__file__).parent
+    digest = hashlib.sha256(adkit.__version__.encode())
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _code_of(cls: type[Pass]) -> str:
+    """What a pass of the user's does: its class's functions as bytecode (adkit's own are in the package's hash)."""
+    if cls.__module__.startswith("adkit."):
+        return f"{cls.__module__}.{cls.__qualname__}"
+    digest = hashlib.sha256(cls.__qualname__.encode())
+
+    def add(code: Any) -> None:
+        digest.update(code.co_code)
+        digest.update(repr(code.co_names).encode())
+        for constant in code.co_consts:
+            add(constant) if hasattr(constant, "co_code") else digest.update(repr(constant).encode())
+
+    for name, member in sorted(vars(cls).items()):
+        code = getattr(getattr(member, "__func__", member), "__code__", None)
+        if code is not None:
+            digest.update(name.encode())
+            add(code)
+    return digest.hexdigest()
 
 
 def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
@@ -83,33 +145,53 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     writer = SnapshotWriter()
     rows = writer.add(snapshot)
     owned = set(ctx.factory.tensors)
-    recipes: dict[str, Any] = gm.meta.get("adkit_weights", {})
+    recipes: dict[str, Any] = gm.meta.get(FUSED, {})
     constants = {
         n.target: _tensor(gm, n.target).detach().cpu().contiguous()
         for n in snapshot
         if n.op == "get_attr" and n.target not in owned and n.target not in recipes
     }
     specs = [] if ctx.caches is None else [[s.name, list(s.page_shape), str(s.dtype)] for s in ctx.caches.specs]
-    data = {"graphs": writer.payload(), "rows": rows, "recipes": {k: list(v) for k, v in recipes.items()}, "specs": specs}
+    pages = 0 if ctx.caches is None else ctx.caches.num_pages
+    data = {
+        "graphs": writer.payload(), "rows": rows, "recipes": {k: list(v) for k, v in recipes.items()},
+        "specs": specs, "pages": pages,
+    }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-    (temporary / "graph.json").write_text(json.dumps(data), encoding="utf-8")
-    save_file(constants, str(temporary / "constants.safetensors"))
-    os.replace(temporary, folder)
+    try:
+        (temporary / "graph.json").write_text(json.dumps(data), encoding="utf-8")
+        save_file(constants, str(temporary / "constants.safetensors"))
+        os.replace(temporary, folder)
+    except OSError:
+        if not (folder / "graph.json").is_file():  # else another process was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, CachePool | None]:
     """The graph saved in ``folder``: its snapshot, a module with its constants (weights on meta), its caches."""
-    from adkit.passes.pipeline import put_tensor
-
     data = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
     snapshot = SnapshotReader(data["graphs"]).snapshot(data["rows"])
     holder = torch.nn.Module()
-    for name, tensor in load_file(str(folder / "constants.safetensors")).items():
+    constants = load_file(str(folder / "constants.safetensors"))
+    for name, tensor in constants.items():
         put_tensor(holder, name, tensor)
-    holder.meta = {"adkit_weights": {k: tuple(v) for k, v in data["recipes"].items()}}  # type: ignore[assignment]
+    owned = set(ctx.factory.tensors)
+    for n in snapshot:
+        if n.op == "get_attr":
+            n.meta[CONSTANT] = n.target in constants
+            if not (n.target in constants or n.target in owned or n.target in data["recipes"]):
+                raise ValueError(f"the graph reads {n.target}, which neither the entry nor the model has")
+    holder.meta = {FUSED: {k: tuple(v) for k, v in data["recipes"].items()}}  # type: ignore[assignment]
     specs = tuple(CacheSpec(n, tuple(s), getattr(torch, d.removeprefix("torch."))) for n, s, d in data["specs"])
-    return snapshot, holder, CachePool(specs, ctx.engine.page_size) if specs else None
+    if not specs:
+        return snapshot, holder, None
+    pool = CachePool(specs, ctx.engine.page_size)
+    if data["pages"]:
+        pool.allocate(data["pages"], torch.device("meta") if ctx.weights == "none" else ctx.device)
+    return snapshot, holder, pool
 
 
 def _tensor(gm: GraphModule, path: str) -> torch.Tensor:

@@ -14,6 +14,9 @@ _PASSES: dict[str, type[Pass]] = {}
 
 def register(cls: type[Pass]) -> type[Pass]:
     """Class decorator: make the pass available by its key. A later class replaces an earlier one of its key."""
+    for name in ("key", "stage"):
+        if not hasattr(cls, name):
+            raise TypeError(f"{cls.__name__} needs a class attribute {name!r}")
     if not cls.__doc__:
         raise TypeError(f"{cls.__name__} needs a docstring: it is what the user is shown")
     _PASSES[cls.key] = cls
@@ -24,8 +27,10 @@ def register(cls: type[Pass]) -> type[Pass]:
 def _load_all() -> None:
     import adkit.passes as package
 
+    mine = dict(_PASSES)
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(info.name)
+    _PASSES.update(mine)  # what was registered before, such as a user's variant of a pass of ours, still counts
 
 
 def all_passes() -> dict[str, type[Pass]]:

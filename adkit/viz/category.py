@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[str, str]] = {
 
 # first hit wins; names are op_text: short, without namespace and overload
 _RULES = [
-    ("communication", re.compile(r"all_reduce|all_gather|reduce_scatter|all_to_all|^wait_tensor|broadcast_|dist_")),
+    ("communication", re.compile(r"all_(reduce|gather|to_all)|reduce_scatter|^wait_tensor|broadcast_|dist_")),
     ("cache", re.compile(r"cache|prepare_.*metadata|page")),
     ("attention", re.compile(r"attention|sdpa|^torch_mla|_mla|flex_att")),
     ("rope", re.compile(r"rope|rotary")),
@@ -65,7 +65,7 @@ def category_of_module(path: str) -> str:
 
 
 def category_of(n: NodeRecord) -> str:
-    """The category of a node, a key of :data:`COLOURS`: what the op is, and for plain arithmetic what it is part of."""
+    """The category of a node, a key of :data:`COLOURS`: by its op, and for plain arithmetic by its module."""
     if n.op in ("placeholder", "output"):
         return "cache" if n.op == "placeholder" and "cache" in n.target_name else "input/output"
     name = op_text(n)

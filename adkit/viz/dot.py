@@ -1,7 +1,7 @@
 """Pictures drawn: dot source, SVG, PNG and PDF through graphviz, text where graphviz is missing.
 
-``draw(snapshot)`` and ``draw_rewrite(step, rewrite_class)`` return a :class:`Drawing`, which shows itself in a
-notebook and saves itself to a file.
+``draw(snapshot)`` and ``draw_rewrite(step, rewrite_class)`` return a :class:`Drawing`, which shows itself in
+a notebook and saves itself to a file.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ def draw(
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
-    ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested deeper
-    (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over a node
-    shows its module and source line (all the lines it stands for, given the ``history`` of the steps). Raises PictureTooLarge beyond 400 boxes, saying how to see less.
+    ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested
+    deeper (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over
+    a node shows its module and source line (all the lines it stands for, given the ``history`` of the steps).
+    Raises PictureTooLarge beyond 400 boxes, saying how to see less.
     """
     return Drawing(
         picture_of(
@@ -127,7 +128,7 @@ def draw(
 
 
 def draw_rewrite(step: Step | Diff, rewrite: RewriteClass | int = 0, site: int | Site = 0) -> Drawing:
-    """Draw one site of a rewrite class, before and after side by side; erased red, created green, neighbours grey."""
+    """Draw one site of a rewrite class, before and after: erased red, created green, neighbours grey."""
     chosen = step.rewrites[rewrite] if isinstance(rewrite, int) else rewrite
     return Drawing(rewrite_picture(step, chosen, site))
 
@@ -140,7 +141,8 @@ def dot_source(picture: Picture) -> str:
         "nodesep=0.22, ranksep=0.26, pad=0.15, labelloc=b];",
         f'  node [shape=box, style="rounded,filled", fontname="{_FONT}", fontsize=11, fontcolor="#1f2430", '
         'margin="0.11,0.05", height=0.28, penwidth=1];',
-        f'  edge [color="#8b929c", fontname="{_FONT}", fontsize=8, fontcolor="#7a818c", arrowsize=0.55, penwidth=0.9];',
+        f'  edge [color="#8b929c", fontname="{_FONT}", fontsize=8, fontcolor="#7a818c", '
+        "arrowsize=0.55, penwidth=0.9];",
     ]
     label = _caption(picture)
     if label:
@@ -190,7 +192,8 @@ def _cluster(
             else 'style="rounded", color="#c4c9d0", fontsize=10'
         )
         out.append(
-            f"{pad}  graph [{style}, label={_quote(picture.clusters.get(child, child[-1]))}, labeljust=l, labelloc=t, margin=9];"
+            f"{pad}  graph [{style}, label={_quote(picture.clusters.get(child, child[-1]))}, "
+            "labeljust=l, labelloc=t, margin=9];"
         )
         _cluster(out, picture, tree, child)
         out.append(f"{pad}}}")
@@ -218,11 +221,13 @@ def _caption(picture: Picture) -> str:
     rows = []
     if picture.title:
         rows.append(
-            f'<tr><td colspan="24" align="left"><font point-size="10">{escape(picture.title)}</font></td></tr>'
+            '<tr><td colspan="24" align="left">'
+            f'<font point-size="10">{escape(picture.title)}</font></td></tr>'
         )
     if picture.legend:
         cells = "".join(
-            f'<td bgcolor="{COLOURS[c][0]}" border="1" color="{COLOURS[c][1]}" width="9" height="9" fixedsize="true"></td>'
+            f'<td bgcolor="{COLOURS[c][0]}" border="1" color="{COLOURS[c][1]}" '
+            'width="9" height="9" fixedsize="true"></td>'
             f'<td align="left"><font point-size="9">{escape(c)} </font></td>'
             for c in COLOURS
             if c in picture.categories
@@ -256,7 +261,7 @@ def _pipe(source: str, kind: str) -> bytes | None:
 
 
 def _tidy(svg: str, digest: str) -> str:
-    """dot's SVG as an element that scales: no prolog, no comments, ids unique to its content, sizes in pixels."""
+    """dot's SVG as an element that scales: no prolog, no comments, no ids, sizes in pixels."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.S)
     svg = re.sub(r"<title>.*?</title>\n?", "", svg, flags=re.S)
@@ -264,7 +269,8 @@ def _tidy(svg: str, digest: str) -> str:
     found = re.search(r'<svg width="([\d.]+)pt" height="([\d.]+)pt"', svg)
     if found:
         width, height = (round(float(g) * _PIXELS_PER_POINT) for g in found.groups())
-        size = f'<svg class="adkit-svg" data-digest="{digest}" width="{width}" height="{height}" style="max-width:100%;height:auto"'
+        size = f'<svg class="adkit-svg" data-digest="{digest}" width="{width}" height="{height}"'
+        size += ' style="max-width:100%;height:auto"'
         svg = svg.replace(found.group(0), size, 1)
     return re.sub(r"\n+", "\n", svg).strip()
 

@@ -83,7 +83,7 @@ def _code_line(line: Line, snapshot: Snapshot) -> str:
 
 
 def diff_html(before: Snapshot, after: Snapshot, *, context: int = 3) -> str:
-    """The code views' difference: removed lines red, added green, the rest left out but for ``context`` lines."""
+    """The code views' difference: removed lines red, added green, ``context`` lines around them."""
     if not len(before):
         return ""
     old, new = before.code().splitlines(), after.code().splitlines()
@@ -122,7 +122,7 @@ def _fit(drawing: Drawing) -> str:
 
 
 def rewrite_rows(change: Step | Diff, *, pictures: int = 1) -> tuple[list[dict[str, Any]], int]:
-    """Rewrite classes as rows for the templates, the first ``pictures`` with a picture, and how many are left out."""
+    """Rewrite classes as rows for the templates, the first ``pictures`` drawn, and how many are left out."""
     classes = change.rewrites
     rows = []
     for k, r in enumerate(classes[:_MOST_CLASSES]):
@@ -180,13 +180,15 @@ def step_body(s: Step, *, pictures: int = 1, graph: bool = False, history: Histo
     return template(
         "step.html",
         s={
-            "name": s.name, "stage": str(s.stage), "status": s.status, "changed": changed or not len(s.after), "info": s.info,
+            "name": s.name, "stage": str(s.stage), "status": s.status, "info": s.info,
+            "changed": changed or not len(s.after),
             "counts": counts, "time": seconds_text(s.seconds), "memory": memory_text(s.memory_bytes),
             "lead": _marked(" ".join(lead.split())), "rest": rest, "rows": rows, "more": more,
             "diff": diff_html(s.before, s.after) if changed else "",
             "code": code_html(s.after) if whole else "",
             "graph": picture_html(s.after, highlight=touched, history=history) if whole else "",
-            "config": json.dumps(s.config, indent=2, default=str) if s.config else "", "log": "\n".join(s.log),
+            "config": json.dumps(s.config, indent=2, default=str) if s.config else "",
+            "log": "\n".join(s.log),
         },
     )  # fmt: skip
 
@@ -263,7 +265,8 @@ def _diff(d: Diff) -> str:
     if d.empty:
         return fragment('<p class="ak-muted">Nothing changed.</p>')
     rows, more = rewrite_rows(d)
-    head = f'<div class="ak-head"><span class="ak-fact"><b>+{len(d.created)} −{len(d.erased)} ~{len(d.changed)}</b> nodes</span></div>'
+    counts = f"+{len(d.created)} −{len(d.erased)} ~{len(d.changed)}"
+    head = f'<div class="ak-head"><span class="ak-fact"><b>{counts}</b> nodes</span></div>'
     module = _environment().get_template("macros.html").module
     code = diff_html(d.before, d.after)
     tail = (
@@ -283,7 +286,10 @@ def _rewrite(r: RewriteClass) -> str:
         for s in r.sites[:40]
     )
     more = f'<p class="ak-muted">and {len(r.sites) - 40} more sites</p>' if len(r.sites) > 40 else ""
-    table = f'<details><summary>{r.count} sites</summary><div class="ak-body"><table class="ak-table">{sites}</table>{more}</div></details>'
+    table = (
+        f'<details><summary>{r.count} sites</summary><div class="ak-body">'
+        f'<table class="ak-table">{sites}</table>{more}</div></details>'
+    )
     return fragment(f"<div>{module.rewrite_line(_row(r))}</div>{table}")
 
 
@@ -303,7 +309,8 @@ def snapshot_body(s: Snapshot, history: History | None = None) -> str:
     calls = sum(n.op == "call_function" for n in s)
     return template(
         "snapshot.html",
-        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6], "picture": picture_html(s, history=history) if len(s) else "",
+        s={"nodes": f"{len(s):,}", "calls": f"{calls:,}", "variants": variants[:6],
+           "picture": picture_html(s, history=history) if len(s) else "",
            "code": code_html(s), "ops": list(s.counts().items())},
     )  # fmt: skip
 

@@ -33,7 +33,10 @@ class PictureTooLarge(ValueError):
 
 @dataclass(slots=True)
 class Box:
-    """One node of a picture. ``detail`` is its small print (parameters), ``mark`` '', erased, created, changed, context."""
+    """One node of a picture.
+
+    ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context.
+    """
 
     key: str
     title: str
@@ -98,7 +101,7 @@ class Picture:
 
 
 def tooltip(n: NodeRecord, symbols: Symbols, stands_for: int = 1, sources: Iterable[Source] = ()) -> str:
-    """What hovering over a node tells: target, value, module, the lines of modelling code (``sources``, or its own)."""
+    """What hovering over a node tells: target, value, module, lines of modelling code (or its own)."""
     rows = [f"%{n.id} {n.name}: {n.target_name}"]
     value = symbols.value(n)
     if value:
@@ -183,7 +186,8 @@ class _Maker:
             hints += ["layer=0 (one layer)"] if layer is None and folding.layers else []
             hints += ["fold=True"] if not fold_layers else []
             raise PictureTooLarge(
-                f"a picture of {count} nodes: dot cannot lay out more than {MOST_NODES} in reasonable time; try {', '.join(hints)}"
+                f"a picture of {count} nodes: dot cannot lay out more than {MOST_NODES} in reasonable time; "
+                f"try {', '.join(hints)}"
             )
         self.arrows(folding if layer is None and fold_layers else None)
         self.drop_small_clusters()

@@ -162,6 +162,7 @@ def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.set_xlim(low, high)
     axes.set_xlabel("arithmetic intensity (FLOP/byte)", color=INK, fontsize=9)
     axes.set_ylabel("attainable FLOP/s", color=INK, fontsize=9)

@@ -38,10 +38,10 @@ def write_report(
 ) -> Path:
     """Write the report of a run to ``path``, whole or not at all; returns the path.
 
-    ``sections``: (title, HTML) pairs of the caller's own. ``completions``: (prompt, text) pairs, or objects with
-    ``.prompt`` and ``.text``. ``figures``: matplotlib Figures, HTML strings, or (caption, either) pairs; None draws
-    the standard ones (nodes, time, memory). Stays under 5 MB: where it would not, the largest steps are shown
-    without their whole-graph pictures.
+    ``sections``: (title, HTML) pairs of the caller's own. ``completions``: (prompt, text) pairs, or objects
+    with ``.prompt`` and ``.text``. ``figures``: matplotlib Figures, HTML strings, or (caption, either) pairs;
+    None draws the standard ones (nodes, time, memory). Stays under 5 MB: where it would not, the largest
+    steps are shown without their whole-graph pictures.
     """
     drawn = [_figure(f) for f in (standard_figures(steps) if figures is None else figures)]
     extra = [{"id": _slug(name), "title": name, "body": body} for name, body in sections]
@@ -52,7 +52,8 @@ def write_report(
     bodies = _bodies(steps, MOST_BYTES - _ROOM - fixed, history)
     ran = [s for s in steps if s.status == "done"]
     changed = sum(s.changed for s in ran)
-    lead = f"{len(ran)} of {len(steps)} passes ran, {changed} changed the graph, {sum(s.seconds for s in ran):.2f} s in all."
+    spent = sum(s.seconds for s in ran)
+    lead = f"{len(ran)} of {len(steps)} passes ran, {changed} changed the graph, {spent:.2f} s in all."
     text = template(
         "report.html",
         title=title, css=style() + _asset("report.css"), js=_asset("report.js"), lead=lead,

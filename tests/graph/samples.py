@@ -1,4 +1,4 @@
-"""Graphs of tiny Hugging Face models and a few hand-made passes over them: data for graph's and viz's tests."""
+"""Graphs of tiny Hugging Face models and a few hand-made passes over them, for graph's and viz's tests."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def fuse_gate_up(gm: GraphModule) -> int:
 def pipeline(gm: GraphModule) -> Steps:
     """A few steps over ``gm``: done, unchanged, skipped and pending ones."""
     first = take(gm)
-    doc = "Recognise the norm and name it.\n\n    before: pow, mean, add, rsqrt, mul, to, mul\n    after:  torch_rmsnorm"
+    doc = (
+        "Recognise the norm and name it.\n\n    before: pow, mean, add, rsqrt, ...\n    after:  torch_rmsnorm"
+    )
     steps = [
         Step("build_model", "factory", {}, "Build the module on meta.", "done", info=PassInfo(num_matches=1))
     ]

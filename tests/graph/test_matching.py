@@ -44,13 +44,17 @@ NORMS = {
     "reciprocal of sqrt": lambda x, w: x * (1e-5 + x.pow(2).mean(-1, True)).sqrt().reciprocal() * w,
     "power -1/2": lambda x, w: x * (x.pow(2).mean(2, True) + 1e-5).pow(-0.5) * w,
     "casts": lambda x, w: w * (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, True) + 1e-5)).to(x.dtype),
-    "clones and dropout": lambda x, w: w * F.dropout((x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-5)).clone(), 0.5, False),
+    "clones and dropout": lambda x, w: (
+        w * F.dropout((x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-5)).clone(), 0.5, False)
+    ),
 }
 NO_NORMS = {
     "another dimension": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5)),
     "another power": lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5)),
     "another tensor": lambda x, w: w * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-5)),
-    "dropout in training": lambda x, w: w * F.dropout(x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-5), 0.5, True),
+    "dropout in training": lambda x, w: (
+        w * F.dropout(x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-5), 0.5, True)
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Hand-built graphs with layers, for what tiny models do not show: caches, alternation, several carried values."""
+"""Hand-built graphs with layers, for what tiny models do not show: caches, alternation, two carries."""
 
 from __future__ import annotations
 

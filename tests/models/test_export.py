@@ -63,15 +63,17 @@ def test_interface_export_from_meta_equals_hugging_face(kind: str) -> None:
     config, model = tiny(kind)
     gm = cleaned(with_weights_of(export_model(meta_twin(config)), model))
     facts: ExportFacts = gm.meta["adkit_export"]
-    assert facts.attention == "interface" and len(nodes(gm, ATTENTION)) == config.num_hidden_layers
+    assert facts.attention == "interface"
+    assert len(nodes(gm, ATTENTION)) == config.num_hidden_layers
     assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == list(facts.inputs)
     assert worst(gm, model) < 1e-6
     for node in gm.graph.nodes:
         if node.op != "output":
             assert node.meta.get("val") is not None, node
         if node.op == "call_function":
-            assert "stack_trace" in node.meta and "nn_module_stack" in node.meta, node
-            assert node.users and "assert" not in str(node.target) and "guards" not in str(node.target), node
+            assert {"stack_trace", "nn_module_stack"} <= set(node.meta), node
+            assert node.users or node.is_impure(), node
+            assert "assert" not in str(node.target), node
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen3_moe", "olmoe", "phimoe"])
@@ -99,7 +101,8 @@ def test_a_model_without_the_interface_keeps_its_own_attention(kind: str) -> Non
     config, model = tiny(kind)
     gm = cleaned(with_weights_of(export_model(meta_twin(config)), model))
     facts: ExportFacts = gm.meta["adkit_export"]
-    assert facts.attention == "eager" and "its own attention code" in facts.notes[0]
+    assert facts.attention == "eager"
+    assert "its own attention code" in facts.notes[0]
     assert not nodes(gm, ATTENTION)
     assert worst(gm, model) < 1e-6
 
@@ -262,7 +265,7 @@ def test_an_unknown_argument_of_eager_attention_is_an_error(monkeypatch: pytest.
     monkeypatch.setattr(
         modeling.LlamaAttention, "forward", lambda self, *a, **k: original(self, *a, **k, twist=2.0)
     )
-    with pytest.raises(ExportError, match="twist=2.0"):
+    with pytest.raises(ExportError, match=r"twist=2\.0"):
         export_model(meta_twin(tiny_config("llama")))
 
 

@@ -12,16 +12,22 @@ from adkit.models import initialise, resolve
 from tests.models.checkpoints import differences, named
 from tests.zoo import tiny_config
 
-TYPES = (
-    "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma gemma2 gemma3_text phi phi3 phimoe gpt2 gpt_neox gptj codegen bloom mpt "
-    "falcon opt gpt_oss deepseek_v3 llama4_text cohere2 smollm3 exaone4 granite stablelm persimmon olmo2 glm4 biogpt "
-    "xglm bart mamba"
-).split()
+TYPES = [
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text",
+    "phi", "phi3", "phimoe", "gpt2", "gpt_neox", "gptj", "codegen", "bloom", "mpt", "falcon", "opt",
+    "gpt_oss", "deepseek_v3", "llama4_text", "cohere2", "smollm3", "exaone4", "granite", "stablelm",
+    "persimmon", "olmo2", "glm4", "biogpt", "xglm", "bart", "mamba",
+]  # fmt: skip
 SCALINGS = {
-    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
-    "yarn": dict(factor=4.0, original_max_position_embeddings=64),
-    "linear": dict(factor=2.0),
-    "dynamic": dict(factor=2.0),
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
 }
 
 
@@ -74,7 +80,9 @@ class _Odd(PreTrainedModel):
 def test_buffers_that_the_initialiser_ignores_come_from_the_constructor():
     with torch.device("meta"):
         model = _Odd(PretrainedConfig())
-    made = initialise.computed_buffers(model, ["inner.table", "inner.scale"], lambda: _Odd(PretrainedConfig()))
+    made = initialise.computed_buffers(
+        model, ["inner.table", "inner.scale"], lambda: _Odd(PretrainedConfig())
+    )
     assert made["inner.table"].tolist() == [0, 3, 6, 9, 12, 15]
     assert float(made["inner.scale"]) == 0.5
 
@@ -122,7 +130,9 @@ def test_random_tensors_follow_the_seed_and_leave_the_generator_alone():
     assert not torch.equal(*layers)
 
 
-@pytest.mark.parametrize("model_type", "llama gemma2 gpt2 mixtral gpt_oss deepseek_v3 bloom phimoe opt".split())
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "bloom", "phimoe", "opt"]
+)
 def test_random_values_are_distributed_as_hugging_face_initialises(model_type):
     config = tiny_config(model_type)
     ours = dict(resolve(config, random_weights=True, device="cpu").load())
@@ -139,7 +149,9 @@ def test_random_values_are_distributed_as_hugging_face_initialises(model_type):
 
 
 def test_tied_random_weights_are_one_tensor():
-    got = dict(resolve(tiny_config("llama", tie_word_embeddings=True), random_weights=True, device="cpu").load())
+    got = dict(
+        resolve(tiny_config("llama", tie_word_embeddings=True), random_weights=True, device="cpu").load()
+    )
     assert got["lm_head.weight"] is got["model.embed_tokens.weight"]
 
 

@@ -42,7 +42,10 @@ def test_what_cannot_fit_is_refused_and_says_the_sums():
     estimate = resolve("llama-3.1-405b", dtype="bfloat16").memory_estimate(ENGINE, "cpu")
     small = dataclasses.replace(estimate, free=16 * 10**9)
     assert not small.fits
-    with pytest.raises(MemoryLimitError, match=r"llama-3.1-405b needs at least 8\d\d\.\d GB.*cpu has 16\.0 GB free.*force=True"):
+    with pytest.raises(
+        MemoryLimitError,
+        match=r"llama-3.1-405b needs at least 8\d\d\.\d GB.*cpu has 16\.0 GB free.*force=True",
+    ):
         small.require()
     assert "does not fit" in repr(small)
     dataclasses.replace(estimate, free=10**13).require()
@@ -57,6 +60,8 @@ def test_repr_names_every_part():
     assert "-> fits" in repr(estimate)
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (16_100_000_000, "16.1 GB"), (5e15, "5000.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (16_100_000_000, "16.1 GB"), (5e15, "5000.0 TB")]
+)
 def test_human(count, text):
     assert human(count) == text

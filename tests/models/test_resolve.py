@@ -58,7 +58,7 @@ def test_bundled_config_builds_on_meta_at_full_size(name):
 
 
 def test_a_factory_without_weights_refuses_to_load():
-    with pytest.raises(ModelError, match="has no weights.*shapes only"):
+    with pytest.raises(ModelError, match=r"has no weights.*shapes only"):
         next(resolve("llama-3.2-1b", device="cpu").load())
 
 
@@ -72,13 +72,17 @@ def test_config_object_and_dictionary():
 
 
 def test_the_users_config_is_left_alone():
-    config = LlamaConfig(vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     before = config.to_json_string()
     resolve(config, dtype="bfloat16", device="cpu").build()
     assert config.to_json_string() == before
 
 
-@pytest.mark.parametrize(("given", "meant"), [("llama-3.1-8", "llama-3.1-8b"), ("Qwen3-06b", "qwen3-0.6b"), ("dmo", "demo")])
+@pytest.mark.parametrize(
+    ("given", "meant"), [("llama-3.1-8", "llama-3.1-8b"), ("Qwen3-06b", "qwen3-0.6b"), ("dmo", "demo")]
+)
 def test_a_misspelt_name_gets_the_nearest_one(given, meant):
     with pytest.raises(ModelError, match=f"did you mean '{meant}'"):
         resolve(given)
@@ -87,7 +91,10 @@ def test_a_misspelt_name_gets_the_nearest_one(given, meant):
 def test_a_hub_id_without_network_fails_fast_and_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
-    with pytest.raises(ModelError, match=r"'owner/model' is not in the local Hugging Face cache.*HF_HUB_OFFLINE.*local directory"):
+    with pytest.raises(
+        ModelError,
+        match=r"'owner/model' is not in the local Hugging Face cache.*HF_HUB_OFFLINE.*local directory",
+    ):
         resolve("owner/model")
     assert time.monotonic() - began < 30
     with pytest.raises(ModelError, match=r"bundled: demo, deepseek-v3"):
@@ -132,7 +139,9 @@ def test_a_cached_hub_model_works_offline_and_takes_only_the_index_files(monkeyp
     factory.build()
     assert len(asked) == 1
     assert not any("safetensors" in p and not p.endswith(".json") for p in asked[0][2])
-    assert torch.equal(dict(factory.load(["model.norm.weight"]))["model.norm.weight"], model.model.norm.weight)
+    assert torch.equal(
+        dict(factory.load(["model.norm.weight"]))["model.norm.weight"], model.model.norm.weight
+    )
     shards = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))
     assert asked[1] == ("owner/model", tmp_path.name, tuple(shards))
 
@@ -172,7 +181,7 @@ def test_configs_without_a_causal_language_model(config):
 
 @pytest.mark.parametrize("given", [3, None, torch.nn.Linear(1, 1)])
 def test_things_that_are_not_models(given):
-    with pytest.raises(ModelError, match="not (int|NoneType|Linear)"):
+    with pytest.raises(ModelError, match=r"not (int|NoneType|Linear)"):
         resolve(given)
 
 
@@ -225,3 +234,13 @@ def test_a_missing_or_broken_tokenizer_is_a_warning_with_its_reason(tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         assert factory.tokenizer() is None
     assert str(tmp_path) in factory.why_no_tokenizer
+
+
+def test_the_demo_model_comes_with_weights_and_tokenizer():
+    factory = resolve("demo", device="cpu")
+    assert factory.weights == "checkpoint"
+    assert factory.name == "demo"
+    assert factory.check_checkpoint().ok
+    assert factory.tokenizer() is not None
+    assert factory.eos_token_ids
+    assert {t.device.type for _, t in factory.load()} == {"cpu"}

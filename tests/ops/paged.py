@@ -25,14 +25,14 @@ class Case:
     alibi: bool = False
     padding: int = 0
     seed: int = 0
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: str(torch.get_default_device()))
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
         """Queries, keys and values a sequence [1, S, heads, dim], then sinks and slopes."""
-        g = torch.Generator().manual_seed(self.seed)
+        g = torch.Generator("cpu").manual_seed(self.seed)
 
         def make(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64).to(self.device, self.dtype)
+            return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(self.device, self.dtype)
 
         lengths = [sum(c) for c in self.chunks]
         q = [make(1, n, self.heads, self.head_dim) for n in lengths]
@@ -73,8 +73,8 @@ def serve(case: Case, op: Any, poison: float = 1e4) -> Served:
     size = case.page_size
     need = [-(-sum(c) // size) for c in case.chunks]
     num_pages = 1 + sum(need) + 2
-    g = torch.Generator().manual_seed(case.seed + 1)
-    free = (torch.randperm(num_pages - 1, generator=g) + 1).tolist()
+    g = torch.Generator("cpu").manual_seed(case.seed + 1)
+    free = (torch.randperm(num_pages - 1, generator=g, device="cpu") + 1).tolist()
     table = torch.zeros(len(need), max(need) + 1, dtype=torch.int32)
     for r, n in enumerate(need):
         table[r, :n] = torch.tensor([free.pop() for _ in range(n)])

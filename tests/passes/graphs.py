@@ -28,7 +28,8 @@ _CLEAN_UPS = (
 
 
 def tiny_graph(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> GraphModule:
-    """A tiny random model of a type, exported in ``dtype`` and cleaned up; it shares the model's parameters."""
+    """A tiny random model of a type, exported in ``dtype`` and cleaned up; it shares the model's
+    parameters."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides), dtype=dtype).eval()
     sensitise(model)
@@ -65,7 +66,8 @@ def count(gm: GraphModule, op: str) -> int:
 
 
 def check_values(gm: GraphModule, batch: int = 2, length: int = 9, **extra: torch.Tensor) -> None:
-    """Run the graph node by node and compare shape rank, known sizes and dtype with each node's recorded value."""
+    """Run the graph node by node and compare shape rank, known sizes and dtype with each node's recorded
+    value."""
 
     class Checker(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -73,20 +75,26 @@ def check_values(gm: GraphModule, batch: int = 2, length: int = 9, **extra: torc
             if n.op != "call_function":
                 return out
             val = n.meta.get("val")
-            for got, want in zip(*((out, val) if isinstance(out, (tuple, list)) else ((out,), (val,))), strict=True):
+            for got, want in zip(
+                *((out, val) if isinstance(out, (tuple, list)) else ((out,), (val,))), strict=True
+            ):
                 if isinstance(got, torch.Tensor):
                     assert isinstance(want, torch.Tensor), f"{n} has no value"
                     assert got.dtype == want.dtype, f"{n}: {got.dtype} is not {want.dtype}"
                     assert got.ndim == want.ndim, f"{n}: rank {got.ndim} is not {want.ndim}"
                     sizes = zip(got.shape, want.shape, strict=True)
-                    assert all(g == w for g, w in sizes if isinstance(w, int)), f"{n}: {got.shape} is not {want.shape}"
+                    assert all(g == w for g, w in sizes if isinstance(w, int)), (
+                        f"{n}: {got.shape} is not {want.shape}"
+                    )
             return out
 
     with torch.no_grad():
         Checker(gm).run(*inputs_for(gm, batch, length, VOCAB, **extra).values())
 
 
-def inputs_for(gm: GraphModule, batch: int, length: int, vocab: int, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+def inputs_for(
+    gm: GraphModule, batch: int, length: int, vocab: int, **extra: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Inputs by the names of the graph's placeholders, in order."""
     values = {
         "input_ids": torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(1)),

@@ -19,7 +19,8 @@ from tests.graph.samples import sample
 def objects() -> list[object]:
     steps = sample("llama")
     step = steps["match_rmsnorm_pattern"]
-    return [steps, step, step.diff, step.rewrites[0], step.after, step.explain(), step.after.code(layer=1), *steps]
+    texts = [step.explain(), step.after.code(layer=1)]
+    return [steps, step, step.diff, step.rewrites[0], step.after, *texts, *steps]
 
 
 def test_every_object_has_text_and_html_without_scripts_or_network() -> None:
@@ -56,7 +57,8 @@ def test_steps_tell_what_changed_and_what_is_next() -> None:
 
 
 def test_text_from_a_pass_is_escaped() -> None:
-    step = Step("evil", "export", {"x": "</pre><script>"}, "<script>alert(1)</script>", "failed", info=PassInfo(reason="a < b"))
+    info = PassInfo(reason="a < b")
+    step = Step("evil", "export", {"x": "</pre><script>"}, "<script>alert(1)</script>", "failed", info=info)
     html = str(html_of(step)) + str(html_of(Steps([step])))
     assert "<script>" not in html
     assert "a &lt; b" in html
@@ -93,7 +95,8 @@ def test_report_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
 def test_report_of_a_pipeline_that_has_not_run(tmp_path: Path) -> None:
     from adkit.graph.snapshot import Snapshot
 
-    steps = Steps([Step("build_model", "factory", {}, "Build."), Step("export_to_gm", "export", {}, "Export.")])
+    waiting = [("build_model", "factory"), ("export_to_gm", "export")]
+    steps = Steps([Step(name, stage, {}, "Build.") for name, stage in waiting])
     text = write_report(tmp_path / "r.html", title="nothing yet", steps=steps, final=Snapshot()).read_text()
     assert "0 of 2 passes ran" in text
 

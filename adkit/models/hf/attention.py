@@ -18,9 +18,35 @@ _UNDERSTOOD = frozenset(
     {"scaling", "softcap", "s_aux", "position_bias", "is_causal", "sliding_window", "dropout"}
 )
 _HARMLESS = frozenset(
-    "module query key value attention_mask position_ids cache_position position_embeddings use_cache past_key_values "
-    "past_key_value output_attentions output_hidden_states output_router_logits return_dict cu_seq_lens_q cu_seq_lens_k "
-    "max_length_q max_length_k num_items_in_batch training kwargs args head_mask layer_idx cache logits_to_keep".split()
+    (
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "use_cache",
+        "past_key_values",
+        "past_key_value",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "num_items_in_batch",
+        "training",
+        "kwargs",
+        "args",
+        "head_mask",
+        "layer_idx",
+        "cache",
+        "logits_to_keep",
+    )
 )
 
 
@@ -53,7 +79,8 @@ class AttentionInterface:
         window = kwargs.get("sliding_window")
         if isinstance(window, int) and window != mask.window and not (mask.window is None and mask.chunk):
             self._note(
-                f"{name} names a window of {window}; its mask, which Hugging Face's eager code obeys, has {mask.window}"
+                f"{name} names a window of {window}; its mask has {mask.window}, and that is what "
+                "Hugging Face's eager code obeys"
             )
         out = torch.ops.adkit.torch_attention(
             query.transpose(1, 2),
@@ -87,13 +114,13 @@ class AttentionInterface:
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if causal is not False:
             raise ExportError(
-                f"attention of {name} got no mask although it is causal: Hugging Face's eager and SDPA code disagree on "
-                "what that means; export with export_to_gm.attention = 'eager' or 'sdpa'"
+                f"attention of {name} got no mask although it is causal: Hugging Face's eager and SDPA code "
+                "disagree on what that means; export with export_to_gm.attention = 'eager' or 'sdpa'"
             )
         return MaskDescriptor(causal=False)
 
     def _refuse_unknown(self, module: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
-        """An argument that the module's own eager attention reads, or a tensor, must be one that is understood."""
+        """What the module's own eager attention reads, and any tensor, must be understood."""
         eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
         named = set(inspect.signature(eager).parameters) if eager is not None else set()
         for key, given in kwargs.items():
@@ -105,9 +132,7 @@ class AttentionInterface:
                     "export with export_to_gm.attention = 'eager' to keep Hugging Face's own code"
                 )
         if kwargs.get("dropout"):
-            raise ExportError(
-                f"attention of {name} has dropout {kwargs['dropout']}; put the model in eval mode before export"
-            )
+            raise ExportError(f"attention of {name} has dropout {kwargs['dropout']}; export it in eval mode")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -1,8 +1,8 @@
 """Hugging Face's experts interface, answered with ``torch.ops.adkit.torch_moe``.
 
-An experts module says how its weights lie (``is_transposed``, ``is_concatenated``, ``has_bias``, ``has_gate``) and
-brings its gate as code (``_apply_gate``). The gate is recognised by its values on random inputs; one that is not
-recognised is traced as it stands over every expert: right, and as slow as dense.
+An experts module says how its weights lie (``is_transposed``, ``is_concatenated``, ``has_bias``,
+``has_gate``) and brings its gate as code (``_apply_gate``). The gate is recognised by its values on random
+inputs; one that is not recognised is traced as it stands over every expert: right, and as slow as dense.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def recognise_gate(module: nn.Module) -> Gate | None:
-    """The gate of an experts module, by value on random float32 inputs, or None when it is none of the known ones."""
+    """The gate of an experts module, by value on random float32 inputs; None for an unknown one."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.1, 1.0, 4.0, 30.0]).repeat(8)[:, None]
     try:
@@ -67,7 +67,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _candidates(module: nn.Module) -> Iterator[Gate]:
-    """Gates to try, plainest first; constants are whatever numbers the module or its config's gate fields hold."""
+    """Gates to try, plainest first; constants are whatever numbers the module holds."""
     numbers = [
         float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)
     ]
@@ -82,7 +82,7 @@ def _candidates(module: nn.Module) -> Iterator[Gate]:
 
 
 class ExpertsInterface:
-    """Calls ``torch_moe`` for every experts module; ``gates`` were recognised before tracing, by module id."""
+    """Calls ``torch_moe`` for every experts module; ``gates`` by module id, recognised before tracing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.gates: dict[int, Gate | None] = {}
@@ -129,7 +129,7 @@ class ExpertsInterface:
 
 
 def dense_experts(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Every expert on every token, the module's own gate in between, weighted by the router; [T, D] -> [T, D].
+    """Every expert on every token with the module's own gate, weighted by the router; [T, D] -> [T, D].
 
     Ids of E or more stand for no expert.
     """

@@ -1,8 +1,9 @@
 """What an attention mask means: a descriptor worked out from Hugging Face's index-based mask function.
 
-Hugging Face describes a mask as ``f(batch, head, q_idx, kv_idx) -> bool`` and hands it to the mask interface. Here
-``f`` is evaluated on index grids; the causal, window and chunk it shows are proposed, then checked against
-:func:`adkit.ops.attention.allowed` at every point of a small grid and at random and boundary points over all positions.
+Hugging Face describes a mask as ``f(batch, head, q_idx, kv_idx) -> bool`` and hands it to the mask interface.
+Here ``f`` is evaluated on index grids; the causal, window and chunk it shows are proposed, then checked
+against :func:`adkit.ops.attention.allowed` at every point of a small grid and at random and boundary points
+over all positions.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ Evaluate = Callable[[Tensor, Tensor], Tensor]
 def describe(mask_function: Callable[..., Any], *, positions: int, heads: int = 1) -> MaskDescriptor:
     """The descriptor of a Hugging Face mask function, proved on positions below ``positions``.
 
-    A window or chunk of at least ``positions`` cannot be told from none. Returns a descriptor with ``problem`` set
-    where the function cannot be evaluated, depends on the head, or is no causal/window/chunk mask.
+    A window or chunk of at least ``positions`` cannot be told from none. Returns a descriptor with
+    ``problem`` set where the function cannot be evaluated, depends on the head, or is no causal/window/chunk
+    mask.
     """
 
     def evaluate(q: Tensor, k: Tensor, head: int = 0) -> Tensor:
@@ -91,7 +93,8 @@ def describe(mask_function: Callable[..., Any], *, positions: int, heads: int = 
             return MaskDescriptor(problem=f"its mask function cannot be evaluated: {error}")
     if wrong is not None:
         return MaskDescriptor(
-            problem=f"its mask is no combination of causal, window and chunk (e.g. query {wrong[0]}, key {wrong[1]})"
+            problem="its mask is no combination of causal, window and chunk "
+            f"(it differs at query {wrong[0]}, key {wrong[1]})"
         )
     return found
 
@@ -106,7 +109,7 @@ def _propose(evaluate: Evaluate, positions: int) -> MaskDescriptor:
     far = torch.arange(positions)
     zero = torch.zeros((), dtype=torch.long)
     causal = not bool(evaluate(zero, torch.ones((), dtype=torch.long)))
-    # the key one before the query is hidden for every query when the window is 1, else only at a chunk's start
+    # The key before the query is hidden from every query when the window is 1, else only at a chunk's start.
     broken = _first_false(evaluate(far[1:], far[:-1]))
     chunk = None if broken is None or broken == 0 else broken + 1
     row = (chunk or positions) - 1

@@ -73,9 +73,7 @@ def extension_points(model: nn.Module, attention: str) -> Iterator[Extensions]:
         ):
             stack.enter_context(mock.patch.dict(table, {NAME: value}))
         # adkit packs sequences by itself, and a batch without padding has none on the left
-        stack.enter_context(
-            mock.patch.object(masking, "find_packed_sequence_indices", lambda position_ids: None)
-        )
+        stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", return_value=None))
         if attention == "interface":
             overlay: Any = masking.chunked_overlay
             unpadded = _NoPadding()
@@ -125,8 +123,8 @@ def _configured(model: nn.Module, attention: str) -> Iterator[None]:
 def fake_tensors(model: nn.Module, mode: Any) -> Iterator[None]:
     """The model's parameters and buffers are fake CPU tensors of ``mode`` in the block, whatever they were.
 
-    So a model on meta exports as it would on a CPU: literals and values say ``cpu``, and tensors that the forward
-    builds from numbers keep their data. Ties between parameters hold.
+    So a model on meta exports as it would on a CPU: literals and values say ``cpu``, and tensors that the
+    forward builds from numbers keep their data. Ties between parameters hold.
     """
     memo: dict[int, Tensor] = {}
 

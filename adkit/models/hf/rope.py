@@ -1,9 +1,9 @@
 """Rotary embeddings whose frequencies depend on the sequence's length, computed for each token.
 
-Hugging Face's ``longrope`` and ``dynamic`` scalings look at the largest position of the whole batch and change the
-module's ``inv_freq``. A packed batch holds sequences of many lengths, so here every token brings the length that its
-own sequence has (graph input ``rope_lengths`` int64 [B, S]) and frequencies become a tensor [B, S, R/2].
-Formulas: Hugging Face's ``ROPE_INIT_FUNCTIONS``, called as they are.
+Hugging Face's ``longrope`` and ``dynamic`` scalings look at the largest position of the whole batch and
+change the module's ``inv_freq``. A packed batch holds sequences of many lengths, so here every token brings
+the length that its own sequence has (graph input ``rope_lengths`` int64 [B, S]) and frequencies become a
+tensor [B, S, R/2]. Formulas: Hugging Face's ``ROPE_INIT_FUNCTIONS``, called as they are.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Scaling:
     long: _Regime
 
     def __call__(self, x: Tensor, position_ids: Tensor, lengths: Tensor) -> Any:
-        """Cos and sin [B, S, R] in x's dtype, or one complex tensor; position_ids and lengths int64 [B, S]."""
+        """Cos and sin [B, S, R] in x's dtype, or one complex tensor; positions and lengths int64 [B, S]."""
         is_long = (lengths > self.boundary)[..., None]
         inv_freq = self.short.frequencies(lengths)
         if self.long.frequencies is not self.short.frequencies:
@@ -73,7 +73,7 @@ class _Scaling:
 
 
 def layer_types(module: nn.Module) -> list[str | None]:
-    """Keys of a rotary module's frequencies that depend on length: ``[None]`` when it has but one set, [] for none."""
+    """Keys of the frequencies that depend on length: [] for none, ``[None]`` for a module of one set."""
     if not _updates(module):
         return []
     kind: Any = getattr(module, "rope_type", None)
@@ -98,8 +98,8 @@ def _updates(module: nn.Module) -> bool:
 class PerTokenRope:
     """The forward of one rotary module with per-token frequencies, checked against the module itself.
 
-    ``lengths()`` gives the graph's ``rope_lengths``. Raises ExportError naming the module when no known layout,
-    frequencies and factor give what the module gives on both sides of its boundary.
+    ``lengths()`` gives the graph's ``rope_lengths``. Raises ExportError naming the module when no known
+    layout, frequencies and factor give what the module gives on both sides of its boundary.
     """
 
     def __init__(self, module: nn.Module, name: str, lengths: Callable[[], Tensor]) -> None:
@@ -127,8 +127,8 @@ def _scaling(module: nn.Module, name: str, key: str | None) -> _Scaling:
         ) from error
     if short is None or long is None or short.layout is not long.layout:
         raise ExportError(
-            f"{name} ({type(module).__name__}) changes its rotary frequencies with length in a way that adkit cannot "
-            "compute for each token; only another rope scaling can be served"
+            f"{name} ({type(module).__name__}) changes its frequencies with length in a way that adkit "
+            "cannot compute for each token; only another rope scaling can be served"
         )
     return _Scaling(boundary, short, long)
 

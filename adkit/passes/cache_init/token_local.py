@@ -134,7 +134,7 @@ def _contraction(node: Node, name: str, symbols: set[Any]) -> str | None:
         return None if not db else "its weight depends on tokens"
     if rb >= 2 and rb - 2 in db:
         return "contracts over tokens"
-    if rb >= 2 and rb - 1 in db and da:
+    if rb >= 2 and rb - 1 in db and ra >= 2 and ra - 2 in da:
         return "multiplies tokens with tokens"
     return None
 

@@ -19,7 +19,8 @@ class ExportConfig(PassConfig):
 
     attention: Literal["interface", "sdpa", "eager"] = Field(
         "interface",
-        description="interface: canonical ops through HF's extension points; sdpa, eager: HF's code, matched later",
+        description="interface: canonical ops through HF's extension points; "
+        "sdpa, eager: HF's code, matched later",
     )
 
 
@@ -27,9 +28,9 @@ class ExportConfig(PassConfig):
 class ExportToGM(BuildPass):
     """Capture the module with non-strict ``torch.export`` into a flat FX graph.
 
-    Inputs are keywords with dynamic batch and sequence. Attention and experts come in as canonical ops through
-    Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not guessed. A
-    model that does not use them keeps its own attention code in the graph; ``details`` says so.
+    Inputs are keywords with dynamic batch and sequence. Attention and experts come in as canonical ops
+    through Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not
+    guessed. A model that does not use them keeps its own attention code in the graph; ``details`` says so.
 
         before: LlamaForCausalLM (a tree of modules)
         after:  input_ids, position_ids -> embedding -> ... -> adkit.torch_attention -> ... -> logits
@@ -40,7 +41,7 @@ class ExportToGM(BuildPass):
     Config: ClassVar[type[PassConfig]] = ExportConfig
 
     def build(self, module: torch.nn.Module | None, ctx: Context) -> tuple[torch.nn.Module, PassInfo]:
-        """The graph module; ``details`` says its inputs, the attention mode that held, and what to know of it."""
+        """The graph module; ``details`` says its inputs and the attention mode that held, with notes."""
         gm = export_model(module, attention=self.config.attention)
         facts: ExportFacts = gm.meta["adkit_export"]
         for note in facts.notes:

@@ -1,4 +1,4 @@
-"""What the attention matchers share: reading a call's constants, proving a match, putting the canonical op in."""
+"""What the attention matchers share: known constants, the proof of a match, putting the canonical op in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.edit import fake_mode_of
 from adkit.graph.provenance import source_of
-from adkit.graph.shape_only import EvaluationError, ShapeOnly
+from adkit.graph.shape_only import EvaluationError, ShapeOnly, attribute
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass
 from adkit.passes.pattern_matcher.masks import MaskMeaning, NotUnderstood
@@ -28,7 +28,7 @@ def attention_options(
     mask: MaskMeaning, *, scale: float | None, softcap: float | None = None, layout: str = "bnsd"
 ) -> dict[str, Any]:
     """Keyword arguments of ``torch_attention``; what has its default value is left out."""
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
         "window": mask.window,
@@ -43,8 +43,23 @@ def attention_options(
 
 
 def known_buffers(gm: GraphModule, ctx: Context) -> dict[str, Tensor]:
-    """Data of buffers that the model computes when it is built (not from a checkpoint) and that lack it on meta."""
-    return {}
+    """Data of the buffers that a model on meta computes when it is really built: causal tables, slopes.
+
+    The factory rebuilds them on the CPU; buffers that a checkpoint holds are not among them.
+    """
+    computed: frozenset[str] = getattr(ctx.factory, "computed", frozenset())
+    lacking = {
+        n.target
+        for n in gm.graph.nodes
+        if n.op == "get_attr"
+        and n.target in computed
+        and (t := attribute(gm, n.target)) is not None
+        and t.is_meta
+    }
+    # what is computed needs no weights, so a factory without them can still make it
+    return (
+        dict(ctx.factory.with_random_weights().load(sorted(lacking), torch.device("cpu"))) if lacking else {}
+    )
 
 
 @dataclass
@@ -75,7 +90,7 @@ class Replacer:
                 path = self._slopes_path(found.mask.slopes)
                 slopes = s.get_attr(path, val=self._fake(getattr(self.gm, path)))
                 slopes.meta["adkit_constant"] = True
-            args = (found.query, key, found.value, None, found.sinks, slopes)
+            args: tuple[Any, ...] = (found.query, key, found.value, None, found.sinks, slopes)
             while args[-1] is None:
                 args = args[:-1]
             new = s.call(ATTENTION, args, options)
@@ -97,7 +112,9 @@ class Replacer:
     def _slopes_path(self, slopes: tuple[float, ...]) -> str:
         if slopes not in self._slopes:
             used = set(self._slopes.values())
-            name = next(n for i in range(10**6) if (n := f"alibi_slopes_{i}") not in used and not hasattr(self.gm, n))
+            name = next(
+                n for i in range(10**6) if (n := f"alibi_slopes_{i}") not in used and not hasattr(self.gm, n)
+            )
             self.gm.register_buffer(name, torch.tensor(slopes, dtype=torch.float32), persistent=False)
             self._slopes[slopes] = name
         return self._slopes[slopes]
@@ -131,6 +148,8 @@ class Replacer:
         got = torch.ops.adkit.torch_attention(
             tensors[found.query], key, tensors[found.value], None, sinks, slopes, **options
         )
-        if got.shape != expected.shape or not torch.allclose(got, expected.to(got.dtype), rtol=1e-3, atol=1e-4):
+        if got.shape != expected.shape or not torch.allclose(
+            got, expected.to(got.dtype), rtol=1e-3, atol=1e-4
+        ):
             return "what was recognised does not compute the same numbers"
         return ""

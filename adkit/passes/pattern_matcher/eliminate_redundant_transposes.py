@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -11,7 +13,8 @@ from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 
-# Work on each element, or on the last dimension alone: they do not care how the dimensions before it are ordered.
+# Work on each element, or on the last dimension alone: they do not care how the dimensions before it
+# are ordered.
 _LAST_DIM_LOCAL = {
     torch.ops.adkit.torch_rmsnorm.default,
     torch.ops.adkit.torch_l2norm.default,
@@ -28,8 +31,9 @@ _SCALED = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 class EliminateRedundantTransposes(Pass):
     """Erase transposes that undo one another, also across norms, casts and scalings of the last dimension.
 
-    Each pair costs a view, and where a kernel wants contiguous memory, a copy. The operations between are computed
-    in the layout of the pair's outside. A copy made only for the swapped layout (``contiguous``) goes too.
+    Each pair costs a view, and where a kernel wants contiguous memory, a copy. The operations between are
+    computed in the layout of the pair's outside. A copy made only for the swapped layout (``contiguous``)
+    goes too.
 
         before: torch_rmsnorm(x.transpose(1, 2), w, eps).transpose(1, 2)
         after:  torch_rmsnorm(x, w, eps)
@@ -55,11 +59,11 @@ class EliminateRedundantTransposes(Pass):
     def _cancel(self, gm: GraphModule, second: Node, first: Node, chain: list[Node]) -> None:
         """``chain`` is what lies between, from first to second."""
         with self.site(gm, (first, *chain, second), label="transposes", before=second) as s:
-            new = first.args[0]
+            new: Any = first.args[0]
             for node in chain:
                 if node.target in (aten.contiguous.default, aten.clone.default):
                     continue
-                new = s.call(node.target, (new, *node.args[1:]), node.kwargs)
+                new = s.call(node.target, (new, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
             s.replace(second, new)
 
 
@@ -95,11 +99,16 @@ def last_dim_local(node: Node) -> bool:
     """True for an operation on each element or each row of the last dimension, of one tensor and numbers."""
     if node.target in _LAST_DIM_LOCAL or node.target in (aten.contiguous.default, aten.clone.default):
         return True
-    return node.target in _SCALED and not isinstance(node.args[1], Node) and len(shape_of(node.args[0]) or ()) > 0
+    return (
+        node.target in _SCALED
+        and not isinstance(node.args[1], Node)
+        and len(shape_of(node.args[0]) or ()) > 0
+    )
 
 
-def _contiguous(source: Node, chain: list[Node]) -> bool:
-    """Dropping a copy is safe when what is below it is laid out in order: a later ``view`` may rely on that."""
+def _contiguous(source: Any, chain: list[Node]) -> bool:
+    """Dropping a copy is safe when what is below it is laid out in order: a later ``view`` may rely on
+    that."""
     if not any(n.target in (aten.contiguous.default, aten.clone.default) for n in chain):
         return True
     val = source.meta.get("val")

@@ -1,8 +1,9 @@
 """What a mask or bias in the graph means, found by looking at its values.
 
-A mask arrives as a list of :class:`MaskStep`: what the graph does to the scores between the product of queries
-and keys and the softmax. Composed on zero scores at several lengths they give a bias; its shape says whether it is
-causal, a window, chunks, ALiBi, or a product of these. What is not one of them raises :class:`NotUnderstood`.
+A mask arrives as a list of :class:`MaskStep`: what the graph does to the scores between the product of
+queries and keys and the softmax. Composed on zero scores at several lengths they give a bias; its shape says
+whether it is causal, a window, chunks, ALiBi, or a product of these. What is not one of them raises
+:class:`NotUnderstood`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class MaskStep:
-    """One operation on the scores: ``add`` operand * factor, ``multiply`` by operand, ``keep`` where operand is true
-    (else ``fill``), ``fill`` where operand is true, ``scale`` by ``factor``, ``at_least`` ``factor``.
+    """One operation on the scores: ``add`` operand * factor, ``multiply`` by operand, ``keep`` where operand
+    is true (else ``fill``), ``fill`` where operand is true, ``scale`` by ``factor``, ``at_least`` ``factor``.
 
     ``rank`` is the number of dimensions of the scores at this point (3: batch and heads in one).
     """
@@ -103,7 +104,9 @@ class MaskReader:
             for seq in (mark + 3, mark):
                 if seq > _LONGEST:
                     raise NotUnderstood(f"the constant {mark} in it would need looking at {seq} positions")
-                rows = sorted({r for m in marks for r in range(m - 2, m + 3) if r < seq} | {0, 1, 2, seq // 2, seq - 1})
+                rows = sorted(
+                    {r for m in marks for r in range(m - 2, m + 3) if r < seq} | {0, 1, 2, seq // 2, seq - 1}
+                )
                 try:
                     return self._sample(steps, heads, 1, seq, torch.tensor(rows))
                 except EvaluationError:
@@ -182,7 +185,8 @@ def understand(samples: list[_Sample]) -> MaskMeaning:
         starts.update(zip(s.rows.tolist(), first.tolist(), strict=True))
     cut = {row: start for row, start in starts.items() if start > 0}
     windows = [None] if not cut else [None, max(row - start + 1 for row, start in cut.items())]
-    chunks = [None] if not cut else [None, min(cut.values())]
+    fresh = [row for row, start in cut.items() if start == row]  # rows where a chunk may begin
+    chunks = [None] if not fresh else [None, min(fresh)]
     for window in windows:
         for chunk in chunks:
             if all(_fits(s, causal, window, chunk) for s in samples):
@@ -195,7 +199,7 @@ def _fits(s: _Sample, causal: bool, window: int | None, chunk: int | None) -> bo
 
 
 def _slopes(samples: list[_Sample]) -> tuple[float, ...] | None:
-    """ALiBi slopes of the additive part (softmax ignores what is the same for all keys of a row); None for none."""
+    """ALiBi slopes of the additive part, or None (softmax ignores what is the same for all keys of a row)."""
     best = max(samples, key=lambda s: s.seq)
     seen = (best.bias[0, :1] > MASKED)[0]
     if all(bool((s.bias[s.bias > MASKED].abs() < 1e-6).all()) for s in samples):
@@ -213,4 +217,6 @@ def _slopes(samples: list[_Sample]) -> tuple[float, ...] | None:
         off = torch.where(s.bias > MASKED, rest - shift, torch.zeros(()))
         if bool((off.abs() > 1e-4 * (1 + wanted.abs())).any()):
             raise NotUnderstood("its bias is not ALiBi (a slope a head times the distance)")
+    if not slopes.abs().max() > 1e-9:
+        return None
     return tuple(float(torch.tensor(x, dtype=torch.float32)) for x in slopes.tolist())

@@ -17,10 +17,11 @@ from adkit.passes.registry import register
 class MatchEagerAttention(Pass):
     """Replace attention spelled out as matmul, mask, softmax, matmul by ``torch_attention``.
 
-    From each softmax the scores are followed up to the product of queries and keys, the probabilities down to the
-    product with the values. Scale, softcap and sinks are read off the nodes between; the mask is not read but
-    evaluated at a few lengths, so that any way of writing a causal, windowed, chunked or ALiBi mask is understood.
-    Each distinct way of writing is proved on random numbers. What is not understood stays, and the step says why.
+    From each softmax the scores are followed up to the product of queries and keys, the probabilities down to
+    the product with the values. Scale, softcap and sinks are read off the nodes between; the mask is not read
+    but evaluated at a few lengths, so that any way of writing a causal, windowed, chunked or ALiBi mask is
+    understood. Each distinct way of writing is proved on random numbers. What is not understood stays, and
+    the step says why.
 
         before: matmul(q, k^T) -> mul(scale) -> add(mask) -> softmax -> matmul(v)
         after:  torch_attention(q, k, v, scale=..., window=..., layout="bnsd")

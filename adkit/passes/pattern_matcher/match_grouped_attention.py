@@ -38,7 +38,8 @@ class MatchGroupedAttention(Pass):
                 continue
             with self.site(gm, [node, *key[2], *value[2]], label="grouped attention", before=node) as s:
                 plain = [
-                    s.call(aten.transpose.int, (source, 1, 2)) if turned else source for source, _, _, turned in (key, value)
+                    s.call(aten.transpose.int, (source, 1, 2)) if turned else source
+                    for source, _, _, turned in (key, value)
                 ]
                 new = s.call(ATTENTION, (node.args[0], *plain, *node.args[3:]), dict(node.kwargs), like=node)
                 s.replace(node, new)
@@ -58,7 +59,8 @@ class MatchGroupedAttention(Pass):
                 pass
             elif node.target is REPEAT_KV and (node.args[2] if len(node.args) > 2 else 1) == heads:
                 source, times = node.args[:2]
-                assert isinstance(source, Node) and isinstance(times, int)
+                assert isinstance(source, Node)
+                assert isinstance(times, int)
                 return source, times, nodes, turned
             else:
                 return None

@@ -6,7 +6,19 @@ import torch
 from torch.fx import GraphModule
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
-from adkit.graph.matching import Pat, dtype_of, find, named, pattern, rsqrt, same_shape, sqrt, square, total, uncast
+from adkit.graph.matching import (
+    Pat,
+    dtype_of,
+    find,
+    named,
+    pattern,
+    rsqrt,
+    same_shape,
+    sqrt,
+    square,
+    total,
+    uncast,
+)
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
@@ -14,11 +26,13 @@ from adkit.passes.registry import register
 
 @pattern
 def l2norm(x: Pat, eps: Pat) -> Pat:
+    """x over its Euclidean length."""
     return x * rsqrt(named("sum", total(square(x))) + eps)
 
 
 @pattern
 def l2norm_by_division(x: Pat, eps: Pat) -> Pat:
+    """The same with a division."""
     return x / sqrt(named("sum", total(square(x))) + eps)
 
 
@@ -26,8 +40,8 @@ def l2norm_by_division(x: Pat, eps: Pat) -> Pat:
 class MatchL2Norm(Pass):
     """Replace each division by the Euclidean length (eps inside the root) by one ``torch_l2norm``.
 
-    Linear-attention models scale queries and keys so. Five nodes become one that a fused kernel can take. Only
-    norms that accumulate in float32 match: those of float32 values, or with a cast before.
+    Linear-attention models scale queries and keys so. Five nodes become one that a fused kernel can take.
+    Only norms that accumulate in float32 match: those of float32 values, or with a cast before.
 
         before: x * rsqrt((x * x).sum(-1, True) + 1e-6)
         after:  torch_l2norm(x, 1e-6)

@@ -16,8 +16,8 @@ from adkit.passes.registry import register
 class MatchLinear(Pass):
     """Replace ``aten.linear`` by ``torch_linear_simple``.
 
-    Fusion, sharding and quantisation passes then look for one op. ``addmm`` with a weight stored [D, F] (GPT-2's
-    Conv1D) stays as it is: its weight would have to be turned around.
+    Fusion, sharding and quantisation passes then look for one op. ``addmm`` with a weight stored [D, F]
+    (GPT-2's Conv1D) stays as it is: its weight would have to be turned around.
 
         before: aten.linear(x, weight, bias)
         after:  torch_linear_simple(x, weight, bias)
@@ -31,5 +31,8 @@ class MatchLinear(Pass):
         found = [n for n in gm.graph.nodes if n.target is aten.linear.default]
         for node in found:
             with self.site(gm, [node], label="linear", before=node) as s:
-                s.replace(node, s.call(torch.ops.adkit.torch_linear_simple.default, node.args, node.kwargs, like=node))
+                s.replace(
+                    node,
+                    s.call(torch.ops.adkit.torch_linear_simple.default, node.args, node.kwargs, like=node),
+                )
         return PassInfo(num_matches=len(found))

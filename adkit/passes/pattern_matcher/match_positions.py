@@ -28,11 +28,11 @@ _MOST = 64  # nodes whose shape may change before a broadcast over the batch end
 class MatchPositions(Pass):
     """Let positions come in as ``position_ids``.
 
-    Some models number their tokens inside: an arange over the sequence, or a cumulative sum of ones. In a packed
-    batch sequences start in the middle of the row and decoding starts in the middle of a sequence, so positions
-    have to come from outside. What a node computes from sizes alone is evaluated at two lengths; where it counts
-    0, 1, 2, ... (plus a constant) the input takes its place, one row a sequence where shapes allow it, else the
-    first row.
+    Some models number their tokens inside: an arange over the sequence, or a cumulative sum of ones. In a
+    packed batch sequences start in the middle of the row and decoding starts in the middle of a sequence, so
+    positions have to come from outside. What a node computes from sizes alone is evaluated at two lengths;
+    where it counts 0, 1, 2, ... (plus a constant) the input takes its place, one row a sequence where shapes
+    allow it, else the first row.
 
         before: arange(S) -> add(2) -> embedding(position table)
         after:  position_ids -> add(2) -> embedding(position table)
@@ -51,8 +51,9 @@ class MatchPositions(Pass):
             if not outside or not self._varies(node, shapes):
                 continue
             found = self._counters(node, shapes)
-            if not found:
+            if not found or not _token_local(node, list(found), shapes):
                 strange.append(node.name)
+                continue
             for counter, offset in found.items():
                 way = set(shapes.closure(node))
                 users = [u for u in counter.users if u in way or (counter is node and u in outside)]
@@ -73,7 +74,13 @@ class MatchPositions(Pass):
         if not isinstance(val, Tensor) or val.ndim == 0:
             return False
         try:
-            long = [i for i, (a, b) in enumerate(zip(shapes.shape(node, 2, 7), shapes.shape(node, 2, 13), strict=True)) if a != b]
+            long = [
+                i
+                for i, (a, b) in enumerate(
+                    zip(shapes.shape(node, 2, 7), shapes.shape(node, 2, 13), strict=True)
+                )
+                if a != b
+            ]
             if len(long) != 1:
                 return False
             value = shapes.value(node, 2, 7)
@@ -92,7 +99,9 @@ class MatchPositions(Pass):
                 found.update(self._counters(n, shapes))
         return found
 
-    def _replace(self, gm: GraphModule, shapes: ShapeOnly, node: Node, offset: int, users: list[Node]) -> bool:
+    def _replace(
+        self, gm: GraphModule, shapes: ShapeOnly, node: Node, offset: int, users: list[Node]
+    ) -> bool:
         """Put ``position_ids`` in the place of ``node``; returns whether only its first row could be used."""
         inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
         positions = inputs.get("position_ids")
@@ -105,7 +114,11 @@ class MatchPositions(Pass):
         with self.site(gm, with_asserts([node]), label="positions", before=node) as s:
             new: Node = positions
             if not wide:
-                new = s.call(aten.select.int, (new, 0, 0)) if len(shape) == 1 else s.call(aten.slice.Tensor, (new, 0, 0, 1))
+                new = (
+                    s.call(aten.select.int, (new, 0, 0))
+                    if len(shape) == 1
+                    else s.call(aten.slice.Tensor, (new, 0, 0, 1))
+                )
             if offset:
                 new = s.call(aten.add.Tensor, (new, offset))
             if val.dtype != torch.int64:
@@ -134,6 +147,25 @@ def _offset(node: Node, shapes: ShapeOnly) -> int | None:
     if len(offsets) != 1 or not (offset := offsets.pop()).is_integer():
         return None
     return int(offset)
+
+
+def _token_local(node: Node, counters: list[Node], shapes: ShapeOnly) -> bool:
+    """Whether each element of ``node`` depends on its own position, not on others and not on the length."""
+    if counters == [node]:
+        return True
+    long, short = shapes.value(node, 2, 13), shapes.value(node, 2, 7)
+    dim = next(i for i, (a, b) in enumerate(zip(long.shape, short.shape, strict=True)) if a != b)
+    if long.shape[dim] != 13 or short.shape[dim] != 7 or not torch.equal(long.narrow(dim, 0, 7), short):
+        # flattened over the batch: rows of 7 inside rows of 13
+        if long.shape[dim] != 26 or short.shape[dim] != 14:
+            return False
+        long, short = (t.unflatten(dim, (2, -1)) for t in (long, short))
+        dim += 1
+        if not torch.equal(long.narrow(dim, 0, 7), short):
+            return False
+    order = torch.tensor([3, 0, 6, 5, 1, 4, 2])
+    given = {c: shapes.value(c, 2, 7).index_select(-1, order) for c in counters}
+    return torch.equal(shapes.value(node, 2, 7, given).reshape(short.shape), short.index_select(dim, order))
 
 
 def _widens(gm: GraphModule, shapes: ShapeOnly, node: Node, users: list[Node]) -> bool:

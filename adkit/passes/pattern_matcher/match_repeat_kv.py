@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -13,16 +15,21 @@ from adkit.passes.pattern_matcher.scores import peel, with_asserts
 from adkit.passes.registry import register
 
 aten = torch.ops.aten
-_MERGES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
+_MERGES = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+)
 _EXPANDS = frozenset({aten.expand.default, aten.broadcast_to.default})
+
+_SIZES = (1009, 10007)  # no model has these sizes, so equal numbers mean equal dimensions
 
 
 @register
 class MatchRepeatKV(Pass):
     """Name the copying of key and value heads.
 
-    Grouped-query attention in Hugging Face's code repeats each key and value head for its group of query heads.
-    As one node the repetition can later be dropped: ``torch_attention`` takes grouped heads as they are.
+    Grouped-query attention in Hugging Face's code repeats each key and value head for its group of query
+    heads. As one node the repetition can later be dropped: ``torch_attention`` takes grouped heads as they
+    are.
 
         before: unsqueeze -> expand -> reshape      # [B, K, S, H] -> [B, N, S, H]
         after:  torch_attention_repeat_kv
@@ -34,7 +41,9 @@ class MatchRepeatKV(Pass):
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Match every merge of a new, expanded dimension into the one before it."""
         merges = [n for n in gm.graph.nodes if n.target in _MERGES and _is_rank(n, 4)]
-        repeats = [n for n in gm.graph.nodes if n.target is aten.repeat_interleave.self_int and _is_rank(n, 4)]
+        repeats = [
+            n for n in gm.graph.nodes if n.target is aten.repeat_interleave.self_int and _is_rank(n, 4)
+        ]
         if not merges and not repeats:
             return PassInfo()
         shapes = ShapeOnly(gm)
@@ -42,9 +51,10 @@ class MatchRepeatKV(Pass):
         for node in merges:
             count += self._merge(gm, node, shapes)
         for node in repeats:
-            dim = node.args[2] if len(node.args) > 2 else None
-            if isinstance(dim, int) and isinstance(node.args[1], int):
-                self._put(gm, [node], node, node.args[0], node.args[1], dim % 4)  # type: ignore[arg-type]
+            args: tuple[Any, ...] = node.args
+            dim = args[2] if len(args) > 2 else None
+            if isinstance(dim, int) and isinstance(args[1], int) and _repeats_heads(node, dim % 4, shapes):
+                self._put(gm, [node], node, args[0], args[1], dim % 4)
                 count += 1
         return PassInfo(num_matches=count, is_clean=False)
 
@@ -60,12 +70,16 @@ class MatchRepeatKV(Pass):
         assert isinstance(narrow, Node)
         if not _is_rank(narrow, 5):
             return False
-        small, big, out = (shapes.shape(n, 1009, 10007) for n in (narrow, wide, node))
+        small, big, out = (shapes.shape(n, *_SIZES) for n in (narrow, wide, node))
         grown = [i for i in range(5) if small[i] != big[i]]
         if len(grown) != 1 or grown[0] == 0 or small[grown[0]] != 1:
             return False
         dim = grown[0]
-        if out != (*big[: dim - 1], big[dim - 1] * big[dim], *big[dim + 1 :]):
+        if not _repeats_heads(node, dim - 1, shapes) or out != (
+            *big[: dim - 1],
+            big[dim - 1] * big[dim],
+            *big[dim + 1 :],
+        ):
             return False
         inner = peel(narrow, shapes, matched)
         if inner.target is aten.unsqueeze.default and inner.args[1] in (dim, dim - 5):
@@ -77,12 +91,27 @@ class MatchRepeatKV(Pass):
         return True
 
     def _put(
-        self, gm: GraphModule, matched: list[Node], node: Node, source: Node, times: int, dim: int, squeeze: int | None = None
+        self,
+        gm: GraphModule,
+        matched: list[Node],
+        node: Node,
+        source: Node,
+        times: int,
+        dim: int,
+        squeeze: int | None = None,
     ) -> None:
         with self.site(gm, with_asserts(matched), label="repeat_kv", before=node) as s:
             if squeeze is not None:
                 source = s.call(aten.squeeze.dim, (source, squeeze))
             s.replace(node, s.call(REPEAT_KV, (source, times, dim), like=node))
+
+
+def _repeats_heads(node: Node, dim: int, shapes: ShapeOnly) -> bool:
+    """Whether ``dim`` is where heads are: [B, here, S, H] or [B, S, here, H]."""
+    shape = shapes.shape(node, *_SIZES)
+    return (
+        dim in (1, 2) and shape[0] == _SIZES[0] and shape[3 - dim] == _SIZES[1] and shape[dim] not in _SIZES
+    )
 
 
 def _is_rank(node: Node, rank: int) -> bool:

@@ -11,6 +11,7 @@ import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 from adkit.graph.matching import (
     Match,
     Pat,
+    args_of,
     aten,
     dtype_of,
     find,
@@ -36,21 +37,25 @@ def _normed(x: Pat, eps: Pat) -> Pat:
 
 @pattern
 def rmsnorm_offset(x: Pat, weight: Pat, offset: Pat, eps: Pat) -> Pat:
+    """Gemma: weights stored as w, used as 1 + w."""
     return named("scaled", _normed(x, eps) * (weight + offset))
 
 
 @pattern
 def rmsnorm(x: Pat, weight: Pat, eps: Pat) -> Pat:
+    """Llama and most others."""
     return named("scaled", _normed(x, eps) * weight)
 
 
 @pattern
 def rmsnorm_by_division(x: Pat, weight: Pat, eps: Pat) -> Pat:
+    """x / sqrt(...) in place of x * rsqrt(...)."""
     return named("scaled", named("normed", x / sqrt(named("mean", mean(square(x))) + eps)) * weight)
 
 
 @pattern
 def rmsnorm_scale_free(x: Pat, eps: Pat) -> Pat:
+    """No weight at all."""
     return _normed(x, eps)
 
 
@@ -59,8 +64,8 @@ class MatchRMSNorm(Pass):
     """Replace each root-mean-square norm by one ``torch_rmsnorm``.
 
     Seven nodes (cast, square, mean, + eps, rsqrt, scale, weight) become one that a fused kernel can take: the
-    block reads its input once instead of five times. Weights as w or 1 + w, before or after the cast back, or none.
-    Layer norms, and norms that do not accumulate in float32, are left alone.
+    block reads its input once instead of five times. Weights as w or 1 + w, before or after the cast back, or
+    none. Layer norms, and norms that do not accumulate in float32, are left alone.
 
         before: h = x.float(); w * (h * rsqrt(h.pow(2).mean(-1, True) + 1e-6)).to(x.dtype)
         after:  torch_rmsnorm(x, w, 1e-6)
@@ -127,7 +132,7 @@ def _is_centred(x: Node) -> bool:
 
 def _builtin_arguments(node: Node) -> tuple[Any, ...] | None:
     """Arguments for ``aten.rms_norm`` over the last dimension (its default eps is the dtype's epsilon)."""
-    x, shape, weight, eps = (*node.args, None, None)[:4]
+    x, shape, weight, eps = (*args_of(node), None, None)[:4]
     dtype = dtype_of(x)
     if len(shape) != 1 or dtype is None:
         return None

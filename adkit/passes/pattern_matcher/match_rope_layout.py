@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,8 +27,9 @@ _UNSQUEEZE_ARG = {
 class MatchRopeLayout(Pass):
     """Move rotary embeddings from [B, N, S, H] to [B, S, N, H], the layout of ``torch_attention``.
 
-    Hugging Face transposes queries and keys for rotation and the attention op wants them back: with the transposes
-    on the far side of the rotation, ``eliminate_redundant_transposes`` cancels each with its counterpart.
+    Hugging Face transposes queries and keys for rotation and the attention op wants them back: with the
+    transposes on the far side of the rotation, ``eliminate_redundant_transposes`` cancels each with its
+    counterpart.
 
         before: q, k = torch_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, 1)
         after:  q, k = torch_rope(q.transpose(1, 2).transpose(1, 2), ..., cos, sin, 2); q.transpose(1, 2)...
@@ -51,13 +53,15 @@ class MatchRopeLayout(Pass):
         return PassInfo(num_matches=count)
 
     def _rewrite(self, gm: GraphModule, node: Node, outs: list[Node], place: int) -> None:
+        target: Any = node.target
         with self.site(gm, (node, *outs), label="rope layout", before=node.next) as s:
             swapped = [s.call(aten.transpose.int, (x, 1, 2)) for x in node.args[:2]]
             tables = node.args[2:place]
-            new = s.call(node.target, (*swapped, *tables, _BSND), like=node)
+            new = s.call(target, (*swapped, *tables, _BSND), like=node)
             new.meta["val"] = tuple(x.meta["val"] for x in swapped)
             for out in outs:
-                piece = s.call(operator.getitem, (new, out.args[1]), like=swapped[out.args[1]])
+                index: Any = out.args[1]
+                piece = s.call(operator.getitem, (new, index), like=swapped[index])
                 s.replace(out, s.call(aten.transpose.int, (piece, 1, 2), like=out))
 
 

@@ -58,47 +58,56 @@ def _complex(x: Pat, freqs: Pat) -> Pat:
 
 @pattern
 def half(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat) -> Pat:
+    """GPT-NeoX, Llama: pairs (i, i + R/2)."""
     return _half(x, cos, sin, mid, end)
 
 
 @pattern
 def half_partial(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat, rest: Pat) -> Pat:
+    """The same on the first R of H dimensions (GPT-NeoX, Phi)."""
     return cat(-1, _half(x, cos, sin, mid, end), rest)
 
 
 @pattern
 def halves(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat) -> Pat:
+    """The two halves turned one by one; cos and sin of half the width (gpt-oss)."""
     return _halves(x, cos, sin, mid, end)
 
 
 @pattern
 def halves_partial(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat, rest: Pat) -> Pat:
+    """The same on the first R of H dimensions."""
     return cat(-1, _halves(x, cos, sin, mid, end), rest)
 
 
 @pattern
 def half_reversed(x: Pat, cos: Pat, sin: Pat, mid: Pat, end: Pat) -> Pat:
+    """Turned the other way round (nanochat)."""
     return named("rotated", x * cos + cat(-1, last(x, mid, end), -last(x, 0, mid)) * sin)
 
 
 @pattern
 def deinterleaved(x: Pat, cos: Pat, sin: Pat, end: Pat) -> Pat:
+    """Pairs (2i, 2i + 1) in, pairs (i, i + R/2) out (DeepSeek V3)."""
     even, odd = last(x, 0, end, 2), last(x, 1, end, 2)
     return named("rotated", cat(-1, even * cos - odd * sin, odd * cos + even * sin))
 
 
 @pattern
 def interleaved(x: Pat, cos: Pat, sin: Pat, end: Pat) -> Pat:
+    """GPT-J, Cohere: pairs (2i, 2i + 1)."""
     return _interleaved(x, cos, sin, end)
 
 
 @pattern
 def interleaved_partial(x: Pat, cos: Pat, sin: Pat, end: Pat, rest: Pat) -> Pat:
+    """The same on the first R of H dimensions (GLM)."""
     return cat(-1, _interleaved(x, cos, sin, end), rest)
 
 
 @pattern
 def complex_freqs(x: Pat, freqs: Pat) -> Pat:
+    """Pairs (2i, 2i + 1) as complex numbers (Llama 4, DeepSeek V2)."""
     return _complex(x, freqs)
 
 
@@ -106,12 +115,15 @@ _HALF = (half, half_partial, half_reversed, halves, halves_partial, deinterleave
 _NARROW = (halves, halves_partial, deinterleaved)  # cos and sin of half the width
 _OPS = {
     **dict.fromkeys(_HALF, torch.ops.adkit.torch_rope_with_explicit_cos_sin.default),
-    **dict.fromkeys((interleaved, interleaved_partial), torch.ops.adkit.torch_rope_with_qk_interleaving.default),
+    **dict.fromkeys(
+        (interleaved, interleaved_partial), torch.ops.adkit.torch_rope_with_qk_interleaving.default
+    ),
     complex_freqs: torch.ops.adkit.torch_rope_with_complex_freqs.default,
 }
 _PATTERNS: tuple[Pattern, ...] = tuple(_OPS)
 
-# What the op reads, as a recipe: a node of the graph, or (target, args) over recipes. Equal recipes are one node.
+# What the op reads, as a recipe: a node of the graph, or (target, args) over recipes. Equal recipes are
+# one node.
 _Recipe = Any
 
 
@@ -134,9 +146,10 @@ class _Turn:
 class MatchRope(Pass):
     """Replace the rotation of a query and its key by one ``torch_rope_with_*`` op.
 
-    Ten or more nodes a tensor (slices, negation, concatenation, products) become one op that a kernel does in one
-    sweep. Half-rotated, interleaved and complex forms; partial rotation, also where cos and sin are narrower than
-    the head or expanded in every layer: the expansion is then done once. Arithmetic in float32 stays so.
+    Ten or more nodes a tensor (slices, negation, concatenation, products) become one op that a kernel does in
+    one sweep. Half-rotated, interleaved and complex forms; partial rotation, also where cos and sin are
+    narrower than the head or expanded in every layer: the expansion is then done once. Arithmetic in float32
+    stays so.
 
         before: q * cos + cat((-q[..., h:], q[..., :h]), -1) * sin; the same for k
         after:  q, k = torch_rope_with_explicit_cos_sin(q, k, cos, sin, unsqueeze_dim)
@@ -178,7 +191,8 @@ class MatchRope(Pass):
 
 
 def _turn(match: Match) -> _Turn | None:
-    """The rotation a match stands for, with everything the op takes for granted checked; None if it does not hold."""
+    """The rotation a match stands for, with everything the op takes for granted checked; None if it does not
+    hold."""
     out = dtype_of(match.root)
     rotated, whole = match["x"], match["x"]
     if "rest" in match.bound:
@@ -204,7 +218,8 @@ def _turn(match: Match) -> _Turn | None:
 
 
 def _whole(head: Node, rest: Node) -> Node | None:
-    """The tensor whose start is ``head`` and whose end is ``rest`` (which may be empty); None if there is none."""
+    """The tensor whose start is ``head`` and whose end is ``rest`` (which may be empty); None if there is
+    none."""
     end, start = term_of(uncast(rest)), term_of(uncast(head))
     if end is None or end.op != "slice":
         return None
@@ -213,14 +228,20 @@ def _whole(head: Node, rest: Node) -> Node | None:
         return None
     if split == width:
         return whole if uncast(head) is uncast(whole) else None
-    return whole if start is not None and start.op == "slice" and start.args == (whole, -1, 0, split, 1) else None
+    return (
+        whole
+        if start is not None and start.op == "slice" and start.args == (whole, -1, 0, split, 1)
+        else None
+    )
 
 
 def _with_tables(
     match: Match, x: _Recipe, tables: tuple[Any, ...], width: int, compute: torch.dtype | None
 ) -> _Turn | None:
-    """Check the tables' shape [B, 1, S, width] or [B, S, 1, width] and write them as recipes without the 1."""
-    recipes, dims = [], set()
+    """Check the tables' shape [B, 1, S, width] or [B, S, 1, width] and write them as recipes without the
+    1."""
+    recipes: list[_Recipe] = []
+    dims: set[int] = set()
     for table in tables:
         shape = shape_of(table) if isinstance(table, Node) else None
         if shape is None or len(shape) != 4 or shape[-1] != width:
@@ -241,7 +262,7 @@ def _with_tables(
     return _Turn(match, x, tuple(recipes), dim)
 
 
-def _without(node: Node, dim: int) -> _Recipe:
+def _without(node: Any, dim: int) -> _Recipe:
     """``node`` as a recipe, without its dimension ``dim`` of size 1 (counted from the end).
 
     Walks up through what works on the last dimension alone until the ``unsqueeze`` that made the dimension.

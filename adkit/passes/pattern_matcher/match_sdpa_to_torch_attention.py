@@ -22,9 +22,9 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 class MatchSDPA(Pass):
     """Replace ``scaled_dot_product_attention`` and its mask tensor by ``torch_attention``.
 
-    The mask is evaluated at a few lengths to see what it means (causal, window, chunk, ALiBi); then the tensor of
-    S x S elements and the nodes that make it are no longer needed. A mask that is not understood stays, and the
-    step says why.
+    The mask is evaluated at a few lengths to see what it means (causal, window, chunk, ALiBi); then the
+    tensor of S x S elements and the nodes that make it are no longer needed. A mask that is not understood
+    stays, and the step says why.
 
         before: scaled_dot_product_attention(q, k, v, mask, scale=...)
         after:  torch_attention(q, k, v, scale=..., window=..., layout="bnsd")
@@ -50,15 +50,17 @@ class MatchSDPA(Pass):
 
 
 def _read(node: Node, masks: MaskReader) -> Found:
-    bound = {a.name: a.default_value for a in _SDPA._schema.arguments}
+    bound: dict[str, Any] = {a.name: a.default_value for a in _SDPA._schema.arguments}
     bound.update(zip((a.name for a in _SDPA._schema.arguments), node.args, strict=False))
     bound.update(node.kwargs)
     query, key, value, mask = (bound[n] for n in ("query", "key", "value", "attn_mask"))
     if bound["dropout_p"]:
-        raise NotUnderstood(f"it drops out probabilities (dropout_p={bound['dropout_p']}); export in eval mode")
+        raise NotUnderstood(
+            f"it drops out probabilities (dropout_p={bound['dropout_p']}); export in eval mode"
+        )
     if query.meta["val"].ndim != 4:
         raise NotUnderstood("queries are not batch, heads, sequence, width")
-    scale: Any = bound["scale"]
+    scale = bound["scale"]
     if scale is None:
         scale = int(query.meta["val"].shape[-1]) ** -0.5
     meaning = MaskMeaning(causal=bool(bound["is_causal"]))

@@ -6,7 +6,18 @@ import torch
 from torch.fx import GraphModule
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
-from adkit.graph.matching import Pat, dtype_of, find, gelu, gelu_tanh, named, pattern, relu, same_shape, silu, square
+from adkit.graph.matching import (
+    dtype_of,
+    find,
+    gelu,
+    gelu_tanh,
+    named,
+    pattern,
+    relu,
+    same_shape,
+    silu,
+    square,
+)
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
@@ -40,7 +51,11 @@ class MatchSwiGLU(Pass):
         acts = {id(p): act for act, p in GATES.items()}
         for match in find(gm, *GATES.values()):
             gate, up, root = match["gate"], match["up"], match.root
-            if match["act"] not in root.args or dtype_of(gate) != dtype_of(root) or dtype_of(up) != dtype_of(root):
+            if (
+                match["act"] not in root.args
+                or dtype_of(gate) != dtype_of(root)
+                or dtype_of(up) != dtype_of(root)
+            ):
                 continue
             if not (same_shape(gate, root) and same_shape(up, root)):
                 continue

@@ -18,11 +18,30 @@ aten = torch.ops.aten
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 _CASTS = frozenset(
-    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten.type_as.default,
+        aten._to_copy.default,
+    }
 )
-_COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default})
+_COPIES = frozenset(
+    {
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.detach_.default,
+    }
+)
 _MULTIPLIES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor})
 _DIVIDES = frozenset({aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor})
+_ADDS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor})
+_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar})
+_WHERES = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
+_FLOORS = frozenset({aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default})
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 # sizes that no model has, so that equal numbers mean equal dimensions
 _B, _S = 1009, 10007
@@ -30,7 +49,8 @@ _B, _S = 1009, 10007
 
 @dataclass
 class Found:
-    """An attention in the graph. query [B, N, S, H]; key [B, K, S, H] (``key_swap``: [B, K, H, S]); value [B, K, S, Hv].
+    """An attention in the graph. query [B, N, S, H]; key [B, K, S, H] (``key_swap``: [B, K, H, S]); value [B,
+    K, S, Hv].
 
     ``output`` is the node that the attention's result replaces; ``flat`` when it is [B*N, S, Hv].
     """
@@ -68,20 +88,24 @@ def with_asserts(nodes: list[Node]) -> list[Node]:
 
 
 def is_noop(node: Node, shapes: ShapeOnly) -> bool:
-    """True for a cast between floating types, a copy, inactive dropout, a slice or view that changes nothing."""
+    """True for a cast between floating types, a copy, idle dropout, a slice or view that changes nothing."""
     if node.op != "call_function" or not node.args:
         return False
-    t, args = node.target, node.args
+    t: Any = node.target
+    args: tuple[Any, ...] = node.args
     if t in _CASTS:
         val, source = node.meta.get("val"), getattr(args[0], "meta", {}).get("val")
-        return val is not None and source is not None and val.is_floating_point() and source.is_floating_point()
+        return (
+            val is not None and source is not None and val.is_floating_point() and source.is_floating_point()
+        )
     if t in _COPIES:
         return True
     if t is aten.dropout.default:
-        return not args[2] or args[1] == 0
+        return bool(not args[2] or args[1] == 0)
     if t is aten.slice.Tensor:
-        start, end, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
-        return (start in (None, 0)) and (end is None or (isinstance(end, int) and end >= 2**62)) and step in (None, 1)
+        start, end, step = (list(args[2:]) + [None] * 3)[:3]
+        whole = end is None or (isinstance(end, int) and end >= 2**62)
+        return start in (None, 0) and whole and step in (None, 1)
     if t in _VIEWS or t is aten.expand.default:
         return _shape(shapes, node) == _shape(shapes, args[0])
     return False
@@ -109,7 +133,9 @@ def scalar(x: Any, shapes: ShapeOnly) -> float | None:
         return float(x)
     if isinstance(x, Node) and x in shapes:
         val = x.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.ndim == 0 or val is not None and not isinstance(val, torch.Tensor):
+        if (isinstance(val, torch.Tensor) and val.ndim == 0) or (
+            val is not None and not isinstance(val, torch.Tensor)
+        ):
             try:
                 a, b = (float(shapes.value(x, *size)) for size in ((2, 7), (3, 13)))
             except (EvaluationError, TypeError):
@@ -141,12 +167,17 @@ class ScoreReader:
         self.masks = MaskReader(shapes)
 
     def read(self, softmax: Node) -> Found | None:
-        """The attention whose probabilities ``softmax`` gives; None when it is no attention (a router's, say).
+        """The attention whose probabilities ``softmax`` gives; None when it is no attention (a router's,
+        say).
 
         Raises NotUnderstood when it is one that torch_attention cannot be proved to express.
         """
         val = softmax.meta.get("val")
-        if not isinstance(val, torch.Tensor) or val.ndim not in (3, 4) or softmax.args[1] not in (-1, val.ndim - 1):
+        if (
+            not isinstance(val, torch.Tensor)
+            or val.ndim not in (3, 4)
+            or softmax.args[1] not in (-1, val.ndim - 1)
+        ):
             return None
         below = self._down(softmax)
         if below is None:
@@ -209,7 +240,7 @@ class ScoreReader:
     def _up(
         self, node: Node, nodes: list[Node]
     ) -> tuple[Node, Node | None, float | None, tuple[MaskStep, ...], list[Node]]:
-        """Walk up to the product: (product, sinks, softcap's outer factor, mask steps, nodes below a tanh)."""
+        """Walk up to the product: it, sinks, the factor above a tanh, mask steps, nodes from the tanh on."""
         steps: list[MaskStep] = []
         sinks: Node | None = None
         cap: float | None = None
@@ -233,7 +264,7 @@ class ScoreReader:
                 expected = 2
                 continue
             if node.target is aten.cat.default and sinks is None and not steps and node.args[1] in (-1, 3):
-                parts = node.args[0]
+                parts: Any = node.args[0]
                 if isinstance(parts, (list, tuple)) and len(parts) == 2:
                     sinks = self._sinks(parts[1], nodes)
                     node = parts[0]
@@ -247,7 +278,11 @@ class ScoreReader:
                 continue
             scaled = factor_of(node, self.shapes)
             if scaled is not None:
-                (inner.append(node) if cap is not None else steps.append(MaskStep("scale", None, scaled[1], rank=rank)))
+                (
+                    inner.append(node)
+                    if cap is not None
+                    else steps.append(MaskStep("scale", None, scaled[1], rank=rank))
+                )
                 node = scaled[0]
                 continue
             if cap is not None:
@@ -280,8 +315,11 @@ class ScoreReader:
             val = node.meta.get("val")
             if isinstance(val, torch.Tensor) and val.ndim == 1:
                 return node
-            if not (is_noop(node, self.shapes) or node.target in _VIEWS
-                    or node.target in (aten.expand.default, aten.unsqueeze.default)):
+            if not (
+                is_noop(node, self.shapes)
+                or node.target in _VIEWS
+                or node.target in (aten.expand.default, aten.unsqueeze.default)
+            ):
                 break
             nodes.append(node)
             node = node.args[0]
@@ -289,34 +327,35 @@ class ScoreReader:
 
     def _step(self, node: Node, rank: int) -> tuple[MaskStep, Node] | None:
         """The mask step that ``node`` is, and the scores it works on."""
-        t, args, known = node.target, node.args, self.shapes
-        if t in (aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor):
-            a, b = args[:2]
+        t: Any = node.target
+        args: tuple[Any, ...] = node.args
+        if len(args) < 2:
+            return None
+
+        def known(x: Any) -> bool:
+            return not isinstance(x, Node) or x in self.shapes
+
+        first, second = known(args[0]), known(args[1])
+        if t in _ADDS and first != second:
             alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-            if isinstance(a, Node) and a not in known and isinstance(b, Node) and b in known:
-                return MaskStep("add", b, -alpha if t is aten.sub.Tensor else alpha, rank=rank), a
-            if isinstance(b, Node) and b not in known and isinstance(a, Node) and a in known and t is not aten.sub.Tensor:
-                if alpha == 1:
-                    return MaskStep("add", a, rank=rank), b
-        if t is aten.mul.Tensor:
-            a, b = args
-            if isinstance(b, Node) and b not in known:
-                a, b = b, a
-            if isinstance(a, Node) and isinstance(b, Node) and b in known:
-                return MaskStep("multiply", b, rank=rank), a
-        if t in (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar):
-            if args[1] in known:
-                return MaskStep("fill", args[1], fill=args[2], rank=rank), args[0]  # type: ignore[arg-type,return-value]
-        if t in (aten.where.self, aten.where.ScalarOther) and args[0] in known:
-            if not isinstance(args[2], Node) or args[2] in known:
-                return MaskStep("keep", args[0], fill=args[2], rank=rank), args[1]  # type: ignore[arg-type,return-value]
-        if t in (aten.where.self, aten.where.ScalarSelf) and args[0] in known:
-            if not isinstance(args[1], Node) or args[1] in known:
-                return MaskStep("fill", args[0], fill=args[1], rank=rank), args[2]  # type: ignore[arg-type,return-value]
-        if t in (aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default) and len(args) == 2:
-            low = scalar(args[1], known)
+            if second and isinstance(args[1], Node):
+                return MaskStep("add", args[1], -alpha if t is aten.sub.Tensor else alpha, rank=rank), args[0]
+            if isinstance(args[0], Node) and alpha == 1 and t is not aten.sub.Tensor:
+                return MaskStep("add", args[0], rank=rank), args[1]
+        elif t is aten.mul.Tensor and first != second:
+            scores, operand = (args[1], args[0]) if first else (args[0], args[1])
+            if isinstance(operand, Node):
+                return MaskStep("multiply", operand, rank=rank), scores
+        elif t in _FILLS and second:
+            return MaskStep("fill", args[1], fill=args[2], rank=rank), args[0]
+        elif t in _WHERES and first and known(args[2]) and not second:
+            return MaskStep("keep", args[0], fill=args[2], rank=rank), args[1]
+        elif t in _WHERES and first and second and not known(args[2]):
+            return MaskStep("fill", args[0], fill=args[1], rank=rank), args[2]
+        elif t in _FLOORS and len(args) == 2:
+            low = scalar(args[1], self.shapes)
             if low is not None:
-                return MaskStep("at_least", factor=low, rank=rank), args[0]  # type: ignore[return-value]
+                return MaskStep("at_least", factor=low, rank=rank), args[0]
         return None
 
     # --- the product
@@ -345,17 +384,21 @@ class ScoreReader:
         nodes += v_nodes
         for name, n in (("queries", query), ("keys", key), ("values", v)):
             if n.meta["val"].ndim != 4:
-                raise NotUnderstood(f"the {name} have {n.meta['val'].ndim} dimensions, not batch, heads, sequence, width")
+                raise NotUnderstood(
+                    f"the {name} have {n.meta['val'].ndim} dimensions, not batch, heads, sequence, width"
+                )
         users = readers(output)
         if len(users) == 1 and self._regroups(users[0]):
             nodes.append(users[0])
             output = users[0]
         if output.meta["val"].ndim != 4:
             raise NotUnderstood("its result is not split into heads again")
-        return Found(query, key, v, output, nodes, scale * q_scale * k_scale, key_swap=not swapped, steps=steps)
+        return Found(
+            query, key, v, output, nodes, scale * q_scale * k_scale, key_swap=not swapped, steps=steps
+        )
 
     def _operand(self, node: Node, nodes: list[Node]) -> tuple[Node, bool, float]:
-        """An operand without no-ops, transposition of its last two dimensions, regrouping and constant factors."""
+        """An operand without no-ops, swap of its last two dimensions, regrouping and constant factors."""
         swapped, scale = False, 1.0
         while True:
             last = node.meta["val"].ndim if isinstance(node.meta.get("val"), torch.Tensor) else 0
@@ -365,13 +408,18 @@ class ScoreReader:
                 step = scaled[0]
             elif is_noop(node, self.shapes) or (self._regroups(node) and last == 3):
                 step = node.args[0]  # type: ignore[assignment]
-            elif node.target is aten.transpose.int and {int(d) % last for d in node.args[1:]} == {last - 1, last - 2}:  # type: ignore[call-overload]
+            elif node.target is aten.transpose.int and _dims(node, last) == {last - 1, last - 2}:
                 swapped = not swapped
                 step = node.args[0]  # type: ignore[assignment]
             else:
                 return node, swapped, scale
             nodes.append(node)
             node = step
+
+
+def _dims(node: Node, rank: int) -> set[int]:
+    args: tuple[Any, ...] = node.args
+    return {d % rank for d in args[1:3]}
 
 
 def _cap(inner: list[Node], outer: float | None) -> tuple[float, float | None]:
@@ -382,7 +430,11 @@ def _cap(inner: list[Node], outer: float | None) -> tuple[float, float | None]:
     for n in inner:
         if n.target is aten.tanh.default:
             continue
-        literal = next(a for a in n.args if not isinstance(a, Node)) if any(not isinstance(a, Node) for a in n.args) else None
+        literal = (
+            next(a for a in n.args if not isinstance(a, Node))
+            if any(not isinstance(a, Node) for a in n.args)
+            else None
+        )
         if literal is None:
             raise NotUnderstood("the softcap is not a literal")
         divides = n.target in _DIVIDES

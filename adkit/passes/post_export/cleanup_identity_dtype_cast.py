@@ -18,9 +18,7 @@ _CASTS = frozenset(
         _aten.to.dtype_layout,
         _aten.to.device,
         _aten.to.other,
-        _aten._to_copy.default,
         _aten.type_as.default,
-        _aten.clone.default,
     )
 )
 
@@ -35,7 +33,6 @@ def _is_identity(node: Node) -> bool:
         and before.dtype == after.dtype
         and before.device == after.device
         and before.layout == after.layout
-        and (node.target is not _aten.clone.default or before.stride() == after.stride())
     )
 
 
@@ -43,8 +40,9 @@ def _is_identity(node: Node) -> bool:
 class CleanupIdentityDtypeCast(Pass):
     """Bypass ``to(dtype)`` and ``to(device)`` where the value has that dtype and device already.
 
-    Modelling code casts to float32 and back around norms and softmax whatever the model's dtype; in a float32 model
-    all of these are identities, and in a half-precision one those around values that are float32 anyway.
+    Modelling code casts to float32 and back around norms and softmax whatever the model's dtype; in a float32
+    model all of these are identities, and in a half-precision one those around values that are float32
+    anyway.
 
         before: %a = aten.to.dtype(%x, torch.float32)      # x is float32
                 %b = aten.pow.Tensor_Scalar(%a, 2)

@@ -11,8 +11,15 @@ from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 
 _NAMES = frozenset(
-    "aten::_assert_tensor_metadata aten::_assert_async aten::_assert_scalar aten::sym_constrain_range "
-    "aten::sym_constrain_range_for_size aten::_functional_assert_async aten::_functional_assert_scalar".split()
+    (
+        "aten::_assert_tensor_metadata",
+        "aten::_assert_async",
+        "aten::_assert_scalar",
+        "aten::sym_constrain_range",
+        "aten::sym_constrain_range_for_size",
+        "aten::_functional_assert_async",
+        "aten::_functional_assert_scalar",
+    )
 )
 
 
@@ -30,9 +37,9 @@ def _is_constraint(node: Node) -> bool:
 class CleanupInputConstraints(Pass):
     """Erase asserts, guards and range constraints, and the sizes computed only for them.
 
-    ``torch.export`` writes down what it assumed while tracing: dtypes and devices of intermediate values, ranges of
-    sizes. They pin the graph to the export's device, and as extra readers they hide the chains that matchers look
-    for. adkit checks its inputs where they enter, in the runtime.
+    ``torch.export`` writes down what it assumed while tracing: dtypes and devices of intermediate values,
+    ranges of sizes. They pin the graph to the export's device, and as extra readers they hide the chains that
+    matchers look for. adkit checks its inputs where they enter, in the runtime.
 
         before: %a = aten._assert_tensor_metadata(%x, dtype=torch.float32, device=cpu)
                 %y = aten.to.dtype(%x, torch.float32)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
-from adkit.passes.post_export._replace import bypass, same_value
+from adkit.passes.post_export._replace import bypass, fresh_copies_kept, same_value
 from adkit.passes.registry import register
 
 _NEUTRAL: dict[Any, int] = {
@@ -41,8 +41,8 @@ def _is_neutral(node: Node) -> bool:
 class CleanupNoopAdd(Pass):
     """Bypass ``x + 0``, ``x - 0``, ``x * 1`` and ``x / 1``, where the result has the dtype of ``x``.
 
-    Models write them with numbers from their config (an attention scaling of 1.0, an offset of 0), so they show up
-    in some checkpoints of a family and not in others; without them the family has one form.
+    Models write them with numbers from their config (an attention scaling of 1.0, an offset of 0), so they
+    show up in some checkpoints of a family and not in others; without them the family has one form.
 
         before: %c = aten.cos(%emb)
                 %d = aten.mul.Tensor(%c, 1.0)
@@ -56,4 +56,5 @@ class CleanupNoopAdd(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Bypass every arithmetic identity."""
-        return PassInfo(num_matches=bypass(gm, _is_neutral))
+        kept = fresh_copies_kept(gm)
+        return PassInfo(num_matches=bypass(gm, lambda node: _is_neutral(node) and not kept(node)))

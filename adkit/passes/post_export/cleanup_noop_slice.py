@@ -41,8 +41,8 @@ def _keeps_everything(node: Node) -> bool:
 class CleanupNoopSlice(Pass):
     """Bypass slices over a whole dimension, which modelling code writes as ``x[:, :, None]`` or ``x[:, 0:]``.
 
-    Indexing with ``:`` exports as a slice from 0 to the largest integer: it copies nothing and computes nothing,
-    but stands between the nodes that matchers look for.
+    Indexing with ``:`` exports as a slice from 0 to the largest integer: it copies nothing and computes
+    nothing, but stands between the nodes that matchers look for.
 
         before: %s = aten.slice.Tensor(%x, 1, 0, 9223372036854775807)
                 %y = aten.linear(%s, %w)

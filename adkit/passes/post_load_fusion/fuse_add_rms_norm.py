@@ -19,8 +19,8 @@ from adkit.passes.registry import register
 class FuseAddRMSNorm(Pass):
     """Compute a residual sum and the RMS norm of it in one op that returns both.
 
-    The sum is written once for the residual stream and normalised while it is still in registers, instead of being
-    written, read and normalised. The sum is rounded to its dtype before the norm, as without fusion.
+    The sum is written once for the residual stream and normalised while it is still in registers, instead of
+    being written, read and normalised. The sum is rounded to its dtype before the norm, as without fusion.
 
         before: h = residual + x; y = torch_rmsnorm(h, w, eps)
         after:  y, h = torch_fused_add_rmsnorm(x, residual, w, eps)

@@ -10,8 +10,8 @@ from adkit.passes.registry import register
 class FuseMoE(SwapBackend):
     """Run the experts of a layer as grouped kernels.
 
-    The reference loops over experts in Python, which waits for the device at each; a backend sorts tokens by expert and
-    runs all experts in a few launches. Without such a backend the reference stays.
+    The reference loops over experts in Python, which waits for the device at each; a backend sorts tokens by
+    expert and runs all experts in a few launches. Without such a backend the reference stays.
 
         before: torch_moe(hidden, ids, weights, gate_up, down)
         after:  triton_moe(hidden, ids, weights, gate_up, down)

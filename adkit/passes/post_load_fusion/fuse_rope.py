@@ -10,8 +10,8 @@ from adkit.passes.registry import register
 class FuseRope(SwapBackend):
     """Rotate queries and keys in one kernel.
 
-    The reference slices, negates, concatenates and multiplies in separate sweeps over memory; a kernel turns each pair of
-    numbers in registers.
+    The reference slices, negates, concatenates and multiplies in separate sweeps over memory; a kernel turns
+    each pair of numbers in registers.
 
         before: torch_rope_with_explicit_cos_sin(q, k, cos, sin, 2)
         after:  triton_rope_with_explicit_cos_sin(q, k, cos, sin, 2)

@@ -19,8 +19,8 @@ from adkit.passes.registry import register
 class FuseSwiGLU(Pass):
     """Let a gated activation read the fused gate-up projection itself.
 
-    After ``fuse_gemms`` (or in models with one gate_up projection) gate and up are the two halves of one tensor; the
-    packed op reads it in place, without the split, and a kernel does so in one sweep.
+    After ``fuse_gemms`` (or in models with one gate_up projection) gate and up are the two halves of one
+    tensor; the packed op reads it in place, without the split, and a kernel does so in one sweep.
 
         before: gate, up = split(gate_up, [F, F], -1); torch_swiglu(gate, up)
         after:  torch_swiglu_packed(gate_up)

@@ -20,17 +20,19 @@ _LINEARS = {torch.ops.adkit.torch_linear_simple.default, aten.linear.default}
 # What may lie between the last linear and the logits: work on each element with numbers.
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.add.Scalar,
-    aten.sub.Tensor, aten.tanh.default, aten.neg.default, aten.to.dtype, aten._to_copy.default, aten.clone.default,
-    aten.contiguous.default, aten.clamp.default,
+    aten.sub.Tensor, aten.tanh.default, aten.neg.default, aten.to.dtype, aten._to_copy.default,
+    aten.clone.default, aten.contiguous.default, aten.clamp.default,
 }  # fmt: skip
 
 
 @register
 class GatherLogits(Pass):
-    """Pick the hidden states whose logits are wanted before the lm_head, by a new input ``logits_indices`` [L].
+    """Pick the hidden states whose logits are wanted before the lm_head, by a new input ``logits_indices``
+    [L].
 
-    A prompt of a thousand tokens needs the logits of its last one only; the lm_head over a large vocabulary is the
-    widest product of the model and its float output the largest tensor (T x V). Logits become [B, L, V].
+    A prompt of a thousand tokens needs the logits of its last one only; the lm_head over a large vocabulary
+    is the widest product of the model and its float output the largest tensor (T x V). Logits become [B, L,
+    V].
 
         before: logits = linear(h, lm_head)                                   # [B, S, V]
         after:  logits = linear(index_select(h, 1, logits_indices), lm_head)  # [B, L, V]
@@ -45,7 +47,9 @@ class GatherLogits(Pass):
             return PassInfo(skipped=True, reason=f"the graph has an input {INPUT} already")
         chain = _from_linear_to_logits(gm)
         if chain is None:
-            return PassInfo(skipped=True, reason="the logits do not come from a linear layer through pointwise work")
+            return PassInfo(
+                skipped=True, reason="the logits do not come from a linear layer through pointwise work"
+            )
         linear = chain[0]
         hidden: Node = linear.args[0]  # type: ignore[assignment]
         with self.site(gm, [linear], label="gather logits", before=linear) as s:
@@ -67,7 +71,7 @@ def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
     while isinstance(node, Node) and len(node.users) == 1:
         chain.insert(0, node)
         if node.target in _LINEARS:
-            return chain if len(shape_of(node.args[0]) or ()) == 3 else None  # type: ignore[arg-type]
+            return chain if len(shape_of(node.args[0]) or ()) == 3 else None
         if node.target not in _POINTWISE or len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
@@ -94,6 +98,6 @@ def _indices(mode: Any, other: Any) -> torch.Tensor | None:
     from torch._dynamo.source import ConstantSource
 
     example = torch.zeros(5, dtype=torch.long, device=other.device)
-    size = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    size: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     fake: torch.Tensor = mode.from_tensor(example, symbolic_context=size, source=ConstantSource(INPUT))
     return fake

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from adkit.graph.snapshot import take
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, PassConfig, Stage
+from adkit.passes.pipeline import write_graph
 from adkit.passes.registry import register
 
 
@@ -36,18 +37,6 @@ class VisualizeNamespace(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Draw to files."""
-        from adkit.viz import draw
-
-        folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / ctx.factory.name.replace("/", "--")
-        snapshot = take(gm)
-        Path(f"{stem}.py.txt").write_text(snapshot.code(), encoding="utf-8")
-        picture = draw(snapshot)
-        details = {"program": f"{stem.name}.py.txt"}
-        try:
-            picture.save(f"{stem}.svg")
-            details["picture"] = f"{stem.name}.svg"
-        except RuntimeError as error:
-            ctx.report(str(error))
-        return PassInfo(num_matches=0, details=details)
+        stem = ctx.factory.name.replace("/", "--")
+        written = write_graph(take(gm), Path(self.config.output_dir), stem, ctx.report)
+        return PassInfo(num_matches=0, details={"written": written})

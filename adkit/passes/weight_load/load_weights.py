@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 from torch.fx import GraphModule
 
 from adkit.graph.step import PassInfo
-from adkit.models.loading import load_graph_tensors
+from adkit.models.loading import graph_tensor_names, load_graph_tensors
 from adkit.models.memory import human
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
@@ -20,16 +21,17 @@ class LoadWeightsConfig(PassConfig):
     run_graph_cleanup: bool = Field(False, description="Loading changes no node")
     requires_clean_graph: bool = Field(False, description="Loading reads no node but get_attr")
     expect_mem_change: bool = Field(True, description="Weights arrive on the device")
+    force: bool = Field(False, description="Load although the memory estimate says that the model does not fit")
 
 
 @register
 class LoadWeights(Pass):
     """Fill the graph's parameters and buffers, tensor by tensor, straight on the device.
 
-    Up to here every weight is a shape on the meta device. A checkpoint streams from its safetensors files through
-    Hugging Face's own key conversion; random weights are drawn from their seed on the device; computed buffers
-    (rotary frequencies) are rebuilt; tied weights stay one tensor. Parameters that the graph does not read are
-    not loaded. Without weights the pass is skipped and later passes run on shapes.
+    Up to here every weight is a shape on the meta device. A checkpoint streams from its safetensors files
+    through Hugging Face's own key conversion; random weights are drawn from their seed on the device;
+    computed buffers (rotary frequencies) are rebuilt; tied weights stay one tensor. Parameters that the graph
+    does not read are not loaded. Without weights the pass is skipped and later passes run on shapes.
 
         before: get_attr model.norm.weight -> meta bf16 [4096]
         after:  get_attr model.norm.weight -> cuda:0 bf16 [4096]
@@ -38,9 +40,10 @@ class LoadWeights(Pass):
     key = "load_weights"
     stage = Stage.WEIGHT_LOAD
     Config: ClassVar[type[PassConfig]] = LoadWeightsConfig
+    loads = True
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
-        """Load; raises CheckpointError, ModelError (the Workbench has checked memory before)."""
+        """Load what is not there yet; raises MemoryLimitError before reading, CheckpointError, ModelError."""
         factory = ctx.factory
         if factory.weights == "none":
             return PassInfo(skipped=True, reason=factory.why_no_weights)
@@ -48,9 +51,16 @@ class LoadWeights(Pass):
             fit = factory.check_checkpoint()
             if fit.unexpected or fit.made or fit.untied:
                 ctx.report(repr(fit))
+        if not self.config.force:
+            estimate = factory.memory_estimate(ctx.engine, ctx.device)
+            here = sum(factory.tensors[n].nbytes for n in ctx.loaded if n in factory.tensors)
+            replace(estimate, free=estimate.free + here).require()
+        names = [n for n in graph_tensor_names(gm) if n not in ctx.loaded]
         loaded = load_graph_tensors(
-            gm, factory, None, ctx.device, lambda done, total: ctx.progress(done, total, "loading")
+            gm, factory, names, ctx.device, lambda done, total: ctx.progress(done, total, "loading")
         )
+        if ctx.loaded:
+            ctx.report(f"{len(ctx.loaded)} tensors were loaded before and not changed since")
         ctx.report(
             f"{loaded.tensors} tensors, {human(loaded.bytes)} from {_origin(factory)} to {ctx.device} "
             f"in {loaded.seconds:.2f} s"

@@ -15,8 +15,8 @@ from adkit.passes.registry import register
 class MoveInputsToDevice(Pass):
     """Make the graph take its inputs, make its tensors and keep its constants on the device it runs on.
 
-    A graph is exported for the CPU. ``arange`` and the like name a device in the graph, and small tensors that the
-    model's code builds from numbers are held by it; both must follow the weights.
+    A graph is exported for the CPU. ``arange`` and the like name a device in the graph, and small tensors
+    that the model's code builds from numbers are held by it; both must follow the weights.
 
         before: %p = aten.arange.default(%s, device=cpu)
         after:  %p = aten.arange.default(%s, device=cuda:0)

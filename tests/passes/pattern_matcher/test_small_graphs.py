@@ -44,9 +44,20 @@ XB, WB = X.bfloat16(), W.bfloat16()
         (lambda x, w: w * rms(x), (X, W)),
         (lambda x, w: F.rms_norm(x, (8,), w, 1e-6), (X, W)),
     ],
-    ids=["after cast", "in float", "float weight", "1 + w in float", "1 + w", "scale-free", "float32", "aten"],
+    ids=[
+        "after cast",
+        "in float",
+        "float weight",
+        "1 + w in float",
+        "1 + w",
+        "scale-free",
+        "float32",
+        "aten",
+    ],
 )
-def test_rmsnorm_becomes_one_op_with_its_rounding(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+def test_rmsnorm_becomes_one_op_with_its_rounding(
+    fn: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> None:
     assert targets(fn, "match_rmsnorm_pattern", *inputs) == [adkit.torch_rmsnorm.default]
 
 
@@ -54,7 +65,12 @@ def test_rmsnorm_becomes_one_op_with_its_rounding(fn: Callable[..., Tensor], inp
     ("fn", "inputs"),
     [
         (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), (XB, WB)),
-        (lambda x, w: (x - x.mean(-1, True)) * torch.rsqrt((x - x.mean(-1, True)).pow(2).mean(-1, True) + 1e-6) * w, (X, W)),
+        (
+            lambda x, w: (
+                (x - x.mean(-1, True)) * torch.rsqrt((x - x.mean(-1, True)).pow(2).mean(-1, True) + 1e-6) * w
+            ),
+            (X, W),
+        ),
         (lambda x, w: x.pow(2).mean(-1, keepdim=True) + w, (X, W)),
     ],
     ids=["no float32", "layer norm", "mean square only"],
@@ -104,8 +120,12 @@ def test_gates_by_activation(act: Callable[[Tensor], Tensor], name: str) -> None
 
 
 def test_a_gate_that_broadcasts_or_rounds_is_left_alone() -> None:
-    assert adkit.torch_swiglu.default not in targets(lambda a, b: F.silu(a) * b, "match_swiglu_pattern", X[..., :1], X)
-    assert adkit.torch_swiglu.default not in targets(lambda a, b: F.silu(a.float()).bfloat16() * b, "match_swiglu_pattern", XB, XB)
+    assert adkit.torch_swiglu.default not in targets(
+        lambda a, b: F.silu(a) * b, "match_swiglu_pattern", X[..., :1], X
+    )
+    assert adkit.torch_swiglu.default not in targets(
+        lambda a, b: F.silu(a.float()).bfloat16() * b, "match_swiglu_pattern", XB, XB
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,12 @@ def test_a_reader_between_keeps_the_transposes() -> None:
         y = x.transpose(1, 2).neg()
         return y.transpose(1, 2) + y.sum()
 
-    assert targets(shared, "eliminate_redundant_transposes", torch.randn(2, 3, 4, 5)).count(torch.ops.aten.transpose.int) == 2
+    assert (
+        targets(shared, "eliminate_redundant_transposes", torch.randn(2, 3, 4, 5)).count(
+            torch.ops.aten.transpose.int
+        )
+        == 2
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -143,8 +168,15 @@ def test_a_query_read_before_its_key_is_rotated_still_pairs() -> None:
         turned = _rotate(q, cos[:, None], sin[:, None]).transpose(1, 2)
         return turned @ (_rotate(k * 2, cos[:, None], sin[:, None]).transpose(1, 2)).transpose(-1, -2)
 
-    q, k, cos, sin = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    assert adkit.torch_rope_with_explicit_cos_sin.default in targets(apart, "match_rope_pattern", q, k, cos, sin)
+    q, k, cos, sin = (
+        torch.randn(2, 3, 4, 8),
+        torch.randn(2, 3, 4, 8),
+        torch.randn(2, 4, 8),
+        torch.randn(2, 4, 8),
+    )
+    assert adkit.torch_rope_with_explicit_cos_sin.default in targets(
+        apart, "match_rope_pattern", q, k, cos, sin
+    )
 
 
 def test_a_key_made_of_the_rotated_query_does_not_pair() -> None:
@@ -153,7 +185,9 @@ def test_a_key_made_of_the_rotated_query_does_not_pair() -> None:
         return _rotate(_rotate(q, c, s), c, s)
 
     inputs = torch.randn(2, 3, 4, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    assert adkit.torch_rope_with_explicit_cos_sin.default not in targets(chained, "match_rope_pattern", *inputs)
+    assert adkit.torch_rope_with_explicit_cos_sin.default not in targets(
+        chained, "match_rope_pattern", *inputs
+    )
 
 
 def test_a_rotation_by_another_width_is_left_alone() -> None:
@@ -164,4 +198,6 @@ def test_a_rotation_by_another_width_is_left_alone() -> None:
         return turn(q) + turn(k)
 
     q, cos = torch.randn(2, 3, 4, 8), torch.randn(2, 4, 8)
-    assert adkit.torch_rope_with_explicit_cos_sin.default not in targets(uneven, "match_rope_pattern", q, q + 1, cos, cos + 1)
+    assert adkit.torch_rope_with_explicit_cos_sin.default not in targets(
+        uneven, "match_rope_pattern", q, q + 1, cos, cos + 1
+    )

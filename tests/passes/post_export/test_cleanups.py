@@ -149,3 +149,32 @@ def test_a_chain_of_noops_goes_in_one_run() -> None:
     gm = exported(lambda x: x[:, 0:][:, 0:][0:][:, :, None].cos(), 3, 4)
     run("cleanup_noop_slice", gm)
     assert targets(gm) == [torch.ops.aten.unsqueeze.default, torch.ops.aten.cos.default]
+
+
+def test_a_copy_that_someone_writes_to_stays() -> None:
+    def fn(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[:, :2] = 7.0
+        z = x.clone()
+        z[:, 0].add_(1)
+        return y + z + x
+
+    gm = exported(fn, 3, 4)
+    assert run("cleanup_noop_add", gm) == 0
+    run("cleanup_noop_call", gm)
+    assert torch.ops.aten.clone.default in targets(gm)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(gm(x=x.clone()), fn(x.clone()), rtol=0, atol=0)
+
+
+def test_a_copy_of_what_is_overwritten_later_stays() -> None:
+    def fn(x: Tensor) -> Tensor:
+        base = x.cos()
+        before = base[:, 1:] * 1
+        base[:, 2] = 0.0
+        return before + base[:, 1:]
+
+    gm = exported(fn, 3, 4)
+    assert run("cleanup_noop_add", gm) == 0
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(gm(x=x), fn(x), rtol=0, atol=0)
