@@ -113,7 +113,8 @@ def check_step(
     worst = max(found, key=lambda f: f[2] if not math.isnan(f[2]) else math.inf)
     note = f"{skipped} rewrite classes could not be run alone" if skipped else ""
     ok = not math.isnan(worst[2]) and worst[2] <= limit
-    return CheckResult(step.name, ok, worst[1], worst[2], limit, f"{len(found)} sites", "random", tuple(found), note)
+    how = "1 site" if len(found) == 1 else f"{len(found)} sites"
+    return CheckResult(step.name, ok, worst[1], worst[2], limit, how, "random", tuple(found), note)
 
 
 def first_bad_step(wb: Workbench, *, tolerance: float | None = None, seed: int = 0, weights: Any = "auto") -> Step | None:
