@@ -67,6 +67,7 @@ def test_two_runs_compare_equal(recorded: str, again: str):
         ("cache 12.5 MiB", "cache 25.0 MiB"),
         ("[2, 5, 7] same", "[2, 5, 8] same"),
         ("90% of sites", "80% of sites"),
+        ("weights 16.1 GB", "weights 32.1 GB"),
         ("<title>add_1</title>", "<title>add_2</title>"),
         ('<a id="7">', '<a id="8">'),
         ("float32", "float16"),
