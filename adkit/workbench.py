@@ -413,8 +413,7 @@ class Workbench:
 
         if self.factory.weights == "none":
             raise ModelError(
-                f"{self.name!r} has no weights ({self.factory.why_no_weights}), so it can be compiled and drawn but not "
-                "generate; give a checkpoint, or random_weights=True for speed measurements"
+                f"{self.name!r} has no weights, so it can be compiled and drawn but not generate: {self.factory.why_no_weights}"
             )
         self.run()
         compiled = self._state.compiled

@@ -31,7 +31,7 @@ def source_of(stack_trace: str | None) -> Source | None:
     best: tuple[str, str, str, str] | None = None
     for frame in _FRAME.findall(stack_trace):
         path = frame[0]
-        if "/torch/" in path or "/adkit/" in path:
+        if short_path(path).startswith(("torch/", "adkit/")) or "/adkit/" in path:
             continue
         if "/modeling_" in path or best is None or "/modeling_" not in best[0]:
             best = frame
