@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -194,7 +195,9 @@ def fake_value(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     mode = detect_fake_mode(vals)
     if mode is None:
         return target(*fake_args, **fake_kwargs)
-    with mode, torch.no_grad():
+    # Composite operators that read sizes as numbers (linear in torch 2.11) would fix the symbols of the whole
+    # graph to their hints; the Python dispatcher takes their decompositions that keep sizes symbolic.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return target(*fake_args, **fake_kwargs)
 
 
