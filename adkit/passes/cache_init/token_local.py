@@ -46,6 +46,9 @@ def mixing_nodes(gm: GraphModule) -> list[tuple[Node, str]]:
     The gather of logits (index_select by ``logits_indices``) is the one place where tokens may be picked.
     """
     symbols = _token_symbols(gm)
+    if not symbols:
+        first = next(n for n in gm.graph.nodes if n.op == "placeholder")
+        return [(first, "its batch and sequence length are fixed numbers, so tokens cannot be followed")]
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_function":
