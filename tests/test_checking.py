@@ -61,7 +61,9 @@ def done(exported):
 @pytest.fixture(scope="module")
 def shapes():
     """A model without weights."""
-    return adkit.Workbench(tiny_config("mistral"), device="cpu", max_seq_len=64, page_size=4, progress=False).run()
+    return adkit.Workbench(
+        tiny_config("mistral"), device="cpu", max_seq_len=64, page_size=4, progress=False
+    ).run()
 
 
 @pytest.mark.parametrize("how", ["whole", "sites"])
@@ -121,7 +123,9 @@ def test_bisect_does_not_judge_by_a_reference_of_nan(exported, monkeypatch):
 
 
 def test_half_precision_is_looked_at_site_by_site_too(llama_dir):
-    wb = adkit.Workbench(llama_dir, device="cpu", dtype="bfloat16", max_seq_len=64, page_size=4, progress=False)
+    wb = adkit.Workbench(
+        llama_dir, device="cpu", dtype="bfloat16", max_seq_len=64, page_size=4, progress=False
+    )
     wb.insert(planted(op=LINEAR, factor=1.015625)).run()
     assert wb.check("match_rmsnorm_pattern").ok
     assert wb.check("insert_cached_attention").ok

@@ -32,9 +32,18 @@ def test_run_prints_a_line_a_stage_and_writes_what_it_is_asked_for(llama_dir, tm
     fragment.write_text("transforms:\n  fuse_moe: {enabled: false}\n")
     report, record = tmp_path / "walk.html", tmp_path / "run.json"
     result = call(
-        "run", llama_dir, *SMALL, "--set", "transforms.fuse_gemms.enabled=false", "--config", fragment,
-        "--report", report, "--save", record,
-    )  # fmt: skip
+        "run",
+        llama_dir,
+        *SMALL,
+        "--set",
+        "transforms.fuse_gemms.enabled=false",
+        "--config",
+        fragment,
+        "--report",
+        report,
+        "--save",
+        record,
+    )
     assert result.exit_code == 0, result.output
     stages = [line[1:17].strip() for line in result.output.splitlines() if line.startswith("[")]
     assert stages == [s.value for s in adkit.Stage if s != "sharding"]
@@ -101,7 +110,16 @@ def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, args, message):
 
 @pytest.mark.slow
 def test_as_a_process(llama_dir):
-    command = [sys.executable, "-c", "from adkit.cli import main; main()", "run", str(llama_dir), *SMALL, "--until", "export"]
+    command = [
+        sys.executable,
+        "-c",
+        "from adkit.cli import main; main()",
+        "run",
+        str(llama_dir),
+        *SMALL,
+        "--until",
+        "export",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "[export" in done.stdout

@@ -13,8 +13,17 @@ def test_fragments_merge_in_order_and_overrides_come_last(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("max_seq_len: 100\ntransforms:\n  fuse_gemms: {enabled: false, skip_on_error: true}\n")
     two.write_text("max_seq_len: 200\npage_size: 8\ntransforms:\n  fuse_gemms: {enabled: true}\n")
-    config = load_config([one, two, {"page_size": 4}], ["max_batch_size=3", "transforms.fuse_moe.enabled=false"], dtype="float32")
-    assert (config.max_seq_len, config.page_size, config.max_batch_size, config.dtype) == (200, 4, 3, "float32")
+    config = load_config(
+        [one, two, {"page_size": 4}],
+        ["max_batch_size=3", "transforms.fuse_moe.enabled=false"],
+        dtype="float32",
+    )
+    assert (config.max_seq_len, config.page_size, config.max_batch_size, config.dtype) == (
+        200,
+        4,
+        3,
+        "float32",
+    )
     fuse = config.transforms["fuse_gemms"]
     assert fuse.enabled
     assert fuse.skip_on_error, "fields that a later fragment does not name stay"

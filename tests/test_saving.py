@@ -27,12 +27,25 @@ def test_everything_to_look_at_comes_back(wb, saved):
     assert run.name == wb.name
     assert run.steps.keys() == wb.steps.keys()
     for old, new in zip(wb.steps, run.steps, strict=True):
-        assert (new.name, new.stage, new.status, new.info, new.doc) == (old.name, old.stage, old.status, old.info, old.doc)
+        assert (new.name, new.stage, new.status, new.info, new.doc) == (
+            old.name,
+            old.stage,
+            old.status,
+            old.info,
+            old.doc,
+        )
         assert repr(new) == repr(old)
         assert [repr(r) for r in new.rewrites] == [repr(r) for r in old.rewrites]
-        assert (new.diff.created, new.diff.erased, new.diff.changed) == (old.diff.created, old.diff.erased, old.diff.changed)
+        assert (new.diff.created, new.diff.erased, new.diff.changed) == (
+            old.diff.created,
+            old.diff.erased,
+            old.diff.changed,
+        )
         assert new.explain() == old.explain()
-    for old, new in ((wb.graph, run.graph), (wb.steps["match_linear"].before, run.steps["match_linear"].before)):
+    for old, new in (
+        (wb.graph, run.graph),
+        (wb.steps["match_linear"].before, run.steps["match_linear"].before),
+    ):
         assert new.code() == old.code()
         assert [(n.id, n.target, n.module_path, str(n.source), n.origins) for n in new] == [
             (n.id, n.target, n.module_path, str(n.source), n.origins) for n in old
@@ -79,9 +92,13 @@ def test_a_damaged_file_is_one_clear_error(saved, damage):
         case "missing":
             del data["graphs"]["texts"]
         case "operator":
-            next(r for r in data["graphs"]["records"] if "::" in str(r["target"]))["target"] = "py::operator.methodcaller"
+            next(r for r in data["graphs"]["records"] if "::" in str(r["target"]))["target"] = (
+                "py::operator.methodcaller"
+            )
         case "size":
-            next(r for r in data["graphs"]["records"] if r["val"] and r["val"].get("shape"))["val"]["shape"][0] = "s0("
+            next(r for r in data["graphs"]["records"] if r["val"] and r["val"].get("shape"))["val"]["shape"][
+                0
+            ] = "s0("
         case "format":
             data["adkit_run"] = 2
     saved.write_text(text if damage in ("cut", "not json", "list") else json.dumps(data))
@@ -99,7 +116,9 @@ def test_a_missing_file_is_named(tmp_path):
 def test_nothing_half_written_stays(wb, tmp_path, monkeypatch):
     target = tmp_path / "run.json"
     target.write_text("old")
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(AdkitError, match="No space left"):
         wb.save(target)
     assert target.read_text() == "old"

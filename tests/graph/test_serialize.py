@@ -24,10 +24,24 @@ from adkit.graph.snapshot import Ref
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, 3, -1.5, "text", (1, 2), [1, (2, None)], {"a": [1]}, slice(None, 3, 2), Ref(7), (Ref(1), [Ref(2)]),
-        torch.float16, torch.channels_last, torch.strided, torch.device("cpu"), float("inf"),
+        None,
+        True,
+        3,
+        -1.5,
+        "text",
+        (1, 2),
+        [1, (2, None)],
+        {"a": [1]},
+        slice(None, 3, 2),
+        Ref(7),
+        (Ref(1), [Ref(2)]),
+        torch.float16,
+        torch.channels_last,
+        torch.strided,
+        torch.device("cpu"),
+        float("inf"),
     ],
-)  # fmt: skip
+)
 def test_arguments_come_back(value):
     again = decode(json.loads(json.dumps(encode(value))))
     assert again == value
@@ -41,7 +55,9 @@ def test_what_cannot_be_stored_is_refused():
         encode_target(print)
 
 
-@pytest.mark.parametrize("target", [torch.ops.aten.add.Tensor, operator.getitem, operator.floordiv, torch.sym_max])
+@pytest.mark.parametrize(
+    "target", [torch.ops.aten.add.Tensor, operator.getitem, operator.floordiv, torch.sym_max]
+)
 def test_targets_come_back(target):
     assert decode_target("call_function", encode_target(target)) is target
 
@@ -49,10 +65,18 @@ def test_targets_come_back(target):
 @pytest.mark.parametrize(
     "text",
     [
-        "py::operator.methodcaller", "py::operator.attrgetter", "py::operator.call", "py::os.system", "py::torch.load",
-        "py::builtins.eval", "aten::no_such_op.default", "load_library::x.y", "aten::add.__class__", "nonsense",
+        "py::operator.methodcaller",
+        "py::operator.attrgetter",
+        "py::operator.call",
+        "py::os.system",
+        "py::torch.load",
+        "py::builtins.eval",
+        "aten::no_such_op.default",
+        "load_library::x.y",
+        "aten::add.__class__",
+        "nonsense",
     ],
-)  # fmt: skip
+)
 def test_a_target_that_is_no_operator_is_refused(text):
     with pytest.raises(ValueError, match="names the operator"):
         decode_target("call_function", text)
@@ -93,7 +117,9 @@ def test_a_graph_comes_back_and_runs(exported):
             assert a.val.dtype == b.val.dtype
             assert [isinstance(d, int) for d in a.val.shape] == [isinstance(d, int) for d in b.val.shape]
     gm = rebuild(again, wb.module)
-    assert all(torch.equal(a, b) for a, b in zip(logits(gm, again, wb), logits(wb.module, wb.graph, wb), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(logits(gm, again, wb), logits(wb.module, wb.graph, wb), strict=True)
+    )
 
 
 def test_another_format_is_refused():

@@ -1,4 +1,5 @@
-"""The proof before packing: every zoo model holds, every planted mixer is named with its op and source line."""
+"""The proof before packing: every zoo model holds, every planted mixer is named with its op and source
+line."""
 
 from __future__ import annotations
 
@@ -47,10 +48,16 @@ MIXERS = {
     "roll": (lambda s, x: s.call(aten.roll.default, (x, [1], [1])), "aten.roll"),
     "roll flattened": (lambda s, x: s.call(aten.roll.default, (x, [1])), "aten.roll"),
     "mean": (lambda s, x: s.call(aten.sub.Tensor, (x, s.call(aten.mean.dim, (x, [1], True)))), "aten.mean"),
-    "mean over everything": (lambda s, x: s.call(aten.sub.Tensor, (x, s.call(aten.mean.default, (x,)))), "aten.mean"),
+    "mean over everything": (
+        lambda s, x: s.call(aten.sub.Tensor, (x, s.call(aten.mean.default, (x,)))),
+        "aten.mean",
+    ),
     "softmax over tokens": (lambda s, x: s.call(aten.softmax.int, (x, 1)), "aten.softmax"),
     "flip": (lambda s, x: s.call(aten.flip.default, (x, [1])), "aten.flip"),
-    "batch mean": (lambda s, x: s.call(aten.sub.Tensor, (x, s.call(aten.mean.dim, (x, [0], True)))), "aten.mean"),
+    "batch mean": (
+        lambda s, x: s.call(aten.sub.Tensor, (x, s.call(aten.mean.dim, (x, [0], True)))),
+        "aten.mean",
+    ),
     "arange": (positions, "aten.arange"),
     "length": (lambda s, x: s.call(aten.mul.Tensor, (x, size(s, x))), "number of tokens"),
     "length as a tensor": (filled, "holds a size"),
@@ -105,7 +112,7 @@ def test_a_planted_mixer_is_refused_with_its_op_and_line(wb, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "gpt_oss", "mixtral", "gpt2", "opt", "cohere2", "bloom"])
+@pytest.mark.parametrize("kind", ["phi3", "gpt_oss", "bloom"])
 def test_models_hold(kind):
     """The other types pass it too: tests/test_equivalence.py generates with all of them."""
     from tests.zoo import tiny_config
