@@ -91,7 +91,7 @@ format: venv ## Format the code and fix what ruff can fix
 
 notebooks: venv graphviz ## Re-execute every notebook in place, recording its outputs
 	@for notebook in $$($(FIND_NOTEBOOKS) || true); do \
-		$(PY) -m jupyter nbconvert --to notebook --execute --inplace \
+		$(PY) -m jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
 			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.record_timing=False "$$notebook"; \
 	done
 
