@@ -109,8 +109,8 @@ class CompileModel(Pass):
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
     """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page 0."""
-    total = ctx.engine.max_num_tokens
-    lengths = [min(ctx.engine.max_seq_len, total)] * max(1, total // ctx.engine.max_seq_len)
+    total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
+    lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)
     dev = ctx.device
     position = torch.cat([torch.arange(n) for n in lengths]).to(dev)
