@@ -21,6 +21,7 @@ from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
 from adkit.models.loading import graph_tensor_names, load_graph_tensors
+from adkit.models.memory import MemoryEstimate
 from adkit.passes import Context, Pass, Stage, get_pass
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
@@ -125,6 +126,10 @@ class Workbench:
         """True when weights are in."""
         names = self.factory.tensors
         return any(name in names for name in self._state.tensors) and self._past_loading(self.position)
+
+    def memory_estimate(self, device: torch.device | str | None = None) -> MemoryEstimate:
+        """What the model needs on the device (default: its own), before anything is loaded."""
+        return self.factory.memory_estimate(self._context.engine, self.device if device is None else device)
 
     def _past_loading(self, index: int) -> bool:
         return any(p.loads and p.config.enabled for p in self._passes[:index])
@@ -378,7 +383,7 @@ class Workbench:
         if name in keys:
             return keys.index(name) + 1
         if name not in Stage.__members__.values():
-            raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *Stage])}")
+            raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *(s.value for s in Stage)])}")
         return sum(p.config.stage.position <= Stage(name).position for p in self._passes)
 
     # --- trusting
@@ -408,8 +413,7 @@ class Workbench:
 
         if self.factory.weights == "none":
             raise ModelError(
-                f"{self.name!r} has no weights ({self.factory.why_no_weights}), so it can be compiled and drawn but not "
-                "generate; give a checkpoint, or random_weights=True for speed measurements"
+                f"{self.name!r} has no weights, so it can be compiled and drawn but not generate: {self.factory.why_no_weights}"
             )
         self.run()
         compiled = self._state.compiled

@@ -68,7 +68,7 @@ def lines(
 
 
 class Symbols:
-    """Readable names of dynamic dimensions: B, S (T once packed), L for gathered rows, P for pages."""
+    """Readable names of dynamic dimensions: B, S (T once packed), L gathered rows, R sequences, P pages, M pages a row."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.names: dict[str, str] = {}
@@ -87,6 +87,8 @@ class Symbols:
                 want = "T" if packed and k == len(shape[:2]) - 1 else "BS"[k] if k < 2 else "D"
             elif "indices" in n.target_name and len(shape) == 1:
                 want = "L"
+            elif n.target_name in ("cache_lens", "page_table"):
+                want = "RM"[k]
             elif "cache" in n.target_name and k == 0:
                 want = "P"
             else:

@@ -2,8 +2,10 @@
 
 A node's cost depends on sizes that a graph leaves open, so they are given as ``symbols``: by friendly name
 (:data:`NAMES`) or by the symbol's own name (``s31``). ``context`` is the history a cached attention reads:
-tokens a sequence, this step's included. An op's own count is registered in :data:`COSTS`; the rest are taken
-to read every input and write every output once, at one operation an element.
+tokens a sequence, this step's included. A packed graph needs ``tokens``; unless told otherwise it holds one
+sequence, as many pages as ``context`` fills, and gives one row of logits a sequence. An op's own count is
+registered in :data:`COSTS`; the rest are taken to read every input and write every output once, at one
+operation an element.
 
 The roofline (Williams et al. 2009): seconds = max(FLOPs / peak, bytes / bandwidth), every node alone, no
 caches.
@@ -29,6 +31,7 @@ NAMES: dict[str, tuple[str, int]] = {
     "sequences": ("cache_lens", 0),
     "max_pages": ("page_table", 1),
     "logits": ("logits_indices", 0),
+    "pages": ("*_cache", 0),
 }
 #: Sizes that are no dimension of any tensor.
 FREE_NAMES = ("context",)
@@ -264,6 +267,7 @@ class Sizes:
         self.given = dict(symbols)
         self._known: dict[str, int] = {}
         self._friendly: dict[str, str] = {}
+        inputs.update({"*_cache": v for n, v in inputs.items() if n.endswith("_cache")})
         for name, (placeholder, dim) in NAMES.items():
             if placeholder in inputs and inputs[placeholder].dim() > dim:
                 self._friendly[name] = str(inputs[placeholder].shape[dim])
@@ -276,7 +280,20 @@ class Sizes:
                 raise ValueError(f"size {name!r} is not one of this graph's; it has {self._describe(found)}")
             if self._known.setdefault(symbol, value) != value:
                 raise ValueError(f"size {symbol} was given twice: {self._known[symbol]} and {name}={value}")
+        if "page_table" in inputs:
+            self._packed(inputs["*_cache"].shape[1])
         self._evaluated: dict[Any, int] = {}
+
+    def _packed(self, page_size: Any) -> None:
+        """Sizes of a packed batch that follow from others where they were not given."""
+        sequences = self._known.get(self._friendly["sequences"], 1)
+        tokens = self._known.get(self._friendly["tokens"], sequences)
+        pages = math.ceil(max(self.given.get("context", 0), tokens / sequences) / int(page_size))
+        for name, value in (
+            ("batch", 1), ("sequences", 1), ("logits", sequences), ("max_pages", pages), ("pages", 1 + sequences * pages),
+        ):  # fmt: skip
+            if name in self._friendly:
+                self._known.setdefault(self._friendly[name], value)
 
     def _describe(self, symbols: Iterable[str]) -> str:
         names = {s: [n for n, of in self._friendly.items() if of == s] for s in sorted(symbols)}

@@ -128,6 +128,19 @@ class Site:
         self.record.made.append(node)
         return node
 
+    def constant(self, name: str, tensor: torch.Tensor) -> Node:
+        """Give the module a tensor of the pass's own making, and read it.
+
+        It becomes the buffer ``adkit_const_<name>``, which no checkpoint has: it stays with the graph as it is.
+        """
+        path = f"adkit_const_{name}"
+        self.gm.register_buffer(path, tensor, persistent=False)
+        mode = fake_mode_of(self.gm)
+        val = tensor.to("meta") if mode is None else mode.from_tensor(tensor, static_shapes=True)
+        node = self.get_attr(path, val=val)
+        node.meta["adkit_constant"] = True
+        return node
+
     def adopt(self, *nodes: Node) -> None:
         """Count nodes made outside :meth:`call` (graph inputs) as made by this rewrite."""
         self.record.made.extend(nodes)

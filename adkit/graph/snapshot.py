@@ -225,6 +225,15 @@ class Snapshot:
             self._code = render(self)
         return self._code
 
+    def cost(self, device: Any = "H100 SXM", **sizes: int) -> Any:
+        """FLOPs, bytes and roofline time of every call as a DataFrame: ``graph.cost("H200", tokens=1, context=1024)``.
+
+        ``sizes`` are the sizes that the graph leaves open; see :func:`adkit.graph.cost.cost_table`.
+        """
+        from adkit.graph.cost import cost_table
+
+        return cost_table(self, device, sizes)
+
     def __repr__(self) -> str:
         calls = sum(n.op == "call_function" for n in self.nodes)
         return f"Snapshot({len(self)} nodes, {calls} calls)"

@@ -84,7 +84,7 @@ class Step:
 
     def explain(self) -> str:
         """What the pass does and why, what it did here, in prose."""
-        lines = [f"{self.name}  (stage {self.stage}, {self.status})", "", textwrap.dedent(self.doc).strip(), ""]
+        lines = [f"{self.name}  (stage {self.stage}, {self.status})", "", textwrap.dedent(self.doc).strip().replace("``", "`"), ""]
         if self.info.reason:
             lines.append(f"Here: {self.status}: {self.info.reason}")
         elif self.status == "done" and self.changed:

@@ -44,12 +44,12 @@ class LoadReport:
 
     def __repr__(self) -> str:
         lines = [
-            f"{title} ({len(names)}): {_some(names)}"
-            for title, names in (
-                ("missing", self.missing),
-                ("mis-shaped", [f"{k}: {v}" for k, v in self.mismatched.items()]),
-                ("unexpected", self.unexpected),
-                ("absent, initialised", self.made),
+            f"{title} ({len(names)}): {_some(names, sep)}"
+            for title, names, sep in (
+                ("missing", self.missing, ", "),
+                ("mis-shaped", [f"{k}: {v}" for k, v in self.mismatched.items()], ";\n  "),
+                ("unexpected", self.unexpected, ", "),
+                ("absent, initialised", self.made, ", "),
             )
             if names
         ]
@@ -178,6 +178,10 @@ class ModelFactory:
             other.config.tie_word_embeddings = False
         other.weights, other.seed, other.why_no_weights = "random", seed, ""
         return other
+
+    def stored_names(self) -> list[str]:
+        """Names of the checkpoint's tensors as they are in its files; none without a checkpoint."""
+        return list(self._checkpoint.tensors) if self.weights == "checkpoint" else []
 
     def tensor_names(self) -> list[str]:
         """Names of every parameter and buffer, in the model's order."""
@@ -404,6 +408,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _some(names: list[str]) -> str:
+def _some(names: list[str], sep: str = ", ") -> str:
     more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return sep.join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -216,6 +216,8 @@ def steps_body(steps: Steps, *, link: bool = False) -> str:
             {"name": s.name, "status": s.status, "kind": kind_of(s, waiting), "what": what, "counts": counts,
              "time": seconds_text(s.seconds), "anchor": anchor(s)}
         )  # fmt: skip
+    for g in stages:  # a stage that nothing of has run is its passes' names
+        g["ahead"] = all(s["kind"] in ("pending", "disabled") for s in g["steps"])
     title, *facts = steps.heading.splitlines() or [""]
     return template("steps.html", stages=stages, link=link, title=title, facts=facts)
 

@@ -9,20 +9,21 @@ from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from adkit.contract import CachePool, CacheSpec, ExportError, MixerDescriptor
-from adkit.graph.inputs import GraphInputs
+from adkit.graph.inputs import Dim, GraphInputs
 from adkit.graph.provenance import source_of
+from adkit.graph.snapshot import target_name
 from adkit.graph.step import PassInfo
 from adkit.ops.mixers import MIXERS
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.cache_init.token_local import mixing_nodes
 from adkit.passes.registry import register
 
-#: Shapes of the batch inputs a cached op may ask for (None: dynamic) and whether they are int64.
-_METADATA: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
-    "cu_seqlens": ((None,), torch.int32),
-    "cache_lens": ((None,), torch.int32),
-    "page_table": ((None, None), torch.int32),
-    "slot_mapping": ((None,), torch.int64),
+#: Shapes and dtypes of the batch inputs a cached op may ask for; sizes of one name are one symbol.
+_METADATA: dict[str, tuple[tuple[Dim, ...], torch.dtype]] = {
+    "cu_seqlens": (("sequences + 1",), torch.int32),
+    "cache_lens": (("sequences",), torch.int32),
+    "page_table": (("sequences", "max_pages"), torch.int32),
+    "slot_mapping": (("tokens",), torch.int64),
 }
 
 
@@ -69,6 +70,7 @@ class InsertCachedAttention(Pass):
         wanted = dict.fromkeys(m for n in mixers for m in MIXERS[n.target].metadata)
         with self.site(gm, [], label="batch inputs", before=mixers[0]) as s:
             inputs = GraphInputs(gm)
+            inputs.share("tokens", "input_ids", 1)
             metadata = {name: inputs.add(name, *_METADATA[name]) for name in wanted}
             s.adopt(*metadata.values())
         for index, node in enumerate(mixers):
@@ -85,7 +87,8 @@ class InsertCachedAttention(Pass):
             reason = MIXERS[node.target].refuse(bound_values(node))
             if reason:
                 problems.append(f"{node.name} at {source_of(node.meta.get('stack_trace'))}: {reason}")
-        problems += [f"{n.name} at {source_of(n.meta.get('stack_trace'))}: {why}" for n, why in mixing_nodes(gm)]
+        for n, why in mixing_nodes(gm):
+            problems.append(f"{n.name} ({target_name(n.target)}) at {source_of(n.meta.get('stack_trace'))}: {why}")
         if problems:
             shown = "\n  ".join(problems[:8]) + ("\n  ..." if len(problems) > 8 else "")
             raise ExportError(
@@ -108,7 +111,7 @@ class InsertCachedAttention(Pass):
         bound = bound_arguments(node)
         dtype = values["key"].dtype if self.config.cache_dtype == "auto" else getattr(torch, self.config.cache_dtype)
         specs = descriptor.cache_specs(values, ctx.engine.page_size, dtype, prefix)
-        caches = [inputs.add(s.name, (None, *s.page_shape), s.dtype) for s in specs]
+        caches = [inputs.add(s.name, ("pages", *s.page_shape), s.dtype) for s in specs]
         op = descriptor.cached_ops.get(backend, descriptor.cached_ops["torch"])
         args = [bound[name] for name in descriptor.tensor_args]
         args += [metadata[name] for name in descriptor.metadata] + caches

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch.fx import GraphModule
 
 from adkit.graph.step import PassInfo
+from adkit.models.factory import ModelFactory
 from adkit.models.loading import graph_tensor_names, load_graph_tensors
 from adkit.models.memory import human
 from adkit.passes.base import Context, Pass, PassConfig, Stage
@@ -72,10 +73,6 @@ class LoadWeights(Pass):
         return PassInfo(num_matches=loaded.tensors, details=details)
 
 
-def _origin(factory: object) -> str:
-    weights = getattr(factory, "weights", "")
-    return (
-        f"seed {getattr(factory, 'seed', 0)}"
-        if weights == "random"
-        else str(getattr(factory, "directory", ""))
-    )
+def _origin(factory: ModelFactory) -> str:
+    """Where tensors come from, without the machine's paths: reports are passed on."""
+    return f"seed {factory.seed}" if factory.weights == "random" else f"the checkpoint of {factory.name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ def run_attention_passes() -> Any:
         clean(gm)
         identities(gm).settle(gm.graph)
         state = State(gm, take(gm))
-        context = Context(factory or SimpleNamespace(), EngineConfig(), torch.device("cpu"))
+        context = Context(factory, EngineConfig(), torch.device("cpu"))
         steps = {}
         for key in keys:
             state, steps[key] = run_pass(get_pass(key)(), state, context)

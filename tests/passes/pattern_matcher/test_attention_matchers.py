@@ -123,7 +123,7 @@ def test_causal_tables_on_meta_are_asked_of_the_factory(run_attention_passes: An
     assert not attentions(gm)
     assert steps["match_eager_attention"].info.details["not matched"]
     factory = SimpleNamespace(
-        computed=frozenset(buffers), with_random_weights=lambda: SimpleNamespace(load=load)
+        computed=frozenset(buffers), tensors={}, with_random_weights=lambda: SimpleNamespace(load=load)
     )
     gm, _ = run_attention_passes(export_model(meta_twin(config)), factory=factory)
     assert len(attentions(gm)) == 2
@@ -165,3 +165,15 @@ def test_repeat_kv_op_agrees_with_its_fake(dim: int) -> None:
     x = torch.randn(2, 3, 3, 4)
     torch.library.opcheck(torch.ops.adkit.torch_attention_repeat_kv.default, (x, 2, dim))
     assert torch.equal(torch.ops.adkit.torch_attention_repeat_kv(x, 2, dim), x.repeat_interleave(2, dim))
+
+
+def test_order_of_positions_and_attention_does_not_matter(run_attention_passes: Any) -> None:
+    """Position inputs may already stand where an ALiBi mask counted."""
+    _, model = tiny("bloom")
+    first = ("match_positions", "match_eager_attention", "match_attention_layout")
+    gm, _ = run_attention_passes(export_model(model), first)
+    assert len(attentions(gm)) == 2
+    assert not left_over(gm)
+    inputs = inputs_for(gm, 2, 23)
+    expected = model(input_ids=inputs["input_ids"], use_cache=False).logits
+    assert rmse_ratio(gm(**inputs)[0].detach(), expected.detach()) < 1e-6

@@ -11,9 +11,9 @@ from tests.passes.graphs import check_values, count, logits, rmse_ratio, run_pas
 
 MATCHERS = (
     "match_rope_pattern",
-    "match_rope_layout",
     "match_rmsnorm_pattern",
     "match_l2norm_pattern",
+    "match_rope_layout",
     "eliminate_redundant_transposes",
     "match_swiglu_pattern",
     "match_linear",
@@ -88,8 +88,10 @@ def test_counts_follow_the_layers() -> None:
     assert counts(gm) == (9, 4, 4, 29)
 
 
-def test_attention_needs_no_transposes() -> None:
-    gm = tiny_graph("gemma3_text")
+@pytest.mark.parametrize("kind", ["gemma3_text", "hunyuan_v1_dense"])
+def test_attention_needs_no_transposes(kind: str) -> None:
+    """Norms before the rotation, and norms after it."""
+    gm = tiny_graph(kind)
     before = sum(n.target is torch.ops.aten.transpose.int for n in gm.graph.nodes)
     for key in MATCHERS:
         run_pass(gm, key)
