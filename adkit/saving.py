@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from adkit.graph.step import PassInfo, Step, Steps
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
+
+FORMAT = 1
+_PATH = re.compile(r"(?<![\w./~:])/(?:[^\s/:'\",()]+/)+([^\s/:'\",()]+)")
 
 
 @dataclass
@@ -43,18 +47,23 @@ def save(wb: Workbench, path: str | Path) -> Path:
     writer = SnapshotWriter()
     steps = []
     for s in wb.steps:
+        try:
+            before, after = writer.add(s.before), writer.add(s.after)
+        except TypeError as error:
+            raise AdkitError(f"step {s.name!r} cannot be saved: {error}; make the function an operator with torch.library") from error
         steps.append(
             {
-                "name": s.name, "stage": s.stage, "config": s.config, "doc": s.doc, "status": s.status, "log": s.log,
-                "before": writer.add(s.before), "after": writer.add(s.after), "info": _plain(asdict(s.info)),
+                "name": s.name, "stage": s.stage, "config": _plain(s.config), "doc": s.doc, "status": s.status,
+                "log": _plain(s.log), "altered": list(s.altered),
+                "before": before, "after": after, "info": _plain(asdict(s.info)),
                 "sites": [{"label": r.label, "matched": list(r.matched), "created": list(r.created)} for r in s.sites],
                 "seconds": s.seconds, "record_seconds": s.record_seconds, "memory_bytes": s.memory_bytes,
             }
         )  # fmt: skip
     data = {
-        "adkit_run": 1,
-        "name": wb.name,
-        "config": wb.config.to_yaml(),
+        "adkit_run": FORMAT,
+        "name": _portable(wb.name),
+        "config": _portable(wb.config.to_yaml()),
         "versions": {"adkit": adkit.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "graphs": writer.payload(),
         "steps": steps,
@@ -66,18 +75,26 @@ def load(path: str | Path) -> SavedRun:
     """Read a record; AdkitError when the file is not one."""
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        reader = SnapshotReader(data["graphs"])
-        steps = [_step(s, reader) for s in data["steps"]]
-        version = data["adkit_run"]
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise AdkitError(f"no saved run at {str(path)!r}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdkitError(f"{path.name} is not a run that this version of adkit can read: {error}") from None
-    if version != 1:
-        raise AdkitError(f"{path.name} was saved in format {version}; this version of adkit reads 1")
-    graph = next((s.after for s in reversed(steps) if len(s.after)), Snapshot())
-    return SavedRun(data["name"], data["config"], data["versions"], Steps(steps), graph)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdkitError(f"{str(path)!r} cannot be read as a saved run: {error}") from None
+    try:
+        data = json.loads(text)
+        version = data["adkit_run"]
+        reader = SnapshotReader(data["graphs"]) if version == FORMAT else None
+        steps = [] if reader is None else [_step(s, reader) for s in data["steps"]]
+        run = SavedRun(data["name"], data["config"], data["versions"], Steps(steps), Snapshot())
+    except Exception as error:  # a damaged file can fail in any way
+        raise AdkitError(
+            f"{path.name} is not a run that this version of adkit can read ({type(error).__name__}: {error}); "
+            "it may be cut short or of another program: save it again"
+        ) from error
+    if version != FORMAT:
+        raise AdkitError(f"{path.name} was saved in format {version}; this version of adkit reads {FORMAT}")
+    run.graph = next((s.after for s in reversed(steps) if len(s.after)), Snapshot())
+    return run
 
 
 def _step(s: dict[str, Any], reader: SnapshotReader) -> Step:
@@ -87,7 +104,7 @@ def _step(s: dict[str, Any], reader: SnapshotReader) -> Step:
     return Step(
         name=s["name"], stage=s["stage"], config=s["config"], doc=s["doc"], status=s["status"], before=before, after=after,
         info=PassInfo(**s["info"]), sites=sites, seconds=s["seconds"], record_seconds=s["record_seconds"],
-        memory_bytes=s["memory_bytes"], log=s["log"],
+        memory_bytes=s["memory_bytes"], log=s["log"], altered=tuple(s["altered"]),
     )  # fmt: skip
 
 
@@ -96,7 +113,14 @@ def _plain(v: Any) -> Any:
         return {str(k): _plain(x) for k, x in v.items()}
     if isinstance(v, (list, tuple)):
         return [_plain(x) for x in v]
-    return v if isinstance(v, (int, float, str, bool, type(None))) else str(v)
+    if isinstance(v, (int, float, bool, type(None))):
+        return v
+    return _portable(str(v))
+
+
+def _portable(text: str) -> str:
+    """Text without this machine's layout: of an absolute path only the last name stays."""
+    return _PATH.sub(r"\1", text)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -105,13 +129,19 @@ def write_text(path: str | Path, text: str) -> Path:
     folder = path.resolve().parent
     if not folder.is_dir():
         raise AdkitError(f"cannot write {str(path)!r}: the folder {str(folder)!r} does not exist")
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    if path.is_dir():
+        raise AdkitError(f"cannot write {str(path)!r}: it is a folder; give a file name in it")
+    temporary = ""
     try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as f:
             f.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise AdkitError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
         raise
     return path

@@ -383,7 +383,7 @@ class Workbench:
         if name in keys:
             return keys.index(name) + 1
         if name not in Stage.__members__.values():
-            raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *Stage])}")
+            raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *(s.value for s in Stage)])}")
         return sum(p.config.stage.position <= Stage(name).position for p in self._passes)
 
     # --- trusting

@@ -72,3 +72,34 @@ def chromium():
             pytest.skip(f"needs a browser: run `make chromium` ({first_line})")
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny two-layer llama: float32, sensitive weights, no tokenizer. Not to be written to."""
+    return _saved(tmp_path_factory, "llama")
+
+
+@pytest.fixture(scope="session")
+def exported(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+    """``exported(**options)``: a Workbench on that llama whose export comes from a pipeline cache, so it is quick."""
+    import adkit
+
+    root = tmp_path_factory.mktemp("cache")
+
+    def make(model=llama_dir, **options):
+        options = {"device": "cpu", "max_seq_len": 64, "page_size": 4, "progress": False, **options}
+        extra = options.pop("config", {})
+        cache = {"transforms": {"pipeline_cache": {"enabled": True, "root": str(root), "stage": "post_export"}}}
+        return adkit.Workbench(model, config=[cache, extra], **options)
+
+    make().run(until="post_export")
+    return make
+
+
+def _saved(factory: pytest.TempPathFactory, kind: str) -> Path:
+    from tests.zoo import tiny
+
+    folder = factory.mktemp(kind) / f"tiny-{kind}"
+    tiny(kind)[1].save_pretrained(folder)
+    return folder

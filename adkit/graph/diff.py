@@ -79,9 +79,9 @@ class RewriteClass:
 
     @property
     def where(self) -> str:
-        """``layers 0-31``, or the module paths when the sites lie outside the layers."""
+        """``layers 0-31``, ``layer 4``, or the module paths when the sites lie outside the layers."""
         if any(s.layer is not None for s in self.sites):
-            return f"layers {self.layers}"
+            return f"{'layer' if self.layers.isdigit() else 'layers'} {self.layers}"
         return ", ".join(dict.fromkeys(s.module_path or "root" for s in self.sites)) or "root"
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -128,6 +129,19 @@ class Site:
         self.record.made.append(node)
         return node
 
+    def constant(self, name: str, tensor: torch.Tensor) -> Node:
+        """Give the module a tensor of the pass's own making, and read it.
+
+        It becomes the buffer ``adkit_const_<name>``, which no checkpoint has: it stays with the graph as it is.
+        """
+        path = f"adkit_const_{name}"
+        self.gm.register_buffer(path, tensor, persistent=False)
+        mode = fake_mode_of(self.gm)
+        val = tensor.to("meta") if mode is None else mode.from_tensor(tensor, static_shapes=True)
+        node = self.get_attr(path, val=val)
+        node.meta["adkit_constant"] = True
+        return node
+
     def adopt(self, *nodes: Node) -> None:
         """Count nodes made outside :meth:`call` (graph inputs) as made by this rewrite."""
         self.record.made.extend(nodes)
@@ -182,7 +196,9 @@ def fake_value(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     mode = detect_fake_mode(vals)
     if mode is None:
         return target(*fake_args, **fake_kwargs)
-    with mode, torch.no_grad():
+    # Composite operators that read sizes as numbers (linear in torch 2.11) would fix the symbols of the whole
+    # graph to their hints; the Python dispatcher takes their decompositions that keep sizes symbolic.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return target(*fake_args, **fake_kwargs)
 
 

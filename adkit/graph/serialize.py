@@ -22,6 +22,11 @@ from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 FORMAT = 1
 _FUNCTIONS = {"FloorDiv", "Mod", "PythonMod", "Max", "Min", "CeilDiv", "CleanDiv", "IntTrueDiv", "ToFloat", "FloorToInt"}
 _MODULES = {"operator": operator, "_operator": operator, "math": math}
+#: Builtin functions that stand in exported graphs: arithmetic on sizes, nothing that calls or looks up by name.
+_BUILTINS = {
+    "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "getitem", "eq", "ne", "lt", "le",
+    "gt", "ge", "and_", "or_", "not_", "xor", "lshift", "rshift", "ceil", "floor", "trunc", "sqrt", "log", "log2", "exp",
+}  # fmt: skip
 
 
 class SnapshotWriter:
@@ -164,7 +169,10 @@ def parse_expr(text: str, symbol: Any) -> sympy.Expr:
                 return getattr(symfun, name)(*(read(x) for x in args))
         raise ValueError(f"size expression {text!r} holds something that is not arithmetic on sizes")
 
-    return read(ast.parse(text, mode="eval").body)
+    try:
+        return read(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"size expression {text!r} cannot be read") from None
 
 
 def encode_value(v: Any) -> Any:
@@ -231,8 +239,8 @@ def decode(v: Any) -> Any:
             return {k: decode(y) for k, y in x}
         case "slice":
             return slice(*(decode(y) for y in x))
-        case "torch":
-            return getattr(torch, x)
+        case "torch" if isinstance(found := getattr(torch, x, None), (torch.dtype, torch.memory_format, torch.layout)):
+            return found
         case "device":
             return torch.device(x)
     raise ValueError(f"graph data holds an unknown kind of argument {kind!r}")
@@ -245,9 +253,9 @@ def encode_target(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}::{target._schema.name.split('::')[1]}.{target._overloadname}"
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
-    if module in _MODULES and hasattr(_MODULES[module], name):
+    if module in _MODULES and name in _BUILTINS:
         return f"py::{module}.{name}"
-    if getattr(torch, name, None) is target:
+    if name.startswith("sym_") and getattr(torch, name, None) is target:
         return f"py::torch.{name}"
     raise TypeError(f"cannot store call target {target!r}: only torch operators and builtin arithmetic can be read back")
 
@@ -259,10 +267,15 @@ def decode_target(op: str, text: str) -> Any:
     namespace, _, rest = text.partition("::")
     name, _, overload = rest.rpartition(".")
     try:
-        if namespace != "py":
-            return getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        if name == "torch" and overload.startswith("sym_"):
-            return getattr(torch, overload)
-        return getattr(_MODULES[name], overload)
-    except (AttributeError, KeyError):
+        if namespace == "py":
+            if name == "torch" and overload.startswith("sym_"):
+                return getattr(torch, overload)
+            if overload in _BUILTINS:
+                return getattr(_MODULES[name], overload)
+        else:
+            found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+            if isinstance(found, torch._ops.OpOverload):
+                return found
+        raise KeyError(text)
+    except (AttributeError, KeyError, RuntimeError):
         raise ValueError(f"graph data names the operator {text!r}, which this installation does not have") from None

@@ -47,6 +47,7 @@ def read_pages(cache: Tensor, pages: Tensor, length: int, dtype: torch.dtype) ->
     token_local=False,
     fake=_fake,
     cost=costs.cached_attention,
+    syncs=True,
 )
 def torch_attention_with_paged_cache(
     query: Tensor,

@@ -32,6 +32,7 @@ def gate_fn(
     token_local=True,
     fake=lambda hidden, *_, **__: hidden.new_empty(hidden.shape),
     cost=costs.moe,
+    syncs=True,
 )
 def torch_moe(
     hidden: Tensor,

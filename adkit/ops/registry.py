@@ -20,7 +20,10 @@ _LIB = torch.library.Library("adkit", "DEF")
 
 @dataclass(frozen=True)
 class OpInfo:
-    """Facts about one op, and its functions: ``reference`` runs it, ``fake`` gives shapes and dtypes."""
+    """Facts about one op, and its functions: ``reference`` runs it, ``fake`` gives shapes and dtypes.
+
+    ``syncs``: it reads values on the host, so a CUDA graph cannot hold it.
+    """
 
     name: str
     schema: str
@@ -30,6 +33,7 @@ class OpInfo:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     doc: str
+    syncs: bool = False
 
     @property
     def overload(self) -> Any:
@@ -47,11 +51,13 @@ def define(
     token_local: bool,
     fake: Callable[..., Any],
     cost: CostFn | None = None,
+    syncs: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define ``torch.ops.adkit.<name>`` with the decorated function as implementation.
 
     ``schema`` is ``name(args) -> returns``; the name starts with its backend (``torch_``, ``triton_``...).
     ``cost`` counts FLOPs and bytes for the cost model; without one each element costs one operation.
+    ``syncs`` says that it reads values on the host.
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +68,7 @@ def define(
         if cost is not None:
             COSTS[f"adkit.{name}"] = cost
         backend, doc = name.split("_", 1)[0], (fn.__doc__ or "").strip()
-        OPS[name] = OpInfo(name, schema, category, backend, token_local, fn, fake, doc)
+        OPS[name] = OpInfo(name, schema, category, backend, token_local, fn, fake, doc, syncs)
         return fn
 
     return add

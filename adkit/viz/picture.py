@@ -460,12 +460,13 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
         for u in users[n.id]:
             if u not in inside:
                 readers.setdefault(u, []).append(n.id)
+    most = 2 if len({snapshot[u].target_name for u in readers}) == 1 else 4  # readers alike need no more
     for k, (u, tails) in enumerate(readers.items()):
-        if k == 4 and len(readers) > 5:
+        if k == most and len(readers) > most + 1:
             picture.boxes.append(
-                Box(f"{side}more", f"{len(readers) - 4} more readers", "view", (), "", cluster, "context")
+                Box(f"{side}more", f"{len(readers) - most} more readers", "view", (), "", cluster, "context")
             )
-            for tail in dict.fromkeys(t for ts in list(readers.values())[4:] for t in ts):
+            for tail in dict.fromkeys(t for ts in list(readers.values())[most:] for t in ts):
                 arrow(tail, f"{side}more")
             break
         key = f"{side}r{u}" if u in drawn else f"{side}{u}"

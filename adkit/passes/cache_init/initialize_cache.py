@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from adkit.contract import CachePool, MemoryLimitError
 from adkit.graph.step import PassInfo
+from adkit.models import memory
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 
@@ -26,13 +27,7 @@ def pages_for_one(ctx: Context) -> int:
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes free on the device; None where that means nothing (meta)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu":
-        import os
-
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return memory.free_bytes(device) if device.type in ("cuda", "cpu") else None
 
 
 def fitting_pages(pool: CachePool, ctx: Context, free: int | None) -> int:
@@ -44,8 +39,8 @@ def fitting_pages(pool: CachePool, ctx: Context, free: int | None) -> int:
     if room < min(pages, pages_for_one(ctx)):
         need = pages_for_one(ctx) * pool.bytes_per_page
         raise MemoryLimitError(
-            f"the cache of one sequence of max_seq_len={ctx.engine.max_seq_len} tokens takes {need / 2**30:.2f} GiB and "
-            f"{free * ctx.engine.free_gpu_memory_fraction / 2**30:.2f} GiB may be used on {ctx.device} "
+            f"the cache of one sequence of max_seq_len={ctx.engine.max_seq_len} tokens takes {memory.human(need)} and "
+            f"{memory.human(max(free, 0) * ctx.engine.free_gpu_memory_fraction)} may be used on {ctx.device} "
             f"(free_gpu_memory_fraction={ctx.engine.free_gpu_memory_fraction}); lower max_seq_len"
         )
     return min(pages, room)
@@ -126,11 +121,16 @@ class ResizeKVCache(Pass):
         activations = torch.cuda.max_memory_allocated(ctx.device) - before
         torch.cuda.empty_cache()
         new = dataclasses.replace(pool, tensors={})
-        pool.tensors = {}
+        here = pool.num_pages * pool.bytes_per_page
+        pages = fitting_pages(new, ctx, (free_bytes(ctx.device) or 0) + here - activations)
+        pool.tensors = {}  # the small cache makes room; going back to it allocates it anew
         torch.cuda.empty_cache()
-        free = (free_bytes(ctx.device) or 0) - activations
-        pages = fitting_pages(new, ctx, free)
-        new.allocate(pages, ctx.device)
+        try:
+            new.allocate(pages, ctx.device)
+        except BaseException:
+            new.tensors = {}
+            pool.allocate(pool.num_pages, ctx.device)
+            raise
         ctx.caches = new
         return PassInfo(
             num_matches=len(new.specs),

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import CachePool, CacheSpec, ExportError, MixerDescriptor
 from adkit.graph.inputs import Dim, GraphInputs
 from adkit.graph.provenance import source_of
+from adkit.graph.snapshot import target_name
 from adkit.graph.step import PassInfo
 from adkit.ops.mixers import MIXERS
 from adkit.passes.base import Context, Pass, PassConfig, Stage
@@ -86,7 +87,8 @@ class InsertCachedAttention(Pass):
             reason = MIXERS[node.target].refuse(bound_values(node))
             if reason:
                 problems.append(f"{node.name} at {source_of(node.meta.get('stack_trace'))}: {reason}")
-        problems += [f"{n.name} at {source_of(n.meta.get('stack_trace'))}: {why}" for n, why in mixing_nodes(gm)]
+        for n, why in mixing_nodes(gm):
+            problems.append(f"{n.name} ({target_name(n.target)}) at {source_of(n.meta.get('stack_trace'))}: {why}")
         if problems:
             shown = "\n  ".join(problems[:8]) + ("\n  ..." if len(problems) > 8 else "")
             raise ExportError(

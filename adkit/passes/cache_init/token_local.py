@@ -8,8 +8,10 @@ reduce, contract, shift or index along them, nor compute from how many there are
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -31,7 +33,7 @@ _ALONG_DIM = {
     "cumprod", "sort", "topk", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "any", "all", "flip",
     "roll", "glu", "diff", "cumsum_", "logcumsumexp", "kthvalue", "median", "scatter", "scatter_", "scatter_add",
     "index_select", "gather", "index_add", "unbind", "split", "split_with_sizes", "chunk", "select", "slice", "cat",
-    "stack", "concat", "one_hot", "unfold", "tensor_split", "narrow", "var_mean", "renorm", "take_along_dim", "count_nonzero",
+    "stack", "concat", "one_hot", "unfold", "tensor_split", "narrow", "var_mean", "take_along_dim", "count_nonzero",
 }
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {"full", "zeros", "ones", "empty", "scalar_tensor", "zeros_like", "ones_like", "full_like", "empty_like",
@@ -44,6 +46,9 @@ def mixing_nodes(gm: GraphModule) -> list[tuple[Node, str]]:
     The gather of logits (index_select by ``logits_indices``) is the one place where tokens may be picked.
     """
     symbols = _token_symbols(gm)
+    if not symbols:
+        first = next(n for n in gm.graph.nodes if n.op == "placeholder")
+        return [(first, "its batch and sequence length are fixed numbers, so tokens cannot be followed")]
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -86,17 +91,28 @@ def _why_not(node: Node, symbols: set[Any]) -> str | None:
     info = info_of(target)
     if info is not None:
         return None if info.token_local else f"{info.name} mixes tokens and has no cache descriptor"
+    unknown = [a.name for a in node.all_input_nodes if a.op == "call_function" and a.meta.get("val") is None]
+    if unknown:
+        return f"reads {unknown[0]}, which has no value (meta['val']) to judge by"
     if not isinstance(target, torch._ops.OpOverload):
-        return None  # operator.getitem and arithmetic on sizes
+        # operator.getitem of several results, and arithmetic on sizes
+        tokens = any(_token_dims(a, symbols) for a in node.all_input_nodes)
+        return f"{getattr(target, '__name__', target)} is not an operator that can be judged" if tokens else None
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     name = target.name().split("::", 1)[1].split(".", 1)[0]
-    if name.startswith("sym_") or name in _CONSTANT or name == "_assert_tensor_metadata":
+    if name.startswith("sym_") or name == "_assert_tensor_metadata":
         return None
+    if name in _CONSTANT:
+        return "makes a tensor that holds a size" if _fills_with_size(node) else None
+    if target.namespace != "aten" and any(_token_dims(a, symbols) for a in tensors):
+        return f"{target.name()} is not known to keep tokens apart"
     if name == "arange" and (_token_dims(node, symbols)):
         return "counts tokens by their place in the row (arange over the sequence), not by position_ids"
     if not any(_token_dims(a, symbols) for a in tensors):
         return None
     sized = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat))]
+    if name in ("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten") and _scrambles(node, symbols):
+        return "lays token and feature dimensions together anew"
     if name in _LAYOUT:
         if name in ("repeat", "repeat_interleave") and _repeats_tokens(node, symbols):
             return "repeats tokens"
@@ -117,6 +133,46 @@ def _why_not(node: Node, symbols: set[Any]) -> str | None:
     if name in _ALONG_DIM:
         return _along(node, name, symbols)
     return f"{target.name()} is not known to keep tokens apart"
+
+
+def _fills_with_size(node: Node) -> bool:
+    """True when the value, not the shape, of a constant tensor is computed from a size."""
+    names = ("fill_value", "s")
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+        for i, a in enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+        if a.name in names
+    ]
+    return any(isinstance(v, Node) for v in values)
+
+
+def _scrambles(node: Node, symbols: set[Any]) -> bool:
+    """True when a view does not keep each token's elements together, in token order.
+
+    Sizes are split into the smallest groups of equal product; a group may merge or split token dimensions, or
+    feature dimensions, but when it holds both, tokens and features must keep their order and not be regrouped.
+    """
+    sizes = [
+        tuple(sympy.sympify(d.node.expr if isinstance(d, torch.SymInt) else d) for d in n.meta["val"].shape)
+        for n in (node.args[0], node)  # type: ignore[union-attr]
+    ]
+    return _regroups(*sizes, frozenset(symbols))
+
+
+@lru_cache(maxsize=1024)
+def _regroups(before: tuple[Any, ...], after: tuple[Any, ...], symbols: frozenset[Any]) -> bool:
+    a, b = [d for d in before if d != 1], [d for d in after if d != 1]
+    while a or b:
+        left, right = [a.pop(0)] if a else [], [b.pop(0)] if b else []
+        while (ratio := sympy.cancel(sympy.prod(left) / sympy.prod(right))) != 1:
+            side, rest = (left, a) if a and (ratio.as_numer_denom()[1] != 1 or not b) else (right, b)
+            if not rest:
+                return True
+            side.append(rest.pop(0))
+        tokens = [bool(d.free_symbols & symbols) for d in left]
+        if any(tokens) and not all(tokens) and left != right:
+            return True
+    return False
 
 
 def _repeats_tokens(node: Node, symbols: set[Any]) -> bool:
@@ -158,7 +214,8 @@ def _along(node: Node, name: str, symbols: set[Any]) -> str | None:
         return None
     if name == "index_select" and isinstance(values.get("index"), Node) and values["index"].target == "logits_indices":
         return None
-    along = {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])} if dim is not None else set(range(rank))
+    given = dim if isinstance(dim, (list, tuple)) else [dim]
+    along = set(range(rank)) if dim is None or not given else {d % rank for d in given}  # no dimension named: all
     if name == "stack":
         dims = {d + (d >= min(along)) for d in dims}
     if name == "slice" and along & dims:

@@ -10,24 +10,34 @@ import torch
 from pydantic import Field
 from torch.fx import GraphModule
 
-from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
+from adkit.contract import CachePool, CompiledModel, MemoryLimitError, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
+from adkit.ops.registry import info_of
 from adkit.passes.base import Context, Pass, PassConfig, Stage
+from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
 from adkit.passes.registry import register
 
 
 class CompileModelConfig(PassConfig):
     """How the graph is run."""
 
-    backend: Literal["eager", "torch-compile"] = Field("eager", description="eager: as is; torch-compile: Inductor")
+    backend: Literal["auto", "eager", "torch-compile", "torch-cudagraph"] = Field(
+        "auto",
+        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA graphs; "
+        "auto: torch-cudagraph on CUDA, else eager",
+    )
+    cuda_graph_batch_sizes: list[int] | None = Field(
+        None, description="Batch sizes to capture; null: powers of two to 8, then multiples of 8 to max_batch_size"
+    )
 
 
 @register
 class CompileModel(Pass):
     """Make the graph callable by the engine.
 
-    ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic shapes.
-    The graph itself does not change.
+    ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic shapes;
+    ``torch-cudagraph`` captures decode steps for a ladder of batch sizes and replays them, padded, because launching
+    hundreds of small kernels takes longer than running them. The graph itself does not change.
 
         before: a GraphModule
         after:  a CompiledModel: packed batch in, logits of the asked-for tokens out
@@ -47,24 +57,60 @@ class CompileModel(Pass):
         if strange:
             raise PassError(f"the graph has inputs the engine cannot feed: {', '.join(strange)}; known: {', '.join(sorted(known))}")
         gm.recompile()
-        run: Callable[..., Any] = gm if self.config.backend == "eager" else torch.compile(gm, dynamic=True)
+        backend, why = self._backend(gm, ctx)
+        if why:
+            ctx.report(why)
+        run: Callable[..., Any] = torch.compile(gm, dynamic=True) if backend == "torch-compile" else gm
+        forward: Callable[..., Any] = lambda **feed: run(**feed)[0]  # noqa: E731
+        details: dict[str, Any] = {"backend": backend, "inputs": len(inputs)}
+        if backend == "torch-cudagraph":
+            forward = self._capture(forward, inputs, ctx)
+            details |= {"batch sizes": forward.sizes, "capture seconds": round(forward.seconds, 2),
+                        "capture bytes": forward.bytes}
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         logits = output.args[0][0]
         ctx.compiled = CompiledModel(
-            forward=lambda **feed: run(**feed)[0],
+            forward=forward,
             inputs=inputs,
             caches=ctx.caches,
             vocab_size=int(logits.meta["val"].shape[-1]),
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
         )
-        return PassInfo(num_matches=1, details={"backend": self.config.backend, "inputs": len(inputs)})
+        return PassInfo(num_matches=1, details=details)
+
+    def _backend(self, gm: GraphModule, ctx: Context) -> tuple[str, str]:
+        """The backend to use, and why it is not the one wished for."""
+        wish = self.config.backend
+        if wish not in ("auto", "torch-cudagraph"):
+            return wish, ""
+        if ctx.device.type != "cuda" or ctx.weights == "none":
+            return "eager", "" if wish == "auto" else f"CUDA graphs need weights on a GPU, not {ctx.device}: eager instead"
+        infos = (info_of(n.target) for n in gm.graph.nodes)
+        syncing = sorted({i.name for i in infos if i is not None and i.syncs})
+        if syncing:
+            return "eager", f"{', '.join(syncing)} reads values on the host, which a CUDA graph cannot hold: eager instead"
+        return "torch-cudagraph", ""
+
+    def _capture(self, forward: Callable[..., Any], inputs: tuple[str, ...], ctx: Context) -> DecodeGraphs:
+        assert ctx.caches is not None
+        sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(ctx.engine.max_batch_size))
+        pages = math.ceil(ctx.engine.max_seq_len / ctx.caches.page_size)
+        graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, ctx.device)
+        try:
+            graphs.capture(ctx.progress)
+        except torch.cuda.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"no memory left on {ctx.device} to capture CUDA graphs for batch sizes up to {sizes[-1]}: lower "
+                "free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
+            ) from error
+        return graphs
 
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
     """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page 0."""
-    total = ctx.engine.max_num_tokens
-    lengths = [min(ctx.engine.max_seq_len, total)] * max(1, total // ctx.engine.max_seq_len)
+    total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
+    lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)
     dev = ctx.device
     position = torch.cat([torch.arange(n) for n in lengths]).to(dev)
