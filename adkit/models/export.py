@@ -31,7 +31,7 @@ class ExportFacts:
     """What export found out; also in ``gm.meta["adkit_export"]``.
 
     ``attention`` is the mode used: interface falls back to eager where the model does not go through the
-    interface, sdpa where its class does not support it, with the reason in ``notes``. ``experts`` is the mode
+    interface, sdpa where that would be wrong, with the reason in ``notes``. ``experts`` is the mode
     asked for. ``inputs`` are the graph's placeholders.
     """
 
@@ -50,7 +50,7 @@ def export_model(model: Any, attention: str = "interface", experts: str = "inter
     ``position_ids`` where the model takes them, and ``rope_lengths`` where a rotary scaling depends on length
     (each token's sequence length). Values and device literals say ``cpu``; :func:`retarget_device` changes
     the literals. ``attention``: ``interface`` for canonical ops, ``sdpa`` or ``eager`` for Hugging Face's own
-    code (eager where the model's class does not support sdpa: its masks, softcap or sinks would be wrong).
+    code; eager also where the model's class does not support sdpa, or sdpa would drop a softcap or sinks.
     ``experts``: ``interface`` for canonical ops, ``batched_mm`` for Hugging Face's batched products.
 
     Raises ExportError, naming the module where it can, when the model cannot be captured or its mask is not
@@ -58,17 +58,21 @@ def export_model(model: Any, attention: str = "interface", experts: str = "inter
     """
     if experts not in EXPERTS:
         raise ExportError(
-            f"experts = {experts!r} cannot be exported, only {' or '.join(EXPERTS)}: the sizes in Hugging Face's "
-            "other forms depend on what the router chose"
+            f"experts = {experts!r} cannot be exported, only {' or '.join(EXPERTS)}: in Hugging Face's other "
+            "forms sizes depend on what the router chose"
         )
-    unsupported = _without_sdpa(model) if attention == "sdpa" else ""
-    if unsupported:
-        reason = f"{unsupported} does not support sdpa"
+    if attention == "sdpa":
+        reason = _without_sdpa(model)
+        if not reason:
+            graph, extensions = _capture(model, attention, experts)
+            if not extensions.dropped:
+                return graph
+            reason = f"Hugging Face's sdpa code ignores {' and '.join(sorted(extensions.dropped))}"
         return _noted(_capture(model, "eager", experts)[0], reason)
-    if attention != "interface":
+    if attention == "eager":
         return _capture(model, attention, experts)[0]
     reason = "the model does not go through Hugging Face's attention interface"
-    gm = None
+    gm: GraphModule | None = None
     try:
         gm, extensions = _capture(model, attention, experts)
         if any(n.target is torch.ops.adkit.torch_attention.default for n in gm.graph.nodes):
@@ -91,13 +95,12 @@ def _noted(gm: GraphModule, reason: str) -> GraphModule:
 
 
 def _without_sdpa(model: nn.Module) -> str:
-    """Class of the first model, or model within it, that says it does not support sdpa; empty if all do.
+    """Says which model, or model within it, declares that it does not support sdpa; empty if all do.
 
     Hugging Face refuses such a class when it builds one; writing the config afterwards is not refused.
     """
-    return next(
-        (type(m).__name__ for m in model.modules() if getattr(m, "_supports_sdpa", True) is False), ""
-    )
+    names = (type(m).__name__ for m in model.modules() if getattr(m, "_supports_sdpa", True) is False)
+    return next((f"{name} does not support sdpa" for name in names), "")
 
 
 def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Extensions]:

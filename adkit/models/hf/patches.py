@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -22,7 +23,8 @@ class Extensions:
     """What is in place during an export.
 
     ``rope_lengths`` is set by the exported forward; ``length_dependent`` says whether any module reads it.
-    ``masks`` counts calls of the mask interface.
+    ``masks`` counts calls of the mask interface. ``dropped`` names what attention modules handed to Hugging
+    Face's sdpa function and it does not read.
     """
 
     def __init__(self, model: nn.Module, experts: str) -> None:
@@ -31,6 +33,7 @@ class Extensions:
         self.experts = ExpertsInterface(model) if experts == "interface" else None
         self.rope_lengths: Tensor | None = None
         self.masks = 0
+        self.dropped: set[str] = set()
         self.rope = {
             name: (module, PerTokenRope(module, name, self._lengths))
             for name, module in model.named_modules()
@@ -50,6 +53,18 @@ class Extensions:
     def _lengths(self) -> Tensor:
         assert self.rope_lengths is not None
         return self.rope_lengths
+
+    def sdpa(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Hugging Face's sdpa function, watched."""
+        reads = set(inspect.signature(own).parameters)
+        matters = {"softcap", "s_aux", "position_bias"} - reads
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            lost = {name for name in matters if kwargs.get(name) is not None}
+            self.dropped |= lost
+            return own(*args, **{k: v for k, v in kwargs.items() if k not in lost})  # newer ones raise
+
+        return watched
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask interface, counted."""
@@ -75,6 +90,9 @@ def extension_points(model: nn.Module, attention: str, experts: str = "interface
             (HFExperts._global_mapping, extensions.experts),
         ):
             stack.enter_context(mock.patch.dict(table, {NAME: value}))
+        if attention == "sdpa":
+            table = HFAttention._global_mapping
+            stack.enter_context(mock.patch.dict(table, sdpa=extensions.sdpa(table["sdpa"])))
         # adkit packs sequences by itself, and a batch without padding has none on the left
         stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", return_value=None))
         if attention == "interface":

@@ -20,7 +20,7 @@ class ExportConfig(PassConfig):
     attention: Literal["interface", "sdpa", "eager"] = Field(
         "interface",
         description="interface: canonical ops through HF's extension points; "
-        "sdpa, eager: HF's code, matched later (eager where the model's class does not support sdpa)",
+        "sdpa, eager: HF's code, matched later (eager where sdpa would be wrong)",
     )
     experts: Literal["interface", "batched_mm"] = Field(
         "interface",
