@@ -23,8 +23,8 @@ class CompileModelConfig(PassConfig):
 
     backend: Literal["auto", "eager", "torch-compile", "torch-cudagraph"] = Field(
         "auto",
-        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA graphs; "
-        "auto: torch-cudagraph on CUDA, else eager",
+        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA "
+        "graphs; auto: torch-cudagraph on CUDA, else eager",
     )
     cuda_graph_batch_sizes: list[int] | None = Field(
         None,
