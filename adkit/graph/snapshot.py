@@ -234,6 +234,16 @@ class Snapshot:
 
         return cost_table(self, device, sizes)
 
+    def cost(self, device: str = "H100 SXM", **sizes: int) -> Any:
+        """FLOPs, bytes and roofline seconds of every call on a named device, as a pandas DataFrame.
+
+        ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
+        ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
+        """
+        from adkit.graph.cost import cost_table
+
+        return cost_table(self, device, sizes)
+
     def __repr__(self) -> str:
         calls = sum(n.op == "call_function" for n in self.nodes)
         return f"Snapshot({len(self)} nodes, {calls} calls)"
