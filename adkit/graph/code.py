@@ -68,7 +68,10 @@ def lines(
 
 
 class Symbols:
-    """Readable names of dynamic dimensions: B, S (T once packed), L gathered rows, R sequences, P pages, M pages a row."""
+    """Readable names of dynamic dimensions.
+
+    B, S (T once packed), L for gathered rows, R for sequences, P for pages, M for pages of one sequence.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.names: dict[str, str] = {}

@@ -267,7 +267,9 @@ class Sizes:
         self.given = dict(symbols)
         self._known: dict[str, int] = {}
         self._friendly: dict[str, str] = {}
-        inputs.update({"*_cache": v for n, v in inputs.items() if n.endswith("_cache")})
+        cache = next((v for n, v in inputs.items() if n.endswith("_cache")), None)
+        if cache is not None:
+            inputs["*_cache"] = cache
         for name, (placeholder, dim) in NAMES.items():
             if placeholder in inputs and inputs[placeholder].dim() > dim:
                 self._friendly[name] = str(inputs[placeholder].shape[dim])
@@ -290,8 +292,12 @@ class Sizes:
         tokens = self._known.get(self._friendly["tokens"], sequences)
         pages = math.ceil(max(self.given.get("context", 0), tokens / sequences) / int(page_size))
         for name, value in (
-            ("batch", 1), ("sequences", 1), ("logits", sequences), ("max_pages", pages), ("pages", 1 + sequences * pages),
-        ):  # fmt: skip
+            ("batch", 1),
+            ("sequences", 1),
+            ("logits", sequences),
+            ("max_pages", pages),
+            ("pages", 1 + sequences * pages),
+        ):
             if name in self._friendly:
                 self._known.setdefault(self._friendly[name], value)
 

@@ -66,13 +66,15 @@ class Journal:
 def journal(gm: GraphModule) -> Iterator[Journal]:
     """Record every change made to ``gm.graph`` in the block (FX's node hooks are private: used only here)."""
     log = Journal()
+    by_name: dict[str, Node] = {}  # FX's hook names the new node; the last one made of a name is meant
 
     def created(node: Node) -> None:
         log.made.append(node)
+        by_name[node.name] = node
 
     def replaced(old: Node, new: str, user: Node) -> None:
         tag = tag_of(old)
-        node = next((n for n in reversed(log.made) if n.name == new), None)
+        node = by_name.get(new)
         if tag is not None and node is not None:
             log.replaced.append((tag.id, node))
 
@@ -92,10 +94,9 @@ class Site:
     """One place being rewritten; made by :func:`site`."""
 
     def __init__(self, gm: GraphModule, matched: list[Node], label: str, before: Node | None) -> None:
-        order = {n: i for i, n in enumerate(gm.graph.nodes)} if before is None else {}
         self.gm = gm
         self.matched = matched
-        self.anchor = before if before is not None else max(matched, key=order.__getitem__)
+        self.anchor = before if before is not None else max(matched)  # FX nodes compare by their place
         tags = (tag_of(n) for n in matched)
         self.record = SiteRecord(label, tuple(t.id for t in tags if t is not None))
 

@@ -6,7 +6,7 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from adkit.graph.diff import Diff, RewriteClass, diff
 from adkit.graph.edit import SiteRecord
@@ -165,8 +165,10 @@ class Text(str):
 
 
 class Steps:
-    """The steps of a pipeline, in order; takes a key or an index. ``heading`` stands above them in a
-    notebook."""
+    """The steps of a pipeline, in order; takes a key, an index (negative from the end) or a slice.
+
+    ``heading`` stands above them in a notebook. Raises KeyError for an unknown key, with the nearest one.
+    """
 
     def __init__(self, steps: list[Step], heading: str = "") -> None:
         self._steps = steps
@@ -181,13 +183,23 @@ class Steps:
     def __contains__(self, key: object) -> bool:
         return any(s.name == key for s in self._steps)
 
-    def __getitem__(self, key: str | int) -> Step:
+    @overload
+    def __getitem__(self, key: str | int) -> Step: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> Steps: ...
+
+    def __getitem__(self, key: str | int | slice) -> Step | Steps:
+        if isinstance(key, slice):
+            return Steps(self._steps[key])
         if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"no step {key}: the pipeline has {len(self)}")
             return self._steps[key]
         for s in self._steps:
             if s.name == key:
                 return s
-        close = difflib.get_close_matches(key, [s.name for s in self._steps], 1)
+        close = difflib.get_close_matches(str(key), [s.name for s in self._steps], 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise KeyError(f"no step {key!r} in this pipeline{hint}")
 

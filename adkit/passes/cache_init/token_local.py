@@ -112,6 +112,8 @@ _ALONG_DIM = {
     "take_along_dim",
     "count_nonzero",
 }
+#: Each element from the elements at its place, though torch does not tag them so.
+_ELEMENTWISE = {"where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex"}
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {
     "full",
@@ -213,7 +215,7 @@ def _why_not(node: Any, symbols: set[Any]) -> str | None:
         if name in ("repeat", "repeat_interleave") and _repeats_tokens(node, symbols):
             return "repeats tokens"
         return None
-    if torch.Tag.pointwise in target.tags or name in ("where", "masked_fill", "dropout", "copy"):
+    if torch.Tag.pointwise in target.tags or name in _ELEMENTWISE:
         return "computes with the number of tokens" if sized else None
     if name in ("embedding",):
         return None if not _token_dims(node.args[0], symbols) else "looks rows up among tokens"
