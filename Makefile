@@ -91,9 +91,10 @@ format: venv ## Format the code and fix what ruff can fix
 
 notebooks: venv graphviz ## Re-execute every notebook in place, recording its outputs
 	@for notebook in $$($(FIND_NOTEBOOKS) || true); do \
-		$(PY) -m jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
+		$(PY) -m jupyter nbconvert --to notebook --execute --inplace \
 			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.record_timing=False \
 			--ExecutePreprocessor.store_widget_state=False "$$notebook"; \
+		$(PY) -m jupyter nbconvert --to notebook --inplace --coalesce-streams "$$notebook"; \
 	done
 
 clean: ## Remove .venv, caches and build products
