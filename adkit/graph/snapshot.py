@@ -226,16 +226,7 @@ class Snapshot:
         return self._code
 
     def cost(self, device: Any = "H100 SXM", **sizes: int) -> Any:
-        """FLOPs, bytes and roofline time of every call as a DataFrame: ``graph.cost("H200", tokens=1, context=1024)``.
-
-        ``sizes`` are the sizes that the graph leaves open; see :func:`adkit.graph.cost.cost_table`.
-        """
-        from adkit.graph.cost import cost_table
-
-        return cost_table(self, device, sizes)
-
-    def cost(self, device: str = "H100 SXM", **sizes: int) -> Any:
-        """FLOPs, bytes and roofline seconds of every call on a named device, as a pandas DataFrame.
+        """FLOPs, bytes and roofline seconds of every call on a device (a name or a Device), as a DataFrame.
 
         ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
         ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
