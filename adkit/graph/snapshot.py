@@ -239,10 +239,10 @@ class Snapshot:
         return self._code
 
     def cost(self, device: Any = "H100 SXM", **sizes: int) -> Any:
-        """FLOPs, bytes and roofline seconds of every call as a DataFrame: ``graph.cost("H200", batch=1, seq=512)``.
+        """FLOPs, bytes and roofline seconds of every call on a device (a name or a Device), as a DataFrame.
 
-        ``sizes`` are what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
-        ``context``. The total is in ``.attrs["total"]``; see :func:`adkit.graph.cost.cost_table`.
+        ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
+        ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
         """
         from adkit.graph.cost import cost_table
 
