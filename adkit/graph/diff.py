@@ -162,7 +162,9 @@ class Diff:
 
     def _signature(self, s: Site) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         gone, made = [self.before[i] for i in s.erased], [self.after[i] for i in s.created]
-        calls = any(n.op == "call_function" for n in (*gone, *made))  # reads of weights go without saying, unless alone
+        calls = any(
+            n.op == "call_function" for n in (*gone, *made)
+        )  # reads of weights go without saying, unless alone
         return (
             s.label,
             tuple(_label(n) for n in gone if n.op != "get_attr" or not calls),
@@ -191,11 +193,12 @@ def diff(before: Snapshot, after: Snapshot, sites: Iterable[SiteRecord] = ()) ->
 def _label(n: NodeRecord) -> str:
     if n.op == "call_function":
         return n.target_name
-    return f"{n.op} {re.sub(r'[0-9]+', '*', n.target_name) if n.op == 'placeholder' else without_layer(n.target_name)}"
+    name = re.sub(r"[0-9]+", "*", n.target_name) if n.op == "placeholder" else without_layer(n.target_name)
+    return f"{n.op} {name}"
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:
-    """True when arguments differ only in references from an erased node to a created one, or to what it was made from."""
+    """True when only references differ: to an erased node before, to a created one or its own source after."""
     was, now = old.inputs(), new.inputs()
     if len(was) != len(now):
         return False

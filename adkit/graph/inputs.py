@@ -1,4 +1,4 @@
-"""New graph inputs: placeholders with fake values whose dynamic sizes are symbols, fresh or shared by name."""
+"""New graph inputs: placeholders with fake values whose dynamic sizes are symbols, fresh or shared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-#: A size: a number, dynamic with a symbol of its own (None), or dynamic and shared with all of that name; a name
+#: A size: a number, dynamic with a symbol of its own (None), or dynamic and shared by all of that name, which
 #: may carry an addend ("sequences + 1").
 Dim = int | str | None
 
@@ -37,8 +37,8 @@ class GraphInputs:
     def add(self, name: str, shape: tuple[Dim, ...], dtype: torch.dtype) -> Node:
         """The placeholder ``name``, made after the last one if new; ``shape`` as in :data:`Dim`.
 
-        Sizes known to be equal share a name (and so a symbol): layers that differ in nothing else then fold, and
-        a cost needs each size once. Placeholders are keywords, so their order carries no meaning.
+        Sizes known to be equal share a name (and so a symbol): layers that differ in nothing else then fold,
+        and a cost needs each size once. Placeholders are keywords, so their order carries no meaning.
         """
         if name in self.known:
             return self.known[name]
@@ -54,7 +54,7 @@ class GraphInputs:
         return node
 
     def share(self, size: str, name: str, dim: int) -> None:
-        """Let ``size`` be the size that the input ``name`` has at ``dim``; no effect without such an input."""
+        """Let ``size`` be the size that input ``name`` has at ``dim``; no effect without such an input."""
         val = self.known[name].meta.get("val") if name in self.known else None
         if isinstance(val, torch.Tensor) and val.dim() > dim:
             self.sizes[size] = val.shape[dim]

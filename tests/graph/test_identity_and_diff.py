@@ -88,7 +88,7 @@ def test_unchanged_nodes_share_their_record():
 
 def test_replacing_a_reader_input_by_its_successor_is_not_a_change_of_the_reader():
     gm = chain(3)
-    a, b, c = calls(gm)
+    a, b, _ = calls(gm)
 
     def edit(gm):
         with site(gm, [b], label="swap") as s:
@@ -181,7 +181,10 @@ def test_building_over_a_module_without_a_tensor_names_it():
         take(gm).build(torch.nn.Module())
 
 
-@given(st.integers(1, 20), st.lists(st.tuples(st.sampled_from(["swap", "drop", "add", "rewire"]), st.integers(0, 99)), max_size=8))
+@given(
+    st.integers(1, 20),
+    st.lists(st.tuples(st.sampled_from(["swap", "drop", "add", "rewire"]), st.integers(0, 99)), max_size=8),
+)
 @settings(max_examples=60)
 def test_any_edit_is_told_exactly(length, edits):
     gm = chain(length)
@@ -218,7 +221,9 @@ def test_any_edit_is_told_exactly(length, edits):
     for n in after:
         if n.id in old and n.id not in d.changed:
             for was, now in zip(old[n.id][1], n.inputs(), strict=True):
-                assert was == now or (was in d.erased and (now in d.created or now in behind(was, old, d.erased)))
+                assert was == now or (
+                    was in d.erased and (now in d.created or now in behind(was, old, d.erased))
+                )
 
 
 def behind(node, old, erased):

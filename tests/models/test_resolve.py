@@ -71,7 +71,7 @@ def test_a_model_directory_comes_before_a_bundled_name(tmp_path, monkeypatch):
 
 
 def test_a_config_that_is_refused_says_which_field_and_why():
-    with pytest.raises(ModelError, match="hidden_size.*int"):
+    with pytest.raises(ModelError, match=r"hidden_size.*int"):
         resolve({"model_type": "llama", "hidden_size": "x"})
 
 
