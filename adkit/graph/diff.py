@@ -198,7 +198,7 @@ def _label(n: NodeRecord) -> str:
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:
-    """True when only references differ: to an erased node before, to a created one or its own source after."""
+    """True when only references differ: an erased node before, a created one or its own source after."""
     was, now = old.inputs(), new.inputs()
     if len(was) != len(now):
         return False
