@@ -35,9 +35,9 @@ class MixerDescriptor:
     ``source_op`` is the canonical op in the uncached graph; ``cached_ops`` the cached op by backend name.
     A cached op is called with the source op's tensor arguments (``tensor_args``, by schema name, None kept),
     then the batch inputs named in ``metadata``, then its caches (in the order ``cache_specs`` gives), then
-    ``constants(node_args)`` as keyword arguments, and returns what the source op returned, for the packed batch.
+    ``constants(node_args)`` as keyword arguments, and returns what the source op did, for the packed batch.
     ``cache_specs(values, page_size, dtype, prefix)`` names and sizes the caches from the source op's bound
-    arguments (fake tensors and constants by schema name). ``refuse`` says why a node cannot be cached, or None.
+    arguments (fake tensors and constants by schema name). ``refuse``: why a node cannot be cached, or None.
     """
 
     name: str

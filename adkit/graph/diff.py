@@ -193,11 +193,12 @@ def diff(before: Snapshot, after: Snapshot, sites: Iterable[SiteRecord] = ()) ->
 def _label(n: NodeRecord) -> str:
     if n.op == "call_function":
         return n.target_name
-    return f"{n.op} {re.sub(r'[0-9]+', '*', n.target_name) if n.op == 'placeholder' else without_layer(n.target_name)}"
+    name = re.sub(r"[0-9]+", "*", n.target_name) if n.op == "placeholder" else without_layer(n.target_name)
+    return f"{n.op} {name}"
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:
-    """True when arguments differ only in references from an erased node to a created one, or to what it read."""
+    """True when only references differ: an erased node before, a created one or its own source after."""
     was, now = old.inputs(), new.inputs()
     if len(was) != len(now):
         return False

@@ -73,7 +73,8 @@ class IdentityMap:
         owner: dict[int, Node] = {}
         for node in graph.nodes:
             tag = tag_of(node)
-            if tag is not None and self._owner.get(tag.id) is node and tag.id not in owner:
+            known = tag is not None and tag.id in self._owner and tag.id not in owner
+            if tag is not None and known and self._owner[tag.id] is node:
                 owner[tag.id] = node
                 continue
             inherited = () if tag is None else (tag.id,)

@@ -1,4 +1,4 @@
-"""New graph inputs: placeholders with fake values; a dynamic size is a symbol, fresh or shared by name."""
+"""New graph inputs: placeholders with fake values whose dynamic sizes are symbols, fresh or shared."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-#: A size: a number, dynamic with a symbol of its own (None), or dynamic and shared with all of that name;
-#: a name may carry an addend ("sequences + 1").
+#: A size: a number, dynamic with a symbol of its own (None), or dynamic and shared by all of that name, which
+#: may carry an addend ("sequences + 1").
 Dim = int | str | None
 
 
@@ -54,7 +54,7 @@ class GraphInputs:
         return node
 
     def share(self, size: str, name: str, dim: int) -> None:
-        """Let ``size`` be what the input ``name`` has at ``dim``; no effect without such an input."""
+        """Let ``size`` be the size that input ``name`` has at ``dim``; no effect without such an input."""
         val = self.known[name].meta.get("val") if name in self.known else None
         if isinstance(val, torch.Tensor) and val.dim() > dim:
             self.sizes[size] = val.shape[dim]

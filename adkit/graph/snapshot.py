@@ -18,6 +18,7 @@ from adkit.graph.identity import Tag, identities, set_tag, tag_of
 from adkit.graph.provenance import Source, layer_of, module_path_of, source_of
 
 if TYPE_CHECKING:
+    from adkit.graph.cost import Device
     from adkit.graph.folding import Folding
 
 
@@ -53,7 +54,7 @@ class NodeRecord:
 
     @property
     def target_name(self) -> str:
-        """The target as text: ``aten.mul.Tensor``, ``adkit.torch_rmsnorm``, an attribute's or input's name."""
+        """The target as text: ``aten.mul.Tensor``, ``adkit.torch_rmsnorm``, an input's name."""
         return target_name(self.target)
 
     @property
@@ -203,7 +204,7 @@ class Snapshot:
         return found
 
     def table(self) -> Any:
-        """The graph as a pandas DataFrame, one row a node (id, name, op, target, shape, dtype, module, source).
+        """The graph as a pandas DataFrame, a row a node (id, name, op, target, shape, dtype, module, source).
 
         Open sizes go by the names of the code view (B, S, T).
         """
@@ -238,11 +239,11 @@ class Snapshot:
             self._code = render(self)
         return self._code
 
-    def cost(self, device: Any = "H100 SXM", **sizes: int) -> Any:
-        """FLOPs, bytes and roofline seconds of every call on a device (a name or a Device), as a DataFrame.
+    def cost(self, device: Device | str = "H100 SXM", **sizes: int) -> Any:
+        """FLOPs, bytes and roofline seconds of every call on a named device, as a pandas DataFrame.
 
-        ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
-        ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
+        ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences``
+        and ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
         """
         from adkit.graph.cost import cost_table
 

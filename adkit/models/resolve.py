@@ -232,6 +232,6 @@ def _dtype(
 
 
 def _short(error: Exception, most: int = 300) -> str:
-    """The error on one line: config validation puts the field on the first line and the reason on the next."""
+    """The error on one line: config validation names the field on one line, the reason on the next."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= most else text[:most] + ' ...'}"
