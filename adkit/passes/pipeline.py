@@ -153,7 +153,9 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
     valued = info.has_valid_shapes or p.config.run_shape_prop
     if snapshot is not state.snapshot:
         _refuse_broken(p, gm, snapshot, state, valued, ctx)
-    tensors = take_stamps(gm, snapshot, state.tensors, ctx.factory, p.loads)
+    tensors = state.tensors
+    if snapshot is not state.snapshot or p.loads or any(stamp.loadable for stamp in tensors.values()):
+        tensors = take_stamps(gm, snapshot, state.tensors, ctx.factory, p.loads)
     after = State(
         gm, snapshot, ctx.caches, ctx.compiled, tensors,
         clean=cleaned or ((state.clean or p.config.requires_clean_graph) and info.is_clean), valued=valued,
