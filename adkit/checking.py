@@ -47,6 +47,10 @@ LENGTHS = (11, 5, 23)
 WHOLE_LIMIT = 2 << 30
 
 
+class GraphFails(AdkitError):
+    """A graph raised when it was run."""
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """Outcome of one check: ``rmse_ratio`` = rmse(after - before) / rms(before), ``max_abs`` = largest
@@ -118,12 +122,15 @@ def check_step(
     limit = _limit(wb, tolerance, TOLERANCE)
     stamps = _stamps_around(wb, step)
     before = logits(_runnable(wb, step.before, stamps[0], source, seed), step.before, wb, seed)
-    if compiled is not None:
-        after = _compiled_logits(compiled, wb, seed)
-        source = "loaded"
-    else:
-        after = logits(_runnable(wb, step.after, stamps[1], source, seed), step.after, wb, seed)
-    max_abs, ratio = compare(torch.cat(before), torch.cat(after))
+    try:
+        if compiled is not None:
+            after = _compiled_logits(compiled, wb, seed)
+            source = "loaded"
+        else:
+            after = logits(_runnable(wb, step.after, stamps[1], source, seed), step.after, wb, seed)
+        max_abs, ratio = compare(torch.cat(before), torch.cat(after))
+    except GraphFails as error:
+        return CheckResult(step.name, False, math.nan, math.nan, limit, "whole graph", source, note=str(error))
     note = _unseen_window(step.before)
     if auto and wb.factory.dtype.itemsize < 4 and step.changed and tolerance is None:
         # Rounding adds up over layers and hides small mistakes; at one site it does not.
@@ -200,7 +207,10 @@ def first_bad_step(
         )
 
     def good(s: Step) -> bool:
-        return compare(reference, run(s.after, _stamps_around(wb, s)[1]))[1] <= limit
+        try:
+            return compare(reference, run(s.after, _stamps_around(wb, s)[1]))[1] <= limit
+        except GraphFails:
+            return False
 
     low, high = 0, len(steps)  # steps[:low] are good, steps[high:] start bad
     if good(steps[-1]):
@@ -218,7 +228,7 @@ def compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     """(largest absolute difference, rmse ratio) in float64; NaN where either holds a NaN."""
     a, b = expected.detach().double().cpu(), actual.detach().double().cpu()
     if a.shape != b.shape:
-        raise AdkitError(
+        raise GraphFails(
             f"results have different shapes before and after: {tuple(a.shape)} and {tuple(b.shape)}"
         )
     both = torch.isinf(a) & (a == b)
@@ -357,11 +367,16 @@ def logits(gm: GraphModule, snapshot: Snapshot, wb: Workbench, seed: int = 0) ->
     prompts = _prompts(wb, seed)
     inputs = [n.target for n in snapshot if n.op == "placeholder"]
     prefill = [max(1, len(p) // 2) for p in prompts]
-    with torch.inference_mode():
-        if not set(inputs) & set(CACHE_INPUTS):
-            return [_whole(gm, inputs, p, n, wb.device) for p, n in zip(prompts, prefill, strict=True)]
-        pool = _scratch_pool(wb, inputs)
-        return packed_logits(lambda **feed: gm(**feed)[0], inputs, pool, prompts, prefill, wb.device)
+    try:
+        with torch.inference_mode():
+            if not set(inputs) & set(CACHE_INPUTS):
+                return [_whole(gm, inputs, p, n, wb.device) for p, n in zip(prompts, prefill, strict=True)]
+            pool = _scratch_pool(wb, inputs)
+            return packed_logits(lambda **feed: gm(**feed)[0], inputs, pool, prompts, prefill, wb.device)
+    except (AdkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an operator makes of arguments that a pass got wrong
+        raise GraphFails(f"the graph does not run: {type(error).__name__}: {error}") from error
 
 
 def _compiled_logits(compiled: CompiledModel, wb: Workbench, seed: int) -> list[Tensor]:

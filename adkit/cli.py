@@ -68,7 +68,7 @@ def run(
         for text, completion in zip(prompt, completions, strict=True):
             print(f"\n> {text}\n{completion.text.strip()}")
     if report is not None:
-        print(f"\nreport: {wb.report(report, completions)}")
+        print(f"\nreport: {wb.report(report, list(zip(prompt, completions, strict=True)))}")
     if save is not None:
         print(f"record: {wb.save(save)}")
     print(f"\n{time.perf_counter() - start:.1f} s")

@@ -44,6 +44,7 @@ class CompiledModel:
 
     ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
     does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
+    ``max_positions`` bounds a sequence where positions are looked up in a learned table.
     """
 
     forward: Callable[..., Tensor]
@@ -52,6 +53,7 @@ class CompiledModel:
     vocab_size: int
     device: torch.device
     eos_token_ids: tuple[int, ...] = ()
+    max_positions: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:

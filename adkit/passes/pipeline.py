@@ -227,6 +227,9 @@ def rebuild(snapshot: Snapshot, tensors: torch.nn.Module) -> GraphModule:
     if "adkit_ids" in meta:
         own = identities(gm)
         own.next_id = max(own.next_id, meta["adkit_ids"].next_id)
+    if isinstance(tensors, GraphModule):
+        # node records keep FX nodes, and those would keep the module that is given up, with all its tensors
+        tensors.graph.owning_module = None
     return gm
 
 

@@ -101,6 +101,11 @@ class Engine:
                 f"Token id {token} at position {at} of the prompt is out of range; the vocabulary has "
                 f"{vocab} tokens (0 to {vocab - 1}). Was the prompt made with this model's tokenizer?"
             )
+        if self.model.max_positions is not None and len(tokens) > self.model.max_positions:
+            raise RequestError(
+                f"The prompt has {len(tokens)} tokens; the model has learned {self.model.max_positions} positions "
+                "and no more. Shorten the prompt."
+            )
         if len(tokens) >= self.config.max_seq_len or len(tokens) > self.capacity:
             raise RequestError(
                 f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and "
@@ -116,13 +121,15 @@ class Engine:
     def add(self, prompt: Iterable[int], params: SamplingParams | None = None) -> Sequence:
         """Queue a request; returns its handle.
 
-        The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or fill the
+        The output ends at ``max_tokens``, or before where they reach ``max_seq_len``, the model's last learned position, or fill the
         cache. Raises RequestError for a request that cannot be served.
         """
         params = params if params is not None else SamplingParams()
         tokens = self.check(prompt, params)
         # The last token's keys and values are never needed, hence capacity + 1.
         max_len = min(len(tokens) + params.max_tokens, self.config.max_seq_len, self.capacity + 1)
+        if self.model.max_positions is not None:  # the last token is sampled and never looked up
+            max_len = min(max_len, self.model.max_positions + 1)
         detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop))
         with self._lock:
             seq = Sequence(self._next_id, tokens, params, max_len, detokenizer)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from adkit.contract import CachePool, CompiledModel, MemoryLimitError, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
@@ -84,6 +84,7 @@ class CompileModel(Pass):
             vocab_size=int(logits.meta["val"].shape[-1]),
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
+            max_positions=learned_positions(gm),
         )
         return PassInfo(num_matches=1, details=details)
 
@@ -123,6 +124,31 @@ class CompileModel(Pass):
                 "free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
             ) from error
         return graphs
+
+
+def learned_positions(gm: GraphModule) -> int | None:
+    """How many positions the graph's learned table has (OPT's offset taken off); None without such a table.
+
+    The index of a lookup is followed back through sums with constants and layout to ``position_ids``.
+    """
+    limits = []
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.aten.embedding.default:
+            continue
+        table, at = node.args[:2]
+        offset = 0
+        while isinstance(at, Node) and at.op == "call_function":
+            if at.target is torch.ops.aten.add.Tensor:
+                constants = [a for a in at.args if isinstance(a, int)]
+                if len(constants) != 1:
+                    break
+                offset += constants[0]
+            elif len(at.all_input_nodes) != 1:
+                break
+            at = at.all_input_nodes[0]
+        if isinstance(at, Node) and at.op == "placeholder" and at.target == "position_ids":
+            limits.append(int(table.meta["val"].shape[0]) - offset)
+    return min(limits, default=None)
 
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
