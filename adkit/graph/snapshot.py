@@ -226,7 +226,7 @@ class Snapshot:
         return self._code
 
     def cost(self, device: Any = "H100 SXM", **sizes: int) -> Any:
-        """FLOPs, bytes and roofline seconds of every call on a device (a name or a Device), as a DataFrame.
+        """FLOPs, bytes and roofline seconds of every call on a device, as a DataFrame.
 
         ``sizes`` fix what the graph leaves open: ``batch`` and ``seq``; once packed ``tokens``, ``sequences`` and
         ``context``. The total is in ``.attrs["total"]``. See :mod:`adkit.graph.cost`.
