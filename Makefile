@@ -94,6 +94,7 @@ notebooks: venv graphviz ## Re-execute every notebook in place, recording its ou
 		$(PY) -m jupyter nbconvert --to notebook --execute --inplace \
 			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.record_timing=False \
 			--ExecutePreprocessor.store_widget_state=False "$$notebook"; \
+		$(PY) -m jupyter nbconvert --to notebook --inplace --coalesce-streams "$$notebook"; \
 	done
 
 clean: ## Remove .venv, caches and build products

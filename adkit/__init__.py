@@ -33,9 +33,19 @@ _HOMES = {
     "register": "adkit.passes",
 }
 __all__ = [
-    "LLM", "AdkitError", "Completion", "Context", "Pass", "PassConfig", "PassInfo", "SamplingParams", "Stage", "Step",
-    "Workbench", "register",
-]  # fmt: skip
+    "LLM",
+    "AdkitError",
+    "Completion",
+    "Context",
+    "Pass",
+    "PassConfig",
+    "PassInfo",
+    "SamplingParams",
+    "Stage",
+    "Step",
+    "Workbench",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from adkit.contract import CACHE_INPUTS, AdkitError, CachePool, CompiledModel, ConfigError, SequenceBatch, nearest
+from adkit.contract import (
+    CACHE_INPUTS,
+    AdkitError,
+    CachePool,
+    CompiledModel,
+    ConfigError,
+    SequenceBatch,
+    nearest,
+)
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.models.export import retarget_device
@@ -41,7 +49,8 @@ WHOLE_LIMIT = 2 << 30
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Outcome of one check: ``rmse_ratio`` = rmse(after - before) / rms(before), ``max_abs`` = largest difference."""
+    """Outcome of one check: ``rmse_ratio`` = rmse(after - before) / rms(before), ``max_abs`` = largest
+    difference."""
 
     name: str
     ok: bool
@@ -55,7 +64,8 @@ class CheckResult:
 
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else "DIFFERS"
-        text = f"{self.name}: {verdict}, rmse ratio {self.rmse_ratio:.1e}, max abs {self.max_abs:.1e} ({self.how}, {self.weights} weights)"
+        numbers = f"rmse ratio {self.rmse_ratio:.1e}, max abs {self.max_abs:.1e}"
+        text = f"{self.name}: {verdict}, {numbers} ({self.how}, {self.weights} weights)"
         return f"{text}; {self.note}" if self.note else text
 
     def __bool__(self) -> bool:
@@ -85,11 +95,12 @@ def check_step(
 ) -> CheckResult:
     """Compare ``step.before`` with ``step.after``.
 
-    ``how``: ``whole`` runs both graphs on prompts, ``sites`` cuts out one site a rewrite class; ``auto`` takes
-    whole where the weights are at most 2 GiB (and in half precision looks at the sites too). ``weights``: those loaded, the checkpoint's, or random ones from
-    ``seed``; auto takes the first of these that there are. ``tolerance`` bounds the rmse ratio (default by
-    dtype: 1e-5 in float32). What could not be compared is not ok. Raises ConfigError for options that are none
-    of these, AdkitError for weights that cannot be had.
+    ``how``: ``whole`` runs both graphs on prompts, ``sites`` cuts out one site a rewrite class; ``auto``
+    takes whole where the weights are at most 2 GiB (and in half precision looks at the sites too).
+    ``weights``: those loaded, the checkpoint's, or random ones from ``seed``; auto takes the first of these
+    that there are. ``tolerance`` bounds the rmse ratio (default by dtype: 1e-5 in float32). What could not
+    be compared is not ok. Raises ConfigError for options that are none of these, AdkitError for weights
+    that cannot be had.
     """
     if not len(step.before):
         raise AdkitError(f"step {step.name!r} has no graph before it to compare with")
@@ -145,7 +156,8 @@ def _check_sites(wb: Workbench, step: Step, limit: float, seed: int) -> CheckRes
             missed.append(f"{rewrite}: {error}")
         else:
             found += [(str(rewrite), *outcome)] if outcome is not None else []
-    note = f"{len(missed)} of {len(missed) + len(found)} rewrite classes could not be run alone: {'; '.join(missed[:3])}"
+    share = f"{len(missed)} of {len(missed) + len(found)}"
+    note = f"{share} rewrite classes could not be run alone: {'; '.join(missed[:3])}"
     if not found:
         how = "not run" if missed else "nothing computed changed"
         worst = math.nan if missed else 0.0
@@ -158,10 +170,14 @@ def _check_sites(wb: Workbench, step: Step, limit: float, seed: int) -> CheckRes
     )
 
 
-def first_bad_step(wb: Workbench, *, tolerance: float | None = None, seed: int = 0, weights: Any = "auto") -> Step | None:
-    """Binary search for the first run step whose logits differ from the exported graph's by more than allowed.
+def first_bad_step(
+    wb: Workbench, *, tolerance: float | None = None, seed: int = 0, weights: Any = "auto"
+) -> Step | None:
+    """Binary search for the first run step whose logits differ from the exported graph's by more than
+    allowed.
 
-    A model too large to run whole is searched step by step, by sites; what cannot be run alone is passed over.
+    A model too large to run whole is searched step by step, by sites; what cannot be run alone is passed
+    over.
     """
     steps = [s for s in wb._done() if len(s.before) and (s.changed or s.altered)]
     if not steps:
@@ -178,7 +194,8 @@ def first_bad_step(wb: Workbench, *, tolerance: float | None = None, seed: int =
     reference = run(steps[0].before, _stamps_around(wb, steps[0])[0])
     if not torch.isfinite(reference).all():
         raise AdkitError(
-            f"the logits of {wb.name!r} are not finite as exported, with {source} weights, so no step can be judged by them; "
+            f"the logits of {wb.name!r} are not finite as exported, with {source} weights, so no step can "
+            "be judged by them; "
             "take other weights (weights=...) or look at the model"
         )
 
@@ -201,13 +218,15 @@ def compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     """(largest absolute difference, rmse ratio) in float64; NaN where either holds a NaN."""
     a, b = expected.detach().double().cpu(), actual.detach().double().cpu()
     if a.shape != b.shape:
-        raise AdkitError(f"results have different shapes before and after: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise AdkitError(
+            f"results have different shapes before and after: {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     both = torch.isinf(a) & (a == b)
     d = torch.where(both, 0.0, b - a)
     a = torch.where(both, 0.0, a)
     scale = float(a.square().mean().sqrt())
     error = float(d.square().mean().sqrt())
-    ratio = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+    ratio = error / scale if scale != 0 else (0.0 if error == 0 else math.inf)
     return (float(d.abs().max()) if d.numel() else 0.0), ratio
 
 
@@ -233,10 +252,13 @@ def _weight_source(wb: Workbench, weights: str) -> str:
     _one_of("weights", weights, ("auto", "loaded", "checkpoint", "random"))
     if weights == "loaded" and not wb.loaded:
         raise AdkitError(
-            "no weights are loaded yet: run through load_weights first, or take weights='checkpoint' or 'random'"
+            "no weights are loaded yet: run through load_weights first, or take weights='checkpoint' or "
+            "'random'"
         )
     if weights == "checkpoint" and wb.factory.weights != "checkpoint":
-        raise AdkitError(f"{wb.name!r} has no checkpoint (weights: {wb.factory.weights}); take weights='random'")
+        raise AdkitError(
+            f"{wb.name!r} has no checkpoint (weights: {wb.factory.weights}); take weights='random'"
+        )
     if weights != "auto":
         return weights
     if wb.loaded:
@@ -246,7 +268,11 @@ def _weight_source(wb: Workbench, weights: str) -> str:
 
 def _runs_whole(snapshot: Snapshot) -> bool:
     """True when the weights that a graph reads are few enough to run it whole."""
-    sizes = {n.target: n.val.numel() * n.val.dtype.itemsize for n in snapshot if n.op == "get_attr" and n.val is not None}
+    sizes = {
+        n.target: n.val.numel() * n.val.dtype.itemsize
+        for n in snapshot
+        if n.op == "get_attr" and n.val is not None
+    }
     return sum(sizes.values()) <= WHOLE_LIMIT
 
 
@@ -269,7 +295,8 @@ def _compiled_by(wb: Workbench, step: Step) -> CompiledModel | None:
 
 
 def _runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, seed: int) -> GraphModule:
-    """``snapshot`` as a module with real weights on the Workbench's device; the Workbench's own stay as they are."""
+    """``snapshot`` as a module with real weights on the Workbench's device; the Workbench's own stay as
+    they are."""
     holder = torch.nn.Module()
     module = wb._state.module
     holder.meta = {  # type: ignore[assignment]
@@ -283,9 +310,14 @@ def _runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, se
         elif stamp is not None:
             have = stamp.tensor()
             if name in known and (have is None or source == "random"):
-                why = "random weights cannot stand in for it" if source == "random" else "later steps changed it again"
+                why = (
+                    "random weights cannot stand in for it"
+                    if source == "random"
+                    else "later steps changed it again"
+                )
                 raise AdkitError(
-                    f"a step changed the data of {name!r}, and {why}: wb.rewind to just after that step and check there"
+                    f"a step changed the data of {name!r}, and {why}: wb.rewind to just after that step "
+                    "and check there"
                 )
         else:
             have = None if module is None else tensor_at(module, name)
@@ -308,14 +340,20 @@ def _prompts(wb: Workbench, seed: int) -> list[Tensor]:
 
 
 def _unseen_window(snapshot: Snapshot) -> str:
-    """A remark when attention is limited to more tokens than the prompts have, so that the limit was not tried."""
-    limits = {v for n in snapshot for k, v in n.kwargs.items() if k in ("window", "chunk") and isinstance(v, int)}
+    """A remark when attention is limited to more tokens than the prompts have, so that the limit was not
+    tried."""
+    limits = {
+        v for n in snapshot for k, v in n.kwargs.items() if k in ("window", "chunk") and isinstance(v, int)
+    }
     longer = sorted(v for v in limits if v >= max(LENGTHS))
-    return f"prompts of {max(LENGTHS)} tokens do not reach the attention window of {longer[0]}" if longer else ""
+    return (
+        f"prompts of {max(LENGTHS)} tokens do not reach the attention window of {longer[0]}" if longer else ""
+    )
 
 
 def logits(gm: GraphModule, snapshot: Snapshot, wb: Workbench, seed: int = 0) -> list[Tensor]:
-    """Logits [len, V] of each of a few ragged random prompts at every position, whatever inputs the graph has."""
+    """Logits [len, V] of each of a few ragged random prompts at every position, whatever inputs the graph
+    has."""
     prompts = _prompts(wb, seed)
     inputs = [n.target for n in snapshot if n.op == "placeholder"]
     prefill = [max(1, len(p) // 2) for p in prompts]
@@ -356,7 +394,9 @@ def _scratch_pool(wb: Workbench, inputs: Sequence[str]) -> CachePool:
     for state in (wb._state, *reversed(wb._history)):
         if state.caches is not None and {s.name for s in state.caches.specs} <= set(inputs):
             return replace(state.caches, tensors={}, num_pages=0)
-    raise AdkitError("the graph reads caches that no step of the pipeline as it stands declared; run it again")
+    raise AdkitError(
+        "the graph reads caches that no step of the pipeline as it stands declared; run it again"
+    )
 
 
 def packed_logits(
@@ -369,8 +409,8 @@ def packed_logits(
 ) -> list[Tensor]:
     """Logits [len, V] of known token sequences through a packed, cached graph, all sequences in one batch.
 
-    ``forward`` gives logits [1, T, V]. The first ``prefill[i]`` tokens of each go in at once, the rest one a step, as in generation. ``pool`` is
-    given memory of its own for the purpose.
+    ``forward`` gives logits [1, T, V]. The first ``prefill[i]`` tokens of each go in at once, the rest one
+    a step, as in generation. ``pool`` is given memory of its own for the purpose.
     """
     size = pool.page_size
     pages = [math.ceil(len(s) / size) for s in sequences]

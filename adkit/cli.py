@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adkit.contract import AdkitError, ConfigError, ConfigError
+from adkit.contract import AdkitError, Completion, ConfigError
 from adkit.graph.step import Step
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 Set = Annotated[list[str], typer.Option("--set", help="Override, as transforms.fuse_gemms.enabled=false")]
-Config = Annotated[list[Path], typer.Option("--config", help="YAML fragment merged over the defaults; repeatable")]
+Config = Annotated[
+    list[Path], typer.Option("--config", help="YAML fragment merged over the defaults; repeatable")
+]
 
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="demo, a bundled config, a local directory, or a Hugging Face id")],
+    model: Annotated[
+        str, typer.Argument(help="demo, a bundled config, a local directory, or a Hugging Face id")
+    ],
     until: Annotated[str | None, typer.Option(help="Stop after this stage or transform")] = None,
     overrides: Set = [],  # noqa: B006
     config: Config = [],  # noqa: B006
@@ -29,8 +34,12 @@ def run(
     max_tokens: Annotated[int, typer.Option(help="Most new tokens for each prompt")] = 128,
     report: Annotated[Path | None, typer.Option(help="Write the walk as one HTML file")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the record as JSON")] = None,
-    random_weights: Annotated[bool, typer.Option(help="Seeded random weights where there is no checkpoint")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code")] = False,
+    random_weights: Annotated[
+        bool, typer.Option(help="Seeded random weights where there is no checkpoint")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Let the model's repository run its own code")
+    ] = False,
 ) -> None:
     """Walk a model through the pipeline, a line a stage; then generate and report if asked to."""
     from adkit import SamplingParams, Workbench
@@ -39,13 +48,20 @@ def run(
     if prompt and until is not None:
         raise ConfigError("--prompt needs the whole pipeline: leave out --until")
     wb = Workbench(
-        model, config=list(config), overrides=overrides, random_weights=random_weights, trust_remote_code=trust_remote_code
+        model,
+        config=list(config),
+        overrides=overrides,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
     )
-    print(f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: {wb.factory.weights}")
+    print(
+        f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: "
+        f"{wb.factory.weights}"
+    )
     stages = _StageLines()
     wb.run(until, on_step=stages.add)
     stages.flush()
-    completions = []
+    completions: Iterable[Completion] = []
     if prompt:
         params = SamplingParams(max_tokens=max_tokens)
         completions = wb.llm().generate(prompt, params, progress=False)
@@ -84,8 +100,15 @@ class _StageLines:
 def _stage_line(stage: str, ran: list[Step], seconds: float) -> str:
     changed = [s for s in ran if s.changed]
     nodes = len(ran[-1].after)
-    what = ", ".join(f"{s.name} x{s.info.num_matches}" for s in changed if s.info.num_matches) or "nothing to change"
-    skipped = [f"{s.name} skipped: {s.info.reason}" for s in ran if s.status in ("skipped", "failed") and s.info.reason]
+    what = (
+        ", ".join(f"{s.name} x{s.info.num_matches}" for s in changed if s.info.num_matches)
+        or "nothing to change"
+    )
+    skipped = [
+        f"{s.name} skipped: {s.info.reason}"
+        for s in ran
+        if s.status in ("skipped", "failed") and s.info.reason
+    ]
     if stage in ("factory", "export", "weight_load", "compile"):
         what = ", ".join(s.name for s in ran if s.status == "done") or "-"
     line = f"[{stage:<16}] {seconds:6.2f} s  {nodes:>5} nodes  {what}"

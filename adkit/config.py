@@ -33,7 +33,8 @@ class AdkitConfig(EngineConfig):
         device = self.resolved_device()
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(
-                f"device is {self.device!r} but torch sees {torch.cuda.device_count()} CUDA devices; use 'auto' or 'cpu'"
+                f"device is {self.device!r} but torch sees {torch.cuda.device_count()} CUDA devices; use "
+                "'auto' or 'cpu'"
             )
         return device
 
@@ -41,17 +42,24 @@ class AdkitConfig(EngineConfig):
         """The whole configuration as YAML; transform fields at their defaults are left out."""
         data = self.model_dump(mode="json", exclude={"transforms"})
         data["transforms"] = {
-            key: {"stage": config.stage.value, **config.model_dump(mode="json", exclude_defaults=True, exclude={"stage"})}
+            key: {
+                "stage": config.stage.value,
+                **config.model_dump(mode="json", exclude_defaults=True, exclude={"stage"}),
+            }
             for key, config in self.transforms.items()
         }
         return yaml.safe_dump(data, sort_keys=False)
 
 
-def load_config(fragments: Iterable[Fragment] = (), overrides: Sequence[str] = (), **engine: Any) -> AdkitConfig:
-    """``default.yaml``, then each fragment (a YAML file or a mapping), then ``a.b.c=value`` overrides, then keywords.
+def load_config(
+    fragments: Iterable[Fragment] = (), overrides: Sequence[str] = (), **engine: Any
+) -> AdkitConfig:
+    """``default.yaml``, then each fragment (a YAML file or a mapping), then ``a.b.c=value`` overrides, then
+    keywords.
 
-    Settings of one transform merge field by field; a transform that ``default.yaml`` does not list comes after
-    those of its stage. Raises ConfigError naming the nearest valid name for an unknown key, and the field for a value that cannot be.
+    Settings of one transform merge field by field; a transform that ``default.yaml`` does not list comes
+    after those of its stage. Raises ConfigError naming the nearest valid name for an unknown key, and the
+    field for a value that cannot be.
     """
     merged = read_fragment(Path(str(files("adkit.passes") / "default.yaml")))
     for fragment in fragments:
@@ -67,11 +75,15 @@ def build_config(data: Mapping[str, Any]) -> AdkitConfig:
     fields = {k: v for k, v in data.items() if k != "transforms"}
     for key in fields:
         if key not in EngineConfig.model_fields:
-            raise ConfigError(f"unknown setting {key!r}{nearest(str(key), (*EngineConfig.model_fields, 'transforms'))}")
+            raise ConfigError(
+                f"unknown setting {key!r}{nearest(str(key), (*EngineConfig.model_fields, 'transforms'))}"
+            )
     given = data.get("transforms")
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise ConfigError(f"transforms must map transform keys to their fields, not be a {type(given).__name__}")
+        raise ConfigError(
+            f"transforms must map transform keys to their fields, not be a {type(given).__name__}"
+        )
     engine = _validate(EngineConfig, fields, "engine settings")
     transforms: dict[str, PassConfig] = {}
     for key, values in given.items():
@@ -103,7 +115,9 @@ def _validate(cls: type[BaseModel], values: Mapping[str, Any], where: str) -> An
         name, given = ".".join(str(p) for p in first["loc"]), first["input"]
         expected = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
         hint = nearest(given, expected) if isinstance(given, str) and expected else ""
-        raise ConfigError(f"{where}: {name} = {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}") from None
+        raise ConfigError(
+            f"{where}: {name} = {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}"
+        ) from None
 
 
 def read_fragment(fragment: Fragment) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def parse_override(text: str) -> dict[str, Any]:
     return dict(result)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice, which would silently drop the first."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -147,7 +161,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key if isinstance(key, str) else id(key_node))
         result: dict[Any, Any] = super().construct_mapping(node, deep)
         return result
@@ -158,9 +174,12 @@ def _one_line(error: Exception) -> str:
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge key by key, anything else replaces."""
+    """``over`` laid on ``base``: mappings merge key by key, anything else replaces; an empty key keeps a
+    mapping."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = deep_merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and (value is None or isinstance(value, Mapping)):
+            value = deep_merge(old, value or {})
+        result[key] = value
     return result

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from adkit.runtime.live import LiveModel
 
 
-def LLM(model: Any, **options: Any) -> LiveModel:  # noqa: N802 - it stands where a class would
+def LLM(model: Any, **options: Any) -> LiveModel:
     """Compile ``model`` and return the engine: ``adkit.LLM("demo").generate("Once upon a time")``.
 
     Takes what :class:`adkit.Workbench` takes, and runs its whole pipeline.

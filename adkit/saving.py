@@ -37,7 +37,8 @@ class SavedRun:
     graph: Snapshot
 
     def __repr__(self) -> str:
-        return f"SavedRun of {self.name!r} ({', '.join(f'{k} {v}' for k, v in self.versions.items())})\n{self.steps!r}"
+        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        return f"SavedRun of {self.name!r} ({versions})\n{self.steps!r}"
 
 
 def save(wb: Workbench, path: str | Path) -> Path:
@@ -50,21 +51,39 @@ def save(wb: Workbench, path: str | Path) -> Path:
         try:
             before, after = writer.add(s.before), writer.add(s.after)
         except TypeError as error:
-            raise AdkitError(f"step {s.name!r} cannot be saved: {error}; make the function an operator with torch.library") from error
+            raise AdkitError(
+                f"step {s.name!r} cannot be saved: {error}; make the function an operator with torch.library"
+            ) from error
         steps.append(
             {
-                "name": s.name, "stage": s.stage, "config": _plain(s.config), "doc": s.doc, "status": s.status,
-                "log": _plain(s.log), "altered": list(s.altered),
-                "before": before, "after": after, "info": _plain(asdict(s.info)),
-                "sites": [{"label": r.label, "matched": list(r.matched), "created": list(r.created)} for r in s.sites],
-                "seconds": s.seconds, "record_seconds": s.record_seconds, "memory_bytes": s.memory_bytes,
+                "name": s.name,
+                "stage": s.stage,
+                "config": _plain(s.config),
+                "doc": s.doc,
+                "status": s.status,
+                "log": _plain(s.log),
+                "altered": list(s.altered),
+                "before": before,
+                "after": after,
+                "info": _plain(asdict(s.info)),
+                "sites": [
+                    {"label": r.label, "matched": list(r.matched), "created": list(r.created)}
+                    for r in s.sites
+                ],
+                "seconds": s.seconds,
+                "record_seconds": s.record_seconds,
+                "memory_bytes": s.memory_bytes,
             }
-        )  # fmt: skip
+        )
     data = {
         "adkit_run": FORMAT,
         "name": _portable(wb.name),
         "config": _portable(wb.config.to_yaml()),
-        "versions": {"adkit": adkit.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "adkit": adkit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "graphs": writer.payload(),
         "steps": steps,
     }
@@ -88,7 +107,8 @@ def load(path: str | Path) -> SavedRun:
         run = SavedRun(data["name"], data["config"], data["versions"], Steps(steps), Snapshot())
     except Exception as error:  # a damaged file can fail in any way
         raise AdkitError(
-            f"{path.name} is not a run that this version of adkit can read ({type(error).__name__}: {error}); "
+            f"{path.name} is not a run that this version of adkit can read ({type(error).__name__}: "
+            f"{error}); "
             "it may be cut short or of another program: save it again"
         ) from error
     if version != FORMAT:
@@ -102,10 +122,21 @@ def _step(s: dict[str, Any], reader: SnapshotReader) -> Step:
     before = reader.snapshot(s["before"])
     after = before if s["before"] == s["after"] else reader.snapshot(s["after"])
     return Step(
-        name=s["name"], stage=s["stage"], config=s["config"], doc=s["doc"], status=s["status"], before=before, after=after,
-        info=PassInfo(**s["info"]), sites=sites, seconds=s["seconds"], record_seconds=s["record_seconds"],
-        memory_bytes=s["memory_bytes"], log=s["log"], altered=tuple(s["altered"]),
-    )  # fmt: skip
+        name=s["name"],
+        stage=s["stage"],
+        config=s["config"],
+        doc=s["doc"],
+        status=s["status"],
+        before=before,
+        after=after,
+        info=PassInfo(**s["info"]),
+        sites=sites,
+        seconds=s["seconds"],
+        record_seconds=s["record_seconds"],
+        memory_bytes=s["memory_bytes"],
+        log=s["log"],
+        altered=tuple(s["altered"]),
+    )
 
 
 def _plain(v: Any) -> Any:

@@ -1,8 +1,8 @@
 """One site of a rewrite, cut out of the graph before and after and run on random inputs.
 
-What comes from outside the site is random where it is floating point, and computed from the graph's own inputs
-where it is whole numbers (positions, expert choices), so that both sides see the same values and indices stay
-in range. A cached op is given a cache that holds the one sequence the site runs on.
+What comes from outside the site is random where it is floating point, and computed from the graph's own
+inputs where it is whole numbers (positions, expert choices), so that both sides see the same values and
+indices stay in range. A cached op is given a cache that holds the one sequence the site runs on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class CannotRun(Exception):
 class SiteChecker:
     """Checks the sites of one step.
 
-    ``constant`` gives the data of a tensor that the graph itself holds; ``recipes`` names, for each weight that a
-    pass fused, the weights it is the concatenation of.
+    ``constant`` gives the data of a tensor that the graph itself holds; ``recipes`` names, for each weight
+    that a pass fused, the weights it is the concatenation of.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class SiteChecker:
         self.pairs = output_pairs(step)
 
     def check(self, site: Site) -> tuple[float, float] | None:
-        """(max abs, rmse ratio) of one site's outputs before and after; None when nothing it computed is read.
+        """(max abs, rmse ratio) of one site's outputs before and after; None when nothing it computed is
+        read.
 
         Raises CannotRun.
         """
@@ -67,7 +68,9 @@ class SiteChecker:
         with torch.inference_mode():
             olds = [env.run(before, old, {*site.erased, *site.changed}) for old, _ in outputs]
             news = [env.run(after, new, {*site.created, *site.changed}) for _, new in outputs]
-        pairs = [(o, n) for o, n in zip(olds, news, strict=True) if isinstance(o, Tensor) and isinstance(n, Tensor)]
+        pairs = [
+            (o, n) for o, n in zip(olds, news, strict=True) if isinstance(o, Tensor) and isinstance(n, Tensor)
+        ]
         if not pairs or all(not o.any() for o, _ in pairs):
             raise CannotRun("it gives nothing but zeros, or no tensor")
         return worst_of(compare(o.reshape(n.shape) if o.numel() == n.numel() else o, n) for o, n in pairs)
@@ -76,8 +79,8 @@ class SiteChecker:
 def output_pairs(step: Step) -> list[tuple[int, int]]:
     """Which node after stands where which node before did, over all sites.
 
-    Told by who reads them: a reader that stayed reads the one where it read the other. What only other sites read
-    is paired by order within its site, when as many are left on both sides.
+    Told by who reads them: a reader that stayed reads the one where it read the other. What only other
+    sites read is paired by order within its site, when as many are left on both sides.
     """
     before, after = step.before, step.after
     gone, changed = set(step.diff.erased), set(step.diff.changed)
@@ -98,7 +101,7 @@ def output_pairs(step: Step) -> list[tuple[int, int]]:
         outs = [i for i in outs if before[i].op == "call_function"]
         ins = [i for i in ins if after[i].op == "call_function"]
         if len(outs) == len(ins):
-            pairs.update({pair: None for pair in zip(outs, ins, strict=True)})
+            pairs.update(dict.fromkeys(zip(outs, ins, strict=True)))
     return list(pairs)
 
 
@@ -148,7 +151,9 @@ class _Values:
             try:
                 return n.target(*args, **kwargs)
             except Exception as error:
-                raise CannotRun(f"{n.target_name} fails on stand-in values ({type(error).__name__})") from error
+                raise CannotRun(
+                    f"{n.target_name} fails on stand-in values ({type(error).__name__})"
+                ) from error
 
         return value(output)
 

@@ -142,8 +142,8 @@ class Workbench:
     def run(self, until: str | None = None, *, on_step: Callable[[Step], None] | None = None) -> Workbench:
         """Run the steps that remain, through a stage or a transform key if ``until`` names one.
 
-        ``on_step`` is called with each step that ran. Returns the Workbench. An error leaves it at the last good
-        step. Raises ConfigError for an unknown stage or transform.
+        ``on_step`` is called with each step that ran. Returns the Workbench. An error leaves it at the last
+        good step. Raises ConfigError for an unknown stage or transform.
         """
         stop = self._end_of(until) if until is not None else len(self._passes)
         if self.position == 0:
@@ -210,7 +210,8 @@ class Workbench:
             return
 
     def rewind(self, to: str | int = 0) -> Workbench:
-        """Go back to just before the step ``to`` (key or index, negative from the end); earlier steps are kept.
+        """Go back to just before the step ``to`` (key or index, negative from the end); earlier steps are
+        kept.
 
         After weights were loaded only tensors that later steps changed are read again.
         """
@@ -235,14 +236,18 @@ class Workbench:
         module = cast(GraphModule, leaving.module)
         good = index
         while good > 0 and len(states[good].snapshot) and lost(_reads(states[good]), states[good].tensors):
-            good -= 1  # what that state read was changed since, by a pass that left no copy: run the pass again
+            good -= (
+                1  # what that state read was changed since, by a pass that left no copy: run the pass again
+            )
         target = states[good]
         if not len(target.snapshot):
             self._state, self._history = State(), []
             self._reset_steps(0)
         else:
             gm = rebuild(target.snapshot, module)
-            target = replace(target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches))
+            target = replace(
+                target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches)
+            )
             again = restore(gm, _reads(target), target.tensors, leaving.tensors)
             self._state, self._history = target, self._history[:good]
             if good < len(states) - 1:
@@ -253,7 +258,8 @@ class Workbench:
             self.step()
 
     def _fresh(self, caches: CachePool | None) -> CachePool | None:
-        """A cache to go on with: one that an engine writes to stays that engine's; one without memory gets it back."""
+        """A cache to go on with: one that an engine writes to stays that engine's; one without memory gets
+        it back."""
         if caches is None or not caches.num_pages:
             return caches
         if caches.tensors and not any(pool() is caches for pool in self._served):
@@ -263,7 +269,8 @@ class Workbench:
         return new
 
     def _reload(self, names: list[str]) -> None:
-        """Read tensors again; when that fails, stand before the weights were loaded, where shapes are enough."""
+        """Read tensors again; when that fails, stand before the weights were loaded, where shapes are
+        enough."""
         if not names:
             return
         gm = cast(GraphModule, self._state.module)
@@ -272,7 +279,9 @@ class Workbench:
                 load_graph_tensors(gm, self.factory, names, self.device, self._loading)
         except BaseException:
             first = next(i for i, p in enumerate(self._passes) if p.loads and p.config.enabled)
-            self._state = replace(self._state, tensors={n: s for n, s in self._state.tensors.items() if n not in names})
+            self._state = replace(
+                self._state, tensors={n: s for n, s in self._state.tensors.items() if n not in names}
+            )
             self.rewind(first)
             raise
         for name in names:
@@ -289,14 +298,18 @@ class Workbench:
 
     # --- changing the pipeline
 
-    def insert(self, new: Pass | type[Pass], *, after: str | None = None, before: str | None = None) -> Workbench:
+    def insert(
+        self, new: Pass | type[Pass], *, after: str | None = None, before: str | None = None
+    ) -> Workbench:
         """Add a pass after or before another (default: at the end of its stage); rewinds to its place.
 
         Between passes of other stages it takes the stage of the one it was put next to.
         """
         p = _a_pass(new)
         if any(q.key == p.key for q in self._passes):
-            raise ConfigError(f"the pipeline has a step {p.key!r} already; wb.replace({p.key!r}, ...) swaps it")
+            raise ConfigError(
+                f"the pipeline has a step {p.key!r} already; wb.replace({p.key!r}, ...) swaps it"
+            )
         if after is None and before is None:
             index = sum(q.config.stage.position <= p.config.stage.position for q in self._passes)
             self._become([*self._passes[:index], p, *self._passes[index:]])
@@ -309,7 +322,9 @@ class Workbench:
         p = _a_pass(new)
         index = self._index(key)
         if any(q.key == p.key for q in self._passes if q.key != key):
-            raise ConfigError(f"the pipeline has a step {p.key!r} already, elsewhere; disable or move that one")
+            raise ConfigError(
+                f"the pipeline has a step {p.key!r} already, elsewhere; disable or move that one"
+            )
         if p.config.stage != self._passes[index].config.stage:
             p = _with_config(p, {"stage": self._passes[index].config.stage})
         self._become([*self._passes[:index], p, *self._passes[index + 1 :]])
@@ -383,7 +398,9 @@ class Workbench:
         if name in keys:
             return keys.index(name) + 1
         if name not in Stage.__members__.values():
-            raise ConfigError(f"no stage or transform {name!r}{nearest(name, [*keys, *(s.value for s in Stage)])}")
+            raise ConfigError(
+                f"no stage or transform {name!r}{nearest(name, [*keys, *(s.value for s in Stage)])}"
+            )
         return sum(p.config.stage.position <= Stage(name).position for p in self._passes)
 
     # --- trusting
@@ -396,10 +413,17 @@ class Workbench:
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
             return check_step(self, one, **options)
-        return Checks([check_step(self, s, **options) for s in self._done() if len(s.before) and (s.changed or s.altered)])
+        return Checks(
+            [
+                check_step(self, s, **options)
+                for s in self._done()
+                if len(s.before) and (s.changed or s.altered)
+            ]
+        )
 
     def bisect(self, **options: Any) -> Step | None:
-        """The first step after export whose graph no longer agrees with the exported one; None if all agree."""
+        """The first step after export whose graph no longer agrees with the exported one; None if all
+        agree."""
         return first_bad_step(self, **options)
 
     # --- using
@@ -413,7 +437,8 @@ class Workbench:
 
         if self.factory.weights == "none":
             raise ModelError(
-                f"{self.name!r} has no weights, so it can be compiled and drawn but not generate: {self.factory.why_no_weights}"
+                f"{self.name!r} has no weights, so it can be compiled and drawn but not generate: "
+                f"{self.factory.why_no_weights}"
             )
         self.run()
         compiled = self._state.compiled
@@ -431,10 +456,13 @@ class Workbench:
         """Write one standalone HTML file that shows every step; returns its path."""
         from adkit.viz.report import write_report
 
-        return write_report(path, title=self.name, steps=self.steps, final=self.graph, completions=list(completions))
+        return write_report(
+            path, title=self.name, steps=self.steps, final=self.graph, completions=list(completions)
+        )
 
     def save(self, path: str | Path) -> Path:
-        """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON file."""
+        """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON
+        file."""
         from adkit.saving import save
 
         return save(self, path)
@@ -450,14 +478,17 @@ class Workbench:
 
     def _bind(self) -> None:
         if len(self._steps) != len(self._passes):
-            self._steps = self._steps[: self.position] + [pending_step(p) for p in self._passes[self.position :]]
+            self._steps = self._steps[: self.position] + [
+                pending_step(p) for p in self._passes[self.position :]
+            ]
         for s in self._steps:
             s._checker = self.check
 
     def _heading(self) -> list[str]:
         left = f"; next: {self._passes[self.position].key}" if self.position < len(self._passes) else ""
         return [
-            f"Workbench {self.name!r} ({type(self.factory.config).__name__}) on {self.device}, weights: {self.factory.weights}",
+            f"Workbench {self.name!r} ({type(self.factory.config).__name__}) on {self.device}, weights: "
+            f"{self.factory.weights}",
             f"{self.position} of {len(self._passes)} steps run{left}",
         ]
 
@@ -501,7 +532,9 @@ class Workbench:
 
         if what not in self._bars:
             big = total > 1 << 20
-            self._bars[what] = tqdm(total=total, desc=what, unit="B" if big else "", unit_scale=big, leave=False, delay=2)
+            self._bars[what] = tqdm(
+                total=total, desc=what, unit="B" if big else "", unit_scale=big, leave=False, delay=2
+            )
         bar = self._bars[what]
         bar.update(done - bar.n)
 
@@ -519,12 +552,15 @@ def _on_meta(gm: GraphModule) -> list[str]:
 def _a_pass(new: Any) -> Pass:
     p = new() if isinstance(new, type) and issubclass(new, Pass) else new
     if not isinstance(p, Pass):
-        raise ConfigError(f"a step is a Pass or a class of them, not {new!r}; see CONTRIBUTING.md for how to write one")
+        raise ConfigError(
+            f"a step is a Pass or a class of them, not {new!r}; see CONTRIBUTING.md for how to write one"
+        )
     return p
 
 
 def _beside(passes: list[Pass], p: Pass, anchor: Pass, after: bool) -> list[Pass]:
-    """``passes`` with ``p`` next to ``anchor``; it takes the anchor's stage where its own would be out of order."""
+    """``passes`` with ``p`` next to ``anchor``; it takes the anchor's stage where its own would be out of
+    order."""
     index = next(i for i, q in enumerate(passes) if q is anchor) + after
     place = p.config.stage.position
     if any(q.config.stage.position > place for q in passes[:index]) or any(

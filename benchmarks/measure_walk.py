@@ -80,7 +80,11 @@ def main() -> None:
         "what": "passes beyond export on shapes alone, recording, canonical counts",
         "command": "python benchmarks/measure_walk.py",
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     with tempfile.TemporaryDirectory() as cache:
         exports, canonical, timed = {}, {}, {}
@@ -98,7 +102,9 @@ def main() -> None:
             print(f"{name}: {timed[name]}", flush=True)
     result |= {"export_seconds": exports, "passes_seconds": timed, "canonical_counts": canonical}
     if {"llama-3.1-8b", "llama-3.1-405b"} <= timed.keys():
-        result["depth_126_over_32"] = round(timed["llama-3.1-405b"]["wall"] / timed["llama-3.1-8b"]["wall"], 2)
+        result["depth_126_over_32"] = round(
+            timed["llama-3.1-405b"]["wall"] / timed["llama-3.1-8b"]["wall"], 2
+        )
     if not quick:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     json.dump(result, sys.stdout, indent=1)

@@ -76,13 +76,15 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a tiny two-layer llama: float32, sensitive weights, no tokenizer. Not to be written to."""
+    """A checkpoint of a tiny two-layer llama: float32, sensitive weights, no tokenizer. Not to be written
+    to."""
     return _saved(tmp_path_factory, "llama")
 
 
 @pytest.fixture(scope="session")
 def exported(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory):
-    """``exported(**options)``: a Workbench on that llama whose export comes from a pipeline cache, so it is quick."""
+    """``exported(**options)``: a Workbench on that llama whose export comes from a pipeline cache, so it is
+    quick."""
     import adkit
 
     root = tmp_path_factory.mktemp("cache")
@@ -90,7 +92,9 @@ def exported(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     def make(model=llama_dir, **options):
         options = {"device": "cpu", "max_seq_len": 64, "page_size": 4, "progress": False, **options}
         extra = options.pop("config", {})
-        cache = {"transforms": {"pipeline_cache": {"enabled": True, "root": str(root), "stage": "post_export"}}}
+        cache = {
+            "transforms": {"pipeline_cache": {"enabled": True, "root": str(root), "stage": "post_export"}}
+        }
         return adkit.Workbench(model, config=[cache, extra], **options)
 
     make().run(until="post_export")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.reference import hf_greedy, rmse_ratio
-from tests.zoo import INTERFACE_TYPES, tiny
 
 import adkit
 from adkit.checking import packed_logits
+from tests.reference import hf_greedy, rmse_ratio
+from tests.zoo import INTERFACE_TYPES, tiny
 
 LENGTHS = (3, 17, 1, 9, 30)
 STEPS = 48
 TOLERANCE = 1e-5
-TYPES = (*INTERFACE_TYPES, "bloom")
+TYPES = (*INTERFACE_TYPES, "bloom", "diffllama", "deepseek_v2", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,18 @@ def run(wb, reference):
         got = packed_logits(
             compiled.forward, compiled.inputs, compiled.caches, [t for t, _ in reference], LENGTHS, wb.device
         )
-    worst = max(rmse_ratio(g[n - 1 :], e[n - 1 :]) for g, (_, e), n in zip(got, reference, LENGTHS, strict=True))
+    worst = max(
+        rmse_ratio(g[n - 1 :], e[n - 1 :]) for g, (_, e), n in zip(got, reference, LENGTHS, strict=True)
+    )
     same = all(torch.equal(g.argmax(-1), e.argmax(-1)) for g, (_, e) in zip(got, reference, strict=True))
     prefill = max(rmse_ratio(g[:n], e[:n]) for g, (_, e), n in zip(got, reference, LENGTHS, strict=True))
     return max(worst, prefill), same
 
 
 def bench(folder, **options):
-    return adkit.Workbench(folder, device="cpu", dtype="float32", max_seq_len=128, page_size=4, progress=False, **options)
+    return adkit.Workbench(
+        folder, device="cpu", dtype="float32", max_seq_len=128, page_size=4, progress=False, **options
+    )
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -45,7 +45,9 @@ def exports(monkeypatch):
 
 
 def answers(wb):
-    return [c.token_ids for c in wb.llm().generate(PROMPTS, adkit.SamplingParams(max_tokens=8), progress=False)]
+    return [
+        c.token_ids for c in wb.llm().generate(PROMPTS, adkit.SamplingParams(max_tokens=8), progress=False)
+    ]
 
 
 def logits(wb):
@@ -172,7 +174,9 @@ def test_only_what_a_fusion_took_is_read_again(wb, loads):
     loads.clear()
     wb.rewind("fuse_gemms")
     parts = {name for names in loads for name in names}
-    assert parts == {n for n in parts if any(p in n for p in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))}
+    assert parts == {
+        n for n in parts if any(p in n for p in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    }
     assert len(parts) == 10
     wb.disable("fuse_gemms").run()
     assert wb.steps["fuse_gemms"].status == "disabled"
@@ -209,7 +213,9 @@ def test_a_pass_that_changes_weights_is_undone_by_going_back(wb, loads, how):
                 elif how == "data":
                     weight.data.mul_(0.5)
                 else:
-                    gm.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(weight * 0.5, requires_grad=False)
+                    gm.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(
+                        weight * 0.5, requires_grad=False
+                    )
             return adkit.PassInfo(num_matches=1)
 
     wb.run(until="weight_load")
@@ -396,7 +402,9 @@ def test_interrupting_a_load_leaves_it_to_be_done(wb, monkeypatch):
 
 def test_a_failure_while_reading_again_goes_back_to_before_the_weights(wb, monkeypatch):
     wb.run()
-    monkeypatch.setattr(ModelFactory, "load", lambda *a, **k: (_ for _ in ()).throw(ModelError("the disk is gone")))
+    monkeypatch.setattr(
+        ModelFactory, "load", lambda *a, **k: (_ for _ in ()).throw(ModelError("the disk is gone"))
+    )
     with pytest.raises(ModelError, match="the disk is gone"):
         wb.rewind("fuse_gemms")
     assert wb.steps[wb.position].name == "load_weights"
@@ -407,7 +415,9 @@ def test_a_failure_while_reading_again_goes_back_to_before_the_weights(wb, monke
 
 def test_skip_on_error_goes_on_without_the_pass(wb):
     wb.run(until="weight_load")
-    wb.insert(type("Way", (Broken,), {"way": "raise"})({"skip_on_error": True}), after="move_inputs_to_device").run()
+    wb.insert(
+        type("Way", (Broken,), {"way": "raise"})({"skip_on_error": True}), after="move_inputs_to_device"
+    ).run()
     step = wb.steps["broken"]
     assert step.status == "failed"
     assert "I gave up" in step.info.reason

@@ -79,6 +79,30 @@ _SIZES: dict[str, Any] = {
     "num_heads": 4,
     "ffn_hidden_size": 80,
     "n_ctx": 256,
+    # routing in groups, layers without experts
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # decoders of encoder-decoder models, vision and audio towers
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 80,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 2,
+    "embed_dim": 48,
+    # indexers, state spaces
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 64,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 131,
+    "mamba_n_heads": 4,
+    # BERT and its kin are causal only as decoders
+    "is_decoder": True,
     # special tokens must lie in the vocabulary
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -130,7 +154,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], "layer_types": DROP},
     "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_neox": {"num_key_value_heads": DROP},
-    "deepseek_v3": {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "roc_bert": {"shape_vocab_size": 131, "pronunciation_vocab_size": 131},
     "stablelm": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
@@ -151,13 +180,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, **more: Any) -> Any:
     """A tiny config of the type; sizes that the config class does not know are left out."""
     special = {**OVERRIDES.get(model_type, {}), **more}
-    default = AutoConfig.for_model(model_type)
+    given = {**_sizes(AutoConfig.for_model(model_type)), **special}
+    return AutoConfig.for_model(model_type, **{n: v for n, v in given.items() if v is not DROP})
+
+
+def _sizes(default: Any) -> dict[str, Any]:
+    """The sizes that a config knows, those of the configs inside it included."""
     aliases = getattr(default, "attribute_map", {})
     known = set(default.to_dict()) | set(aliases)
     sizes = {**_SIZES, **_LATENT, "head_dim": DROP} if "kv_lora_rank" in known else _SIZES
     given = {n: v for n, v in sizes.items() if n in known and aliases.get(n) not in sizes}
-    given.update(special)
-    return AutoConfig.for_model(model_type, **{n: v for n, v in given.items() if v is not DROP})
+    for name in getattr(default, "sub_configs", None) or {}:
+        inner = getattr(default, name, None)
+        if inner is not None and hasattr(inner, "to_dict"):
+            kind = {"model_type": inner.model_type} if inner.model_type else {}
+            special = {**_sizes(inner), **OVERRIDES.get(inner.model_type, {})}
+            given[name] = {**kind, **{n: v for n, v in special.items() if v is not DROP}}
+    return given
 
 
 def tiny(model_type: str, seed: int = 0, **more: Any) -> tuple[Any, Any]:

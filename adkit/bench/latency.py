@@ -7,6 +7,7 @@ Decode rate = batch * (new tokens - 1) / (last token - first token). Bandwidth s
 from __future__ import annotations
 
 import gc
+import itertools
 import platform
 import statistics
 import time
@@ -43,11 +44,22 @@ def measure(
         if peer not in PEERS:
             raise ConfigError(f"no peer {peer!r}{nearest(peer, PEERS)}")
     most = max(batches)
-    wb = Workbench(model, overrides=overrides, max_batch_size=most, max_seq_len=prompt + new,
-                   max_num_tokens=max(prompt * most, 512))  # fmt: skip
+    wb = Workbench(
+        model,
+        overrides=overrides,
+        max_batch_size=most,
+        max_seq_len=prompt + new,
+        max_num_tokens=max(prompt * most, 512),
+    )
     if wb.factory.weights == "none":
-        wb = Workbench(model, overrides=overrides, random_weights=True, max_batch_size=most,
-                       max_seq_len=prompt + new, max_num_tokens=max(prompt * most, 512))  # fmt: skip
+        wb = Workbench(
+            model,
+            overrides=overrides,
+            random_weights=True,
+            max_batch_size=most,
+            max_seq_len=prompt + new,
+            max_num_tokens=max(prompt * most, 512),
+        )
     llm = wb.llm()
     device = wb.device
     read = bytes_a_step(wb.graph)
@@ -57,7 +69,9 @@ def measure(
     vocab = wb.factory.config.get_text_config(decoder=True).vocab_size
     prompts = torch.randint(vocab, (most, prompt), generator=generator)
     for batch in batches:
-        row = _summary("adkit", batch, new, [_adkit(llm, prompts[:batch].tolist(), new) for _ in range(1 + REPEATS)][1:])
+        row = _summary(
+            "adkit", batch, new, [_adkit(llm, prompts[:batch].tolist(), new) for _ in range(1 + REPEATS)][1:]
+        )
         if copy:
             row["copy_bandwidth_share"] = round(read * row["steps_per_second"] / copy, 3)
         rows.append(row)
@@ -66,10 +80,20 @@ def measure(
     del llm
     result: dict[str, Any] = {
         "what": f"decode latency of {wb.name}, prompt {prompt}, {new} new tokens",
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "dtype": str(wb.factory.dtype), "weight_bytes_read": read, "copy_bytes_per_second": copy, "compile": backend, "rows": rows,
-    }  # fmt: skip
+        "machine": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "dtype": str(wb.factory.dtype),
+        "weight_bytes_read": read,
+        "copy_bytes_per_second": copy,
+        "compile": backend,
+        "rows": rows,
+    }
     if peers:
         factory = wb.factory
         del wb
@@ -93,15 +117,22 @@ def _adkit(llm: Any, prompts: list[list[int]], new: int) -> tuple[float, list[fl
     while engine.has_work:
         engine.step()
         stamps.append(time.perf_counter())
-    return first - start, [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return first - start, [b - a for a, b in itertools.pairwise(stamps)]
 
 
 def _peers(
-    factory: Any, device: torch.device, peers: Sequence[str], prompts: torch.Tensor, batches: Sequence[int], new: int,
+    factory: Any,
+    device: torch.device,
+    peers: Sequence[str],
+    prompts: torch.Tensor,
+    batches: Sequence[int],
+    new: int,
     show: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     model = factory.build().to_empty(device=device)
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     with torch.no_grad():
         for name, tensor in factory.load(None, device):
             state[name].copy_(tensor)
@@ -118,7 +149,6 @@ def _peers(
 def _hf(model: Any, ids: torch.Tensor, new: int, options: dict[str, Any]) -> tuple[float, list[float]]:
     stamps: list[float] = []
 
-
     def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         _sync()
         stamps.append(time.perf_counter())
@@ -127,9 +157,16 @@ def _hf(model: Any, ids: torch.Tensor, new: int, options: dict[str, Any]) -> tup
     _sync()
     start = time.perf_counter()
     with torch.no_grad():
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                       stopping_criteria=[stop], **options)  # fmt: skip
-    return stamps[0] - start, [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=[stop],
+            **options,
+        )
+    return stamps[0] - start, [b - a for a, b in itertools.pairwise(stamps)]
 
 
 def _summary(name: str, batch: int, new: int, runs: list[tuple[float, list[float]]]) -> dict[str, Any]:

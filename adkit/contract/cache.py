@@ -76,4 +76,6 @@ class CachePool:
         """(Re)allocate every cache with ``num_pages`` pages, zeroed; old tensors are freed first."""
         self.tensors = {}
         self.num_pages = num_pages
-        self.tensors = {s.name: torch.zeros((num_pages, *s.page_shape), dtype=s.dtype, device=device) for s in self.specs}
+        self.tensors = {
+            s.name: torch.zeros((num_pages, *s.page_shape), dtype=s.dtype, device=device) for s in self.specs
+        }

@@ -56,6 +56,8 @@ class CompiledModel:
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
         """Run one packed step; returns float logits [L, V] of the tokens asked for."""
-        feed = {n: self.caches.tensors[n] if n in self.caches.tensors else getattr(batch, n) for n in self.inputs}
+        feed = {
+            n: self.caches.tensors[n] if n in self.caches.tensors else getattr(batch, n) for n in self.inputs
+        }
         logits = self.forward(**feed)[0]
         return logits if "logits_indices" in self.inputs else logits[batch.logits_indices]

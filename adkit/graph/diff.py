@@ -162,7 +162,9 @@ class Diff:
 
     def _signature(self, s: Site) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         gone, made = [self.before[i] for i in s.erased], [self.after[i] for i in s.created]
-        calls = any(n.op == "call_function" for n in (*gone, *made))  # reads of weights go without saying, unless alone
+        calls = any(
+            n.op == "call_function" for n in (*gone, *made)
+        )  # reads of weights go without saying, unless alone
         return (
             s.label,
             tuple(_label(n) for n in gone if n.op != "get_attr" or not calls),
@@ -195,7 +197,7 @@ def _label(n: NodeRecord) -> str:
 
 
 def _same_but(old: NodeRecord, new: NodeRecord, gone: set[int], made: set[int], before: Snapshot) -> bool:
-    """True when arguments differ only in references from an erased node to a created one, or to what it was made from."""
+    """True when arguments differ only in references from an erased node to a created one, or to what it read."""
     was, now = old.inputs(), new.inputs()
     if len(was) != len(now):
         return False

@@ -66,13 +66,15 @@ class Journal:
 def journal(gm: GraphModule) -> Iterator[Journal]:
     """Record every change made to ``gm.graph`` in the block (FX's node hooks are private: used only here)."""
     log = Journal()
+    by_name: dict[str, Node] = {}  # FX's hook names the new node; the last one made of a name is meant
 
     def created(node: Node) -> None:
         log.made.append(node)
+        by_name[node.name] = node
 
     def replaced(old: Node, new: str, user: Node) -> None:
         tag = tag_of(old)
-        node = next((n for n in reversed(log.made) if n.name == new), None)
+        node = by_name.get(new)
         if tag is not None and node is not None:
             log.replaced.append((tag.id, node))
 
@@ -92,10 +94,9 @@ class Site:
     """One place being rewritten; made by :func:`site`."""
 
     def __init__(self, gm: GraphModule, matched: list[Node], label: str, before: Node | None) -> None:
-        order = {n: i for i, n in enumerate(gm.graph.nodes)} if before is None else {}
         self.gm = gm
         self.matched = matched
-        self.anchor = before if before is not None else max(matched, key=order.__getitem__)
+        self.anchor = before if before is not None else max(matched)  # FX nodes compare by their place
         tags = (tag_of(n) for n in matched)
         self.record = SiteRecord(label, tuple(t.id for t in tags if t is not None))
 
@@ -115,7 +116,9 @@ class Site:
         for key in _COPIED:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
-        node.meta["val"] = like.meta.get("val") if like is not None else fake_value(target, args, kwargs or {})
+        node.meta["val"] = (
+            like.meta.get("val") if like is not None else fake_value(target, args, kwargs or {}, self.gm)
+        )
         self.record.made.append(node)
         return node
 
@@ -131,7 +134,8 @@ class Site:
     def constant(self, name: str, tensor: torch.Tensor) -> Node:
         """Give the module a tensor of the pass's own making, and read it.
 
-        It becomes the buffer ``adkit_const_<name>``, which no checkpoint has: it stays with the graph as it is.
+        It becomes the buffer ``adkit_const_<name>``, which no checkpoint has: it stays with the graph as it
+        is.
         """
         path = f"adkit_const_{name}"
         self.gm.register_buffer(path, tensor, persistent=False)
@@ -180,8 +184,11 @@ def fake_mode_of(gm: GraphModule) -> Any:
     return detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes])
 
 
-def fake_value(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The value ``target`` gives on the fake values of its node arguments; None when one has no value."""
+def fake_value(target: Callable[..., Any], args: Any, kwargs: Any, gm: GraphModule | None = None) -> Any:
+    """The value ``target`` gives on the fake values of its node arguments; None when one has no value.
+
+    ``gm`` is where the fake mode is looked up when no argument is a tensor.
+    """
     vals: list[Any] = []
 
     def value(n: Node) -> Any:
@@ -193,6 +200,10 @@ def fake_value(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if any(v is None for v in vals):
         return None
     mode = detect_fake_mode(vals)
+    if mode is None and gm is not None:
+        # Outside its fake mode a size would be taken for the number it was traced with, and stay fixed from
+        # then on.
+        mode = fake_mode_of(gm)
     if mode is None:
         return target(*fake_args, **fake_kwargs)
     # Composite operators that read sizes as numbers (linear in torch 2.11) would fix the symbols of the whole
@@ -205,7 +216,11 @@ def clean(gm: GraphModule) -> int:
     """Erase dead code (nodes nobody reads, placeholders kept); returns how many went."""
     gone = 0
     for node in reversed(gm.graph.nodes):
-        if not node.users and node.op in ("call_function", "get_attr", "call_method") and not node.is_impure():
+        if (
+            not node.users
+            and node.op in ("call_function", "get_attr", "call_method")
+            and not node.is_impure()
+        ):
             gm.graph.erase_node(node)
             gone += 1
     return gone

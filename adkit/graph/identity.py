@@ -73,10 +73,9 @@ class IdentityMap:
         owner: dict[int, Node] = {}
         for node in graph.nodes:
             tag = tag_of(node)
-            if tag is not None and self._owner.get(tag.id, node) is node and tag.id not in owner:
-                if tag.id in self._owner:
-                    owner[tag.id] = node
-                    continue
+            if tag is not None and self._owner.get(tag.id) is node and tag.id not in owner:
+                owner[tag.id] = node
+                continue
             inherited = () if tag is None else (tag.id,)
             new = Tag(self.fresh(), (origins or {}).get(node, inherited))
             set_tag(node, new)

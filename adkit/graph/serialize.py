@@ -20,13 +20,53 @@ from torch.utils._sympy import functions as symfun
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 
 FORMAT = 1
-_FUNCTIONS = {"FloorDiv", "Mod", "PythonMod", "Max", "Min", "CeilDiv", "CleanDiv", "IntTrueDiv", "ToFloat", "FloorToInt"}
+_FUNCTIONS = {
+    "FloorDiv",
+    "Mod",
+    "PythonMod",
+    "Max",
+    "Min",
+    "CeilDiv",
+    "CleanDiv",
+    "IntTrueDiv",
+    "ToFloat",
+    "FloorToInt",
+}
 _MODULES = {"operator": operator, "_operator": operator, "math": math}
-#: Builtin functions that stand in exported graphs: arithmetic on sizes, nothing that calls or looks up by name.
+#: Builtin functions that stand in exported graphs: arithmetic on sizes, nothing that calls or looks up by
+#: name.
 _BUILTINS = {
-    "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "getitem", "eq", "ne", "lt", "le",
-    "gt", "ge", "and_", "or_", "not_", "xor", "lshift", "rshift", "ceil", "floor", "trunc", "sqrt", "log", "log2", "exp",
-}  # fmt: skip
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "truediv",
+    "mod",
+    "pow",
+    "neg",
+    "pos",
+    "abs",
+    "getitem",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and_",
+    "or_",
+    "not_",
+    "xor",
+    "lshift",
+    "rshift",
+    "ceil",
+    "floor",
+    "trunc",
+    "sqrt",
+    "log",
+    "log2",
+    "exp",
+}
 
 
 class SnapshotWriter:
@@ -39,7 +79,8 @@ class SnapshotWriter:
         self._keep: list[NodeRecord] = []
 
     def add(self, snapshot: Snapshot) -> list[int]:
-        """Indices (in :attr:`records`) of the snapshot's rows; rows shared between snapshots are stored once."""
+        """Indices (in :attr:`records`) of the snapshot's rows; rows shared between snapshots are stored
+        once."""
         return [self._row(n) for n in snapshot]
 
     def _row(self, n: NodeRecord) -> int:
@@ -72,7 +113,8 @@ class SnapshotWriter:
 
 
 def _public_trace(trace: str | None) -> str:
-    """The innermost modelling frame alone, its file as a path below its package: no machine's layout is stored."""
+    """The innermost modelling frame alone, its file as a path below its package: no machine's layout is
+    stored."""
     from adkit.graph.provenance import source_of
 
     source = source_of(trace)
@@ -107,17 +149,29 @@ class SnapshotReader:
         if path or kind:
             meta["nn_module_stack"] = {path: (path, kind)}
         return NodeRecord(
-            id=r["id"], name=r["name"], op=r["op"], target=decode_target(r["op"], r["target"]),
-            args=tuple(decode(r["args"])), kwargs=decode(r["kwargs"]), val=val, module_path=path, module_type=kind,
-            stack_trace=trace, origins=tuple(r["origins"]), key=(None,) * 5, meta=meta,
-        )  # fmt: skip
+            id=r["id"],
+            name=r["name"],
+            op=r["op"],
+            target=decode_target(r["op"], r["target"]),
+            args=tuple(decode(r["args"])),
+            kwargs=decode(r["kwargs"]),
+            val=val,
+            module_path=path,
+            module_type=kind,
+            stack_trace=trace,
+            origins=tuple(r["origins"]),
+            key=(None,) * 5,
+            meta=meta,
+        )
 
     def _value(self, v: Any) -> Any:
         if isinstance(v, dict) and "shape" in v:
             sizes = [self._size(d) for d in v["shape"]]
             strides = [self._size(d) for d in v["stride"]]
             with self.mode:
-                return torch.empty_strided(sizes, strides, dtype=getattr(torch, v["dtype"]), device=v["device"])
+                return torch.empty_strided(
+                    sizes, strides, dtype=getattr(torch, v["dtype"]), device=v["device"]
+                )
         if isinstance(v, dict) and "sym" in v:
             return self._size(v["sym"])
         if isinstance(v, dict) and "tuple" in v:
@@ -217,7 +271,9 @@ def encode(v: Any) -> Any:
         case torch.device():
             return {"device": str(v)}
         case torch.SymInt():
-            raise TypeError(f"a bare symbolic size {v} stands in a node's arguments; sizes must come from nodes")
+            raise TypeError(
+                f"a bare symbolic size {v} stands in a node's arguments; sizes must come from nodes"
+            )
     raise TypeError(f"cannot store an argument of type {type(v).__name__} ({v!r}) of a graph node")
 
 
@@ -227,7 +283,7 @@ def decode(v: Any) -> Any:
         return [decode(x) for x in v]
     if not isinstance(v, dict):
         return v
-    (kind, x), = v.items()
+    ((kind, x),) = v.items()
     match kind:
         case "ref":
             return Ref(x)
@@ -239,7 +295,9 @@ def decode(v: Any) -> Any:
             return {k: decode(y) for k, y in x}
         case "slice":
             return slice(*(decode(y) for y in x))
-        case "torch" if isinstance(found := getattr(torch, x, None), (torch.dtype, torch.memory_format, torch.layout)):
+        case "torch" if isinstance(
+            found := getattr(torch, x, None), (torch.dtype, torch.memory_format, torch.layout)
+        ):
             return found
         case "device":
             return torch.device(x)
@@ -257,7 +315,9 @@ def encode_target(target: Any) -> str:
         return f"py::{module}.{name}"
     if name.startswith("sym_") and getattr(torch, name, None) is target:
         return f"py::torch.{name}"
-    raise TypeError(f"cannot store call target {target!r}: only torch operators and builtin arithmetic can be read back")
+    raise TypeError(
+        f"cannot store call target {target!r}: only torch operators and builtin arithmetic can be read back"
+    )
 
 
 def decode_target(op: str, text: str) -> Any:
@@ -278,4 +338,6 @@ def decode_target(op: str, text: str) -> Any:
                 return found
         raise KeyError(text)
     except (AttributeError, KeyError, RuntimeError):
-        raise ValueError(f"graph data names the operator {text!r}, which this installation does not have") from None
+        raise ValueError(
+            f"graph data names the operator {text!r}, which this installation does not have"
+        ) from None

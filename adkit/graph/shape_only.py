@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from adkit.graph.snapshot import attribute
+
 aten = torch.ops.aten
 
 # What these return depends on the shape of their tensor argument, not on its values.
@@ -264,14 +266,6 @@ class ShapeOnly:
             elif n.op == "call_function":
                 map_aggregate(n.args, note)
         return sorted(f for f in found if 2 <= f < 2**31)
-
-
-def attribute(gm: GraphModule, path: str) -> Any:
-    """What ``gm`` has at dotted ``path``, or None."""
-    at: Any = gm
-    for part in path.split("."):
-        at = getattr(at, part, None)
-    return at
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

@@ -31,7 +31,7 @@ class Ref:
         return f"%{self.id}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class NodeRecord:
     """One node as data. ``args``/``kwargs`` hold :class:`Ref` where the FX node held nodes."""
 
@@ -46,10 +46,10 @@ class NodeRecord:
     module_type: str
     stack_trace: str | None
     origins: tuple[int, ...]
-    key: tuple[Any, ...] = field(repr=False)  # identity of the FX fields it was made from
-    meta: dict[str, Any] = field(repr=False)
-    _shape: Any = field(default=False, init=False, repr=False)  # made on first use: printing symbols is slow
-    _source: Any = field(default=False, init=False, repr=False)
+    key: tuple[Any, ...]  # identity of the FX fields it was made from
+    meta: dict[str, Any]
+    _shape: Any = field(default=False, init=False)  # made on first use: printing symbols is slow
+    _source: Any = field(default=False, init=False)
 
     @property
     def target_name(self) -> str:
@@ -86,6 +86,17 @@ class NodeRecord:
             object.__setattr__(self, "_source", source_of(self.stack_trace))
         source: Source | None = self._source
         return source
+
+    def __repr__(self) -> str:
+        body = self.target_name
+        if self.op == "call_function":
+            parts = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
+            body += f"({', '.join(parts)})"
+        elif self.op == "output":
+            body += repr(self.args)
+        facts = [] if self.shape is None else [f"[{', '.join(map(str, self.shape))}] {str(self.dtype)[6:]}"]
+        facts += [t for t in (self.module_path, str(self.source or "").rsplit("/", 1)[-1]) if t]
+        return f"%{self.id} {self.name}: {self.op} {body}" + (f"  # {', '.join(facts)}" if facts else "")
 
     def inputs(self) -> list[int]:
         """Ids of the nodes this one reads, in order, repeats kept."""
@@ -201,7 +212,7 @@ class Snapshot:
         from adkit.graph.code import symbols
 
         names = symbols(self)
-        return pd.DataFrame(
+        rows = [
             {
                 "id": n.id,
                 "name": n.name,
@@ -213,7 +224,9 @@ class Snapshot:
                 "source": str(n.source or ""),
             }
             for n in self.nodes
-        ).set_index("id")
+        ]
+        columns = ["id", "name", "op", "target", "shape", "dtype", "module", "source"]
+        return pd.DataFrame(rows, columns=columns).set_index("id")  # columns named: a graph may have no nodes
 
     def code(self, *, fold: bool = True, layer: int | None = None, types: bool = True) -> str:
         """The graph as a readable program; repeated layers fold into one loop unless ``fold=False``."""
@@ -261,19 +274,19 @@ class Snapshot:
             set_tag(node, Tag(n.id, n.origins))
             made[n.id] = node
         for n in self.nodes:
-            if n.op == "get_attr":
-                _require(attributes, n.target)
+            if n.op == "get_attr" and attribute(attributes, n.target) is None:
+                raise AttributeError(f"the module has no tensor {n.target!r}, which this graph reads")
         gm = GraphModule(attributes, graph, class_name="GraphModule")
         identities(gm).adopt(gm.graph)
         return gm
 
 
-def _require(module: Any, path: str) -> None:
-    at = module
+def attribute(module: Any, path: str) -> Any:
+    """What ``module`` has at dotted ``path``, or None."""
+    at: Any = module
     for part in path.split("."):
-        if not hasattr(at, part):
-            raise AttributeError(f"the module has no tensor {path!r}, which this graph reads")
-        at = getattr(at, part)
+        at = getattr(at, part, None)
+    return at
 
 
 def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:

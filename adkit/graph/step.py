@@ -6,7 +6,7 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from adkit.graph.diff import Diff, RewriteClass, diff
 from adkit.graph.edit import SiteRecord
@@ -77,14 +77,20 @@ class Step:
         """Compare the graph before and after on the same inputs and weights; see ``Workbench.check``."""
         if self._checker is None:
             raise RuntimeError(
-                f"step {self.name!r} is not part of a live Workbench (loaded from a file?), so it cannot be run; "
+                f"step {self.name!r} is not part of a live Workbench (loaded from a file?), so it cannot "
+                "be run; "
                 "build a Workbench for the model and check the step there"
             )
         return self._checker(self, **options)
 
     def explain(self) -> str:
         """What the pass does and why, what it did here, in prose."""
-        lines = [f"{self.name}  (stage {self.stage}, {self.status})", "", textwrap.dedent(self.doc).strip().replace("``", "`"), ""]
+        lines = [
+            f"{self.name}  (stage {self.stage}, {self.status})",
+            "",
+            textwrap.dedent(self.doc).strip().replace("``", "`"),
+            "",
+        ]
         if self.info.reason:
             lines.append(f"Here: {self.status}: {self.info.reason}")
         elif self.status == "done" and self.changed:
@@ -100,7 +106,12 @@ class Step:
         """Unified diff of the two code views."""
         return "\n".join(
             difflib.unified_diff(
-                self.before.code().splitlines(), self.after.code().splitlines(), "before", "after", n=context, lineterm=""
+                self.before.code().splitlines(),
+                self.after.code().splitlines(),
+                "before",
+                "after",
+                n=context,
+                lineterm="",
             )
         )
 
@@ -129,7 +140,8 @@ class Step:
         return f"new data in {len(self.altered)} tensors: {names}"
 
     def _told(self) -> list[str]:
-        """The rewrite classes as text; where the graph begins everything is new, which one line says better."""
+        """The rewrite classes as text; where the graph begins everything is new, which one line says
+        better."""
         if not len(self.before) and len(self.after):
             return [f"a graph of {len(self.after):,} nodes"]
         return [str(r) for r in self.rewrites]
@@ -153,7 +165,10 @@ class Text(str):
 
 
 class Steps:
-    """The steps of a pipeline, in order; takes a key or an index. ``heading`` stands above them in a notebook."""
+    """The steps of a pipeline, in order; takes a key, an index (negative from the end) or a slice.
+
+    ``heading`` stands above them in a notebook. Raises KeyError for an unknown key, with the nearest one.
+    """
 
     def __init__(self, steps: list[Step], heading: str = "") -> None:
         self._steps = steps
@@ -168,13 +183,23 @@ class Steps:
     def __contains__(self, key: object) -> bool:
         return any(s.name == key for s in self._steps)
 
-    def __getitem__(self, key: str | int) -> Step:
+    @overload
+    def __getitem__(self, key: str | int) -> Step: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> Steps: ...
+
+    def __getitem__(self, key: str | int | slice) -> Step | Steps:
+        if isinstance(key, slice):
+            return Steps(self._steps[key])
         if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"no step {key}: the pipeline has {len(self)}")
             return self._steps[key]
         for s in self._steps:
             if s.name == key:
                 return s
-        close = difflib.get_close_matches(key, [s.name for s in self._steps], 1)
+        close = difflib.get_close_matches(str(key), [s.name for s in self._steps], 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise KeyError(f"no step {key!r} in this pipeline{hint}")
 

@@ -23,6 +23,7 @@ from adkit.models.hf.masks import MaskUsedAsTensor
 from adkit.models.hf.patches import Extensions, extension_points, fake_tensors
 
 BATCH, SEQUENCE = 2, 11
+EXPERTS = ("interface", "batched_mm")
 
 
 @dataclass
@@ -30,16 +31,18 @@ class ExportFacts:
     """What export found out; also in ``gm.meta["adkit_export"]``.
 
     ``attention`` is the mode used: interface falls back to eager where the model does not go through the
-    interface, with the reason in ``notes``. ``inputs`` are the graph's placeholders.
+    interface, sdpa where that would be wrong, with the reason in ``notes``. ``experts`` is the mode
+    asked for. ``inputs`` are the graph's placeholders.
     """
 
     attention: str
     inputs: tuple[str, ...]
+    experts: str = "interface"
     length_dependent_rope: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
-def export_model(model: Any, attention: str = "interface") -> GraphModule:
+def export_model(model: Any, attention: str = "interface", experts: str = "interface") -> GraphModule:
     """The model as a flat graph: ``gm(input_ids=..., position_ids=...) -> (logits,)``.
 
     ``model`` is a Hugging Face causal LM, on meta or with weights (which the graph then shares); it and
@@ -47,17 +50,31 @@ def export_model(model: Any, attention: str = "interface") -> GraphModule:
     ``position_ids`` where the model takes them, and ``rope_lengths`` where a rotary scaling depends on length
     (each token's sequence length). Values and device literals say ``cpu``; :func:`retarget_device` changes
     the literals. ``attention``: ``interface`` for canonical ops, ``sdpa`` or ``eager`` for Hugging Face's own
-    code.
+    code; eager also where the model's class does not support sdpa, or sdpa would drop a softcap or sinks.
+    ``experts``: ``interface`` for canonical ops, ``batched_mm`` for Hugging Face's batched products.
 
     Raises ExportError, naming the module where it can, when the model cannot be captured or its mask is not
     understood.
     """
-    if attention != "interface":
-        return _capture(model, attention)[0]
+    if experts not in EXPERTS:
+        raise ExportError(
+            f"experts = {experts!r} cannot be exported, only {' or '.join(EXPERTS)}: in Hugging Face's other "
+            "forms sizes depend on what the router chose"
+        )
+    if attention == "sdpa":
+        reason = _without_sdpa(model)
+        if not reason:
+            graph, extensions = _capture(model, attention, experts)
+            if not extensions.dropped:
+                return graph
+            reason = f"Hugging Face's sdpa code ignores {' and '.join(sorted(extensions.dropped))}"
+        return _noted(_capture(model, "eager", experts)[0], reason)
+    if attention == "eager":
+        return _capture(model, attention, experts)[0]
     reason = "the model does not go through Hugging Face's attention interface"
-    gm = None
+    gm: GraphModule | None = None
     try:
-        gm, extensions = _capture(model, attention)
+        gm, extensions = _capture(model, attention, experts)
         if any(n.target is torch.ops.adkit.torch_attention.default for n in gm.graph.nodes):
             return gm
         if extensions.masks:  # masks went in as descriptors and nothing read them
@@ -65,14 +82,28 @@ def export_model(model: Any, attention: str = "interface") -> GraphModule:
     except MaskUsedAsTensor as error:
         reason = str(error)
     if gm is None:
-        gm, _ = _capture(model, "eager")
+        gm, _ = _capture(model, "eager", experts)
+    return _noted(gm, reason)
+
+
+def _noted(gm: GraphModule, reason: str) -> GraphModule:
+    """The graph, saying why it holds eager attention."""
     facts: ExportFacts = gm.meta["adkit_export"]
     facts.attention = "eager"
     facts.notes.insert(0, f"{reason}: its own attention code is in the graph")
     return gm
 
 
-def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
+def _without_sdpa(model: nn.Module) -> str:
+    """Says which model, or model within it, declares that it does not support sdpa; empty if all do.
+
+    Hugging Face refuses such a class when it builds one; writing the config afterwards is not refused.
+    """
+    names = (type(m).__name__ for m in model.modules() if getattr(m, "_supports_sdpa", True) is False)
+    return next((f"{name} does not support sdpa" for name in names), "")
+
+
+def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Extensions]:
     """One ``torch.export``, as a graph module over the model's own tensors."""
     model.eval()
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -84,7 +115,7 @@ def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     try:
-        with extension_points(model, attention) as extensions, fake_tensors(model, mode):
+        with extension_points(model, attention, experts) as extensions, fake_tensors(model, mode):
             inputs = {"input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long)}
             if takes_positions:
                 inputs["position_ids"] = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE).contiguous()
@@ -110,6 +141,7 @@ def _capture(model: Any, attention: str) -> tuple[GraphModule, Extensions]:
     gm.meta["adkit_export"] = ExportFacts(
         attention=attention,
         inputs=tuple(inputs),
+        experts=experts,
         length_dependent_rope=tuple(extensions.rope),
         notes=extensions.notes + _input_notes(gm),
     )

@@ -368,6 +368,8 @@ class ModelFactory:
                 f"cannot build {self.name} ({type(config).__name__}, {self.dtype}): "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if device.type == "meta":
+            _empty(model)
         for name in conversion.float32_names(model, self.dtype):
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
@@ -382,6 +384,24 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json",
 )  # fmt: skip
+
+
+def _empty(model: nn.Module) -> None:
+    """Move to meta what was made elsewhere (``torch.normal`` heeds no default device); ties hold.
+
+    Made-up values would pass for loaded weights.
+    """
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if id(tensor) not in memo:
+                    moved = tensor.detach().to("meta")
+                    memo[id(tensor)] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
+                table[name] = memo[id(tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from adkit.contract import ModelError
+from adkit.graph.snapshot import attribute
 from adkit.models.factory import ModelFactory, Progress
 
 FUSED = "adkit_weights"  # gm.meta[FUSED]: new name -> the old names it concatenates on dim 0
@@ -34,7 +35,7 @@ class Loaded:
 def graph_tensor_names(gm: GraphModule) -> list[str]:
     """Names of the tensors that the graph reads, in order of use (not all the module's parameters)."""
     targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
-    return [t for t in targets if isinstance(_get(gm, t), Tensor)]
+    return [t for t in targets if isinstance(attribute(gm, t), Tensor)]
 
 
 def load_graph_tensors(
@@ -64,7 +65,7 @@ def load_graph_tensors(
             lost += [f"{p} (part of {name})" for p in fused[name] if p not in known]
         elif name in known:
             plain.append(name)
-        elif isinstance(held := _get(gm, name), Tensor) and not held.is_meta:
+        elif isinstance(held := attribute(gm, name), Tensor) and not held.is_meta:
             constants.append(name)
         else:
             lost.append(name)
@@ -104,7 +105,7 @@ def load_graph_tensors(
                 result.bytes += whole.numel() * whole.element_size()
         del tensor
     for name in constants:
-        _set(gm, name, cast(Tensor, _get(gm, name)).detach().to(device))
+        _set(gm, name, cast(Tensor, attribute(gm, name)).detach().to(device))
     result.seconds = time.perf_counter() - began
     return result
 
@@ -118,13 +119,6 @@ def _slots(fused: dict[str, tuple[str, ...]], known: dict[str, Tensor]) -> dict[
             slots.setdefault(part, []).append((name, row))
             row += known[part].shape[0]
     return slots
-
-
-def _get(gm: nn.Module, name: str) -> object:
-    here: object = gm
-    for part in name.split("."):
-        here = getattr(here, part, None)
-    return here
 
 
 def _set(gm: nn.Module, name: str, value: Tensor) -> nn.Parameter | Tensor:

@@ -111,17 +111,22 @@ def kv_bytes_per_token(text: Any, dtype: torch.dtype) -> int:
 
     Layers that keep a fixed state instead (linear attention, convolutions) count nothing.
     """
-    heads = getattr(text, "num_attention_heads", None) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    nope, rope = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    types = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
+    attends = [t.endswith("attention") and not t.startswith("linear") for t in types]
+    own = getattr(text, "per_layer_config", None)  # layers may differ in their heads (Gemma 4)
+    layers = [own[i] if own else text for i, yes in enumerate(attends) if yes]
+    return sum(map(_kv_numbers, layers)) * dtype.itemsize
+
+
+def _kv_numbers(config: Any) -> int:
+    """Numbers that one layer keeps of a token."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    nope, rope = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
     key_dim = nope + rope if nope is not None and rope is not None else head_dim
-    value_dim = getattr(text, "v_head_dim", None) or head_dim
-    types = getattr(text, "layer_types", None)
-    layers = text.num_hidden_layers
-    if types:
-        layers = sum(t.endswith("attention") and not t.startswith("linear") for t in types)
-    return int(layers * kv_heads * (key_dim + value_dim) * dtype.itemsize)
+    value_dim = getattr(config, "v_head_dim", None) or head_dim
+    return int(kv_heads * (key_dim + value_dim))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -40,10 +40,11 @@ def resolve(
 ) -> ModelFactory:
     """The factory of a model.
 
-    ``model``: ``"demo"``, a bundled config's name (any case), a local directory, a Hugging Face hub id, a
-    Hugging Face config object, or such a config as a dictionary. ``dtype`` auto: float32 when ``device`` is
-    the CPU, else what the config or the checkpoint says. ``random_weights`` replaces any checkpoint by values
-    drawn from ``seed``. Raises ModelError (CheckpointError for its files) saying what to do.
+    ``model``: ``"demo"``, a bundled config's name (any case; a model directory of that name comes first), a
+    local directory, a Hugging Face hub id, a Hugging Face config object, or such a config as a dictionary.
+    ``dtype`` auto: float32 when ``device`` is the CPU, else what the config or the checkpoint says.
+    ``random_weights`` replaces any checkpoint by values drawn from ``seed``. Raises ModelError
+    (CheckpointError for its files) saying what to do.
     """
     options = {"trust_remote_code": trust_remote_code}
     directory: Path | None = None
@@ -60,7 +61,7 @@ def resolve(
             f"a model is a name, a directory, a hub id or a Hugging Face config, not {type(model).__name__}; "
             "for a module that is already built, pass its .config"
         )
-    elif str(model).lower() in bundled_names():
+    elif str(model).lower() in bundled_names() and not (Path(model) / "config.json").exists():
         name = str(model).lower()
         config = _from_dict(bundled_config(name))
         why = f"the bundled config {name} has {_SHAPES_ONLY}"
@@ -149,7 +150,7 @@ def _from_dict(values: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(kind, **rest)
     except Exception as error:
-        raise ModelError(f"no config can be made of model_type {kind!r}: {_first_line(error)}") from error
+        raise ModelError(f"no config can be made of model_type {kind!r}: {_short(error)}") from error
 
 
 def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any:
@@ -172,7 +173,7 @@ def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any
             ) from error
         kind = values.get("model_type")
         raise ModelError(
-            f"{file} (model_type {kind!r}) cannot be read by this transformers: {_first_line(error)}"
+            f"{file} (model_type {kind!r}) cannot be read by this transformers: {_short(error)}"
         ) from error
 
 
@@ -230,5 +231,7 @@ def _dtype(
     return torch.float32
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _short(error: Exception, most: int = 300) -> str:
+    """The error on one line: config validation puts the field on the first line and the reason on the next."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= most else text[:most] + ' ...'}"

@@ -7,4 +7,14 @@ from adkit.graph.step import PassInfo
 from adkit.passes.base import BuildPass, Context, Pass, PassConfig, Stage
 from adkit.passes.registry import all_passes, get_pass, register
 
-__all__ = ["BuildPass", "Context", "Pass", "PassConfig", "PassInfo", "Stage", "all_passes", "get_pass", "register"]
+__all__ = [
+    "BuildPass",
+    "Context",
+    "Pass",
+    "PassConfig",
+    "PassInfo",
+    "Stage",
+    "all_passes",
+    "get_pass",
+    "register",
+]

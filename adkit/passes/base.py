@@ -45,14 +45,18 @@ class PassConfig(BaseModel):
 
     stage: Stage = Field(description="Stage of the pipeline the transform runs in")
     enabled: bool = Field(True, description="Run the transform at all")
-    run_per_gm: bool = Field(True, description="Run on each graph (sub)module rather than on the whole module")
+    run_per_gm: bool = Field(
+        True, description="Run on each graph (sub)module rather than on the whole module"
+    )
     skip_on_error: bool = Field(False, description="On error go on without the transform instead of stopping")
     run_graph_cleanup: bool = Field(True, description="Erase dead code after the transform")
     run_shape_prop: bool = Field(False, description="Recompute every node's value after the transform")
     requires_clean_graph: bool = Field(True, description="The graph must be free of dead code before")
     requires_shape_prop: bool = Field(False, description="Every node's value must hold before")
     expect_mem_change: bool = Field(False, description="Device memory is expected to change")
-    debug_visualize_dir: str | None = Field(None, description="Write a picture of the graph after the transform here")
+    debug_visualize_dir: str | None = Field(
+        None, description="Write a picture of the graph after the transform here"
+    )
 
 
 @dataclass
@@ -102,7 +106,9 @@ class Pass(ABC):
         """Change ``gm`` in place (or not) and say what was done."""
 
     @staticmethod
-    def site(gm: GraphModule, matched: Iterable[Node], *, label: str, before: Node | None = None) -> AbstractContextManager[Site]:
+    def site(
+        gm: GraphModule, matched: Iterable[Node], *, label: str, before: Node | None = None
+    ) -> AbstractContextManager[Site]:
         """Open one rewrite; see :func:`adkit.graph.edit.site`."""
         return site(gm, matched, label=label, before=before)
 

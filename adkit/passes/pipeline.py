@@ -98,7 +98,9 @@ def run_pass(p: Pass, state: State, ctx: Context) -> tuple[State, Step]:
     step.seconds = time.perf_counter() - start - step.record_seconds
     step.memory_bytes = _device_bytes(ctx.device) - memory
     if abs(step.memory_bytes) > _MEMORY_NOISE and not p.config.expect_mem_change:
-        step.log.append(f"device memory changed by {step.memory_bytes} bytes, which expect_mem_change does not say")
+        step.log.append(
+            f"device memory changed by {step.memory_bytes} bytes, which expect_mem_change does not say"
+        )
     if p.config.debug_visualize_dir:
         _visualize(new.snapshot, p, step)
     return new, step
@@ -118,7 +120,9 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
         return after, info, (), time.perf_counter() - begin
     gm = state.module
     if not isinstance(gm, GraphModule):
-        raise PassError(f"transform {p.key!r} needs a graph, but nothing has been exported yet: run export_to_gm first")
+        raise PassError(
+            f"transform {p.key!r} needs a graph, but nothing has been exported yet: run export_to_gm first"
+        )
     with journal(gm) as log:
         if p.config.requires_clean_graph and not state.clean:
             clean(gm)
@@ -152,12 +156,14 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
     tensors = take_stamps(gm, snapshot, state.tensors, ctx.factory, p.loads)
     after = State(
         gm, snapshot, ctx.caches, ctx.compiled, tensors,
-        clean=cleaned or (state.clean or p.config.requires_clean_graph) and info.is_clean, valued=valued,
+        clean=cleaned or ((state.clean or p.config.requires_clean_graph) and info.is_clean), valued=valued,
     )  # fmt: skip
     return after, info, tuple(log.sites), time.perf_counter() - begin
 
 
-def _refuse_broken(p: Pass, gm: GraphModule, snapshot: Snapshot, state: State, valued: bool, ctx: Context) -> None:
+def _refuse_broken(
+    p: Pass, gm: GraphModule, snapshot: Snapshot, state: State, valued: bool, ctx: Context
+) -> None:
     """Raise PassError for a graph that could not run, or that no longer is what was compiled."""
     if not len(snapshot) or snapshot.nodes[-1].op != "output":
         raise PassError(f"transform {p.key!r} left a graph without an output; nothing of the pass was kept")
@@ -165,18 +171,25 @@ def _refuse_broken(p: Pass, gm: GraphModule, snapshot: Snapshot, state: State, v
     absent = [n.target for n in new if n.op == "get_attr" and tensor_at(gm, n.target) is None]
     if absent:
         raise PassError(
-            f"transform {p.key!r} left nodes that read tensors the module does not have: {', '.join(absent[:5])}; "
+            f"transform {p.key!r} left nodes that read tensors the module does not have: "
+            f"{', '.join(absent[:5])}; "
             "register a parameter or buffer of that name first"
         )
-    bare = [n.name for n in new if n.op in ("call_function", "placeholder") and n.val is None and not _valueless(n)]
+    bare = [
+        n.name
+        for n in new
+        if n.op in ("call_function", "placeholder") and n.val is None and not _valueless(n)
+    ]
     if bare and valued:
         raise PassError(
-            f"transform {p.key!r} left nodes without a value (meta['val']): {', '.join(bare[:5])}; insert nodes with "
+            f"transform {p.key!r} left nodes without a value (meta['val']): {', '.join(bare[:5])}; insert "
+            "nodes with "
             "site.call(...), or return PassInfo(has_valid_shapes=False)"
         )
     if state.compiled is not None and ctx.compiled is state.compiled:
         raise PassError(
-            f"transform {p.key!r} changed the graph after compile_model, which would not be compiled; move it before "
+            f"transform {p.key!r} changed the graph after compile_model, which would not be compiled; move "
+            "it before "
             f"(wb.move({p.key!r}, before='compile_model'))"
         )
 
@@ -185,7 +198,7 @@ def propagate_values(gm: GraphModule) -> None:
     """Recompute every call's value (``meta["val"]``) from its inputs' values."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            node.meta["val"] = fake_value(node.target, node.args, node.kwargs)
+            node.meta["val"] = fake_value(node.target, node.args, node.kwargs, gm)
 
 
 def _valueless(n: Any) -> bool:
@@ -200,7 +213,8 @@ def _undo(state: State) -> None:
 
 
 def rebuild(snapshot: Snapshot, tensors: torch.nn.Module) -> GraphModule:
-    """A graph module of ``snapshot`` over ``tensors``; tensors it lacks become meta placeholders to be reloaded."""
+    """A graph module of ``snapshot`` over ``tensors``; tensors it lacks become meta placeholders to be
+    reloaded."""
     for n in snapshot:
         if n.op == "get_attr" and tensor_at(tensors, n.target) is None:
             shape = tuple(int(d) for d in n.val.shape)
@@ -228,7 +242,8 @@ def _visualize(snapshot: Snapshot, p: Pass, step: Step) -> None:
 
 
 def write_graph(snapshot: Snapshot, folder: Path, stem: str, report: Callable[[str], None]) -> list[str]:
-    """Write ``stem.py.txt`` (the program) and ``stem.svg`` (needs graphviz's ``dot``) into ``folder``; their names."""
+    """Write ``stem.py.txt`` (the program) and ``stem.svg`` (needs graphviz's ``dot``) into ``folder``;
+    their names."""
     from adkit.viz import draw
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from adkit.graph.step import PassInfo
 from adkit.models.loading import FUSED
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
-from adkit.passes.tensors import put_tensor
+from adkit.passes.tensors import put_tensor, tensor_at
 
 _LOG = logging.getLogger(__name__)
 CONSTANT = "adkit_constant"  # the mark that export puts on nodes reading tensors it lifted out of the forward
@@ -43,9 +43,10 @@ class PipelineCacheConfig(PassConfig):
 class PipelineCache(Pass):
     """Save the graph here, and start the next run of the same model and settings from it.
 
-    What is saved is the graph as JSON and its small constants as safetensors: no weights, no pickle, no code. The
-    key covers the model's config, every transform before this point, and the versions of adkit, torch and
-    transformers. Worth it for the export of a large model (about 16 s at 32 layers), which then takes a second.
+    What is saved is the graph as JSON and its small constants as safetensors: no weights, no pickle, no
+    code. The key covers the model's config, every transform before this point, and the versions of adkit,
+    torch and transformers. Worth it for the export of a large model (about 16 s at 32 layers), which then
+    takes a second.
 
         first run: build_model, export_to_gm, ..., pipeline_cache (saved), ...
         next run:  pipeline_cache (restored), ...
@@ -61,10 +62,13 @@ class PipelineCache(Pass):
         known = {n.target for n in gm.graph.nodes if n.op == "get_attr"} & set(ctx.factory.tensors)
         changed = [n for n in known - ctx.loaded if not _tensor(gm, n).is_meta]
         if changed:
-            reason = f"an earlier step changed the data of {len(changed)} weights ({min(changed)}), which is not stored here"
+            which = f"{len(changed)} weights ({min(changed)})"
+            reason = f"an earlier step changed the data of {which}, which is not stored here"
             return PassInfo(skipped=True, reason=reason)
         if folder in self._unreadable:
-            ctx.report(f"entry {folder.name} could not be read and is written again: {self._unreadable.pop(folder)}")
+            ctx.report(
+                f"entry {folder.name} could not be read and is written again: {self._unreadable.pop(folder)}"
+            )
             shutil.rmtree(folder, ignore_errors=True)
         if (folder / "graph.json").is_file():
             return PassInfo(num_matches=0, details={"entry": folder.name, "already there": True})
@@ -80,7 +84,9 @@ class PipelineCache(Pass):
             return read_entry(folder, ctx)
         except Exception as error:  # a damaged file can fail in any way; the graph is then made anew
             self._unreadable[folder] = f"{type(error).__name__}: {error}"
-            _LOG.warning("pipeline cache entry %s cannot be read (%s); running every step instead", folder.name, error)
+            _LOG.warning(
+                "pipeline cache entry %s cannot be read (%s); running every step instead", folder.name, error
+            )
             return None
 
     def __init__(self, config: PassConfig | dict[str, Any] | None = None) -> None:
@@ -92,7 +98,8 @@ class PipelineCache(Pass):
 
 
 def fingerprint(ctx: Context, before: list[Pass]) -> str:
-    """Hash of all that decides the graph: model config, dtype, settings, transforms so far and their code, versions."""
+    """Hash of all that decides the graph: model config, dtype, settings, transforms so far and their code,
+    versions."""
     import transformers
 
     data = {
@@ -120,7 +127,8 @@ def _package_hash() -> str:
 
 
 def _code_of(cls: type[Pass]) -> str:
-    """What a pass of the user's does: its class's functions as bytecode (adkit's own are in the package's hash)."""
+    """What a pass of the user's does: its class's functions as bytecode (adkit's own are in the package's
+    hash)."""
     if cls.__module__.startswith("adkit."):
         return f"{cls.__module__}.{cls.__qualname__}"
     digest = hashlib.sha256(cls.__qualname__.encode())
@@ -151,7 +159,9 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
         for n in snapshot
         if n.op == "get_attr" and n.target not in owned and n.target not in recipes
     }
-    specs = [] if ctx.caches is None else [[s.name, list(s.page_shape), str(s.dtype)] for s in ctx.caches.specs]
+    specs = (
+        [] if ctx.caches is None else [[s.name, list(s.page_shape), str(s.dtype)] for s in ctx.caches.specs]
+    )
     pages = 0 if ctx.caches is None else ctx.caches.num_pages
     data = {
         "graphs": writer.payload(), "rows": rows, "recipes": {k: list(v) for k, v in recipes.items()},
@@ -171,7 +181,8 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
 
 
 def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, CachePool | None]:
-    """The graph saved in ``folder``: its snapshot, a module with its constants (weights on meta), its caches."""
+    """The graph saved in ``folder``: its snapshot, a module with its constants (weights on meta), its
+    caches."""
     data = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
     snapshot = SnapshotReader(data["graphs"]).snapshot(data["rows"])
     holder = torch.nn.Module()
@@ -184,8 +195,12 @@ def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, C
             n.meta[CONSTANT] = n.target in constants
             if not (n.target in constants or n.target in owned or n.target in data["recipes"]):
                 raise ValueError(f"the graph reads {n.target}, which neither the entry nor the model has")
-    holder.meta = {FUSED: {k: tuple(v) for k, v in data["recipes"].items()}}  # type: ignore[assignment]
-    specs = tuple(CacheSpec(n, tuple(s), getattr(torch, d.removeprefix("torch."))) for n, s, d in data["specs"])
+    holder.meta = {  # type: ignore[assignment]
+        FUSED: {k: tuple(v) for k, v in data["recipes"].items()}
+    }
+    specs = tuple(
+        CacheSpec(n, tuple(s), getattr(torch, d.removeprefix("torch."))) for n, s, d in data["specs"]
+    )
     if not specs:
         return snapshot, holder, None
     pool = CachePool(specs, ctx.engine.page_size)
@@ -195,7 +210,6 @@ def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, C
 
 
 def _tensor(gm: GraphModule, path: str) -> torch.Tensor:
-    at: Any = gm
-    for part in path.split("."):
-        at = getattr(at, part)
-    return at  # type: ignore[no-any-return]
+    tensor = tensor_at(gm, path)
+    assert tensor is not None, path
+    return tensor

@@ -13,7 +13,8 @@ _PASSES: dict[str, type[Pass]] = {}
 
 
 def register(cls: type[Pass]) -> type[Pass]:
-    """Class decorator: make the pass available by its key. A later class replaces an earlier one of its key."""
+    """Class decorator: make the pass available by its key. A later class replaces an earlier one of its
+    key."""
     for name in ("key", "stage"):
         if not hasattr(cls, name):
             raise TypeError(f"{cls.__name__} needs a class attribute {name!r}")
@@ -30,7 +31,9 @@ def _load_all() -> None:
     mine = dict(_PASSES)
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(info.name)
-    _PASSES.update(mine)  # what was registered before, such as a user's variant of a pass of ours, still counts
+    _PASSES.update(
+        mine
+    )  # what was registered before, such as a user's variant of a pass of ours, still counts
 
 
 def all_passes() -> dict[str, type[Pass]]:

@@ -17,9 +17,9 @@ from adkit.models.loading import FUSED
 class Stamp:
     """One tensor's data at one moment.
 
-    ``loadable``: the factory gives the same data again. Such a tensor is held weakly, so that a pass can free it;
-    a graph's own constant is small and cannot be had again, so it is held. Changes in place are told by torch's
-    version counter and by a few sampled elements (``.data`` writes past the counter).
+    ``loadable``: the factory gives the same data again. Such a tensor is held weakly, so that a pass can
+    free it; a graph's own constant is small and cannot be had again, so it is held. Changes in place are
+    told by torch's version counter and by a few sampled elements (``.data`` writes past the counter).
     """
 
     __slots__ = ("_get", "_sample", "_version", "loadable")
@@ -62,7 +62,9 @@ def _sample(t: Tensor, count: int = 8) -> str:
     return str(flat[:: max(1, flat.numel() // count)][:count].tolist())
 
 
-def take_stamps(gm: GraphModule, snapshot: Snapshot, previous: Stamps, factory: Any, loads: bool = False) -> Stamps:
+def take_stamps(
+    gm: GraphModule, snapshot: Snapshot, previous: Stamps, factory: Any, loads: bool = False
+) -> Stamps:
     """Stamps of every tensor the graph reads that has data; those of unchanged tensors are shared.
 
     ``loads``: the step just run read weights, so what is new under a weight's name is what the factory gives.

@@ -31,6 +31,7 @@ Params = SamplingParams | Seq[SamplingParams] | None
 Request = tuple[Seq[int], SamplingParams]
 
 _QUIET_SECONDS = 2.0
+_A_MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class LiveModel:
@@ -94,7 +95,12 @@ class LiveModel:
         A conversation is a list of messages ``{"role": "user", "content": "..."}``. Raises RequestError when
         there is no chat template or it does not take the messages.
         """
-        single = not isinstance(messages, str) and all(isinstance(m, Mapping) for m in messages)
+        if not isinstance(messages, (list, tuple)):
+            raise RequestError(
+                f"messages is a {type(messages).__name__}; expected a list of messages such as "
+                f"{_A_MESSAGE}, or a list of such lists"
+            )
+        single = all(isinstance(m, Mapping) for m in messages)
         conversations = [messages] if single else messages
         prompts = [self._apply_chat_template(c, i) for i, c in enumerate(conversations)]
         completions = self._complete(self._requests(prompts, params), progress)
@@ -181,14 +187,22 @@ class LiveModel:
             raise RequestError(
                 f"Prompt {index} is a string, but the model has no tokenizer; give a list of token ids"
             )
-        return self.tokenizer(prompt)["input_ids"]
+        try:
+            return self.tokenizer(prompt)["input_ids"]
+        except (TypeError, ValueError) as error:  # such as half a surrogate pair, which no encoding takes
+            raise RequestError(
+                f"The tokenizer does not take prompt {index}, {prompt[:40]!r}: {error}"
+            ) from error
 
     def _apply_chat_template(self, messages: Any, index: int) -> list[int]:
         """One conversation's token ids, up to where the answer begins."""
-        if isinstance(messages, str) or not messages or not all(isinstance(m, Mapping) for m in messages):
+        if (
+            not isinstance(messages, (list, tuple))
+            or not messages
+            or not all(isinstance(m, Mapping) for m in messages)
+        ):
             raise RequestError(
-                f"Conversation {index} is {messages!r}; expected a list of messages such as "
-                '{"role": "user", "content": "..."}'
+                f"Conversation {index} is {messages!r}; expected a list of messages such as {_A_MESSAGE}"
             )
         if not getattr(self.tokenizer, "chat_template", None):
             missing = "tokenizer" if self.tokenizer is None else "chat template"
@@ -206,7 +220,9 @@ class LiveModel:
     def _requests(self, prompts: list[Any], params: Any) -> list[Request]:
         """Pair prompts with parameters; every request is checked before the first one runs."""
         each = (
-            list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(prompts)
+            list(params)
+            if isinstance(params, (list, tuple))
+            else [SamplingParams() if params is None else params] * len(prompts)
         )
         if len(each) != len(prompts):
             raise RequestError(

@@ -45,8 +45,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         # An unseeded request follows torch.manual_seed, as sampling from torch itself would.
-        seed = params.seed if params.seed is not None else int(torch.randint(2**63 - 1, ()))
-        self._random = random.Random(seed)
+        seed = params.seed if params.seed is not None else torch.randint(2**63 - 1, ())
+        self._random = random.Random(int(seed))  # numpy's integers are not seeds to it
 
     @property
     def output(self) -> list[int]:

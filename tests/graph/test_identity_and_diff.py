@@ -1,6 +1,7 @@
 """Ids, snapshots and diffs: exact on any edit, exact about where it happened."""
 
 import operator
+import re
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.fx import Graph, GraphModule
 from adkit.graph.diff import diff, ranges
 from adkit.graph.edit import clean, journal, site
 from adkit.graph.identity import identities, node_id, tag_of
-from adkit.graph.snapshot import Ref, take
+from adkit.graph.snapshot import Ref, Snapshot, take
+from adkit.graph.step import Step, Steps
 
 
 def chain(length: int) -> GraphModule:
@@ -86,7 +88,7 @@ def test_unchanged_nodes_share_their_record():
 
 def test_replacing_a_reader_input_by_its_successor_is_not_a_change_of_the_reader():
     gm = chain(3)
-    a, b, c = calls(gm)
+    a, b, _ = calls(gm)
 
     def edit(gm):
         with site(gm, [b], label="swap") as s:
@@ -179,7 +181,10 @@ def test_building_over_a_module_without_a_tensor_names_it():
         take(gm).build(torch.nn.Module())
 
 
-@given(st.integers(1, 20), st.lists(st.tuples(st.sampled_from(["swap", "drop", "add", "rewire"]), st.integers(0, 99)), max_size=8))
+@given(
+    st.integers(1, 20),
+    st.lists(st.tuples(st.sampled_from(["swap", "drop", "add", "rewire"]), st.integers(0, 99)), max_size=8),
+)
 @settings(max_examples=60)
 def test_any_edit_is_told_exactly(length, edits):
     gm = chain(length)
@@ -216,7 +221,9 @@ def test_any_edit_is_told_exactly(length, edits):
     for n in after:
         if n.id in old and n.id not in d.changed:
             for was, now in zip(old[n.id][1], n.inputs(), strict=True):
-                assert was == now or (was in d.erased and (now in d.created or now in behind(was, old, d.erased)))
+                assert was == now or (
+                    was in d.erased and (now in d.created or now in behind(was, old, d.erased))
+                )
 
 
 def behind(node, old, erased):
@@ -236,3 +243,23 @@ def test_record_arguments_hold_references_not_nodes():
     snapshot = take(gm)
     assert snapshot.nodes[2].args == (Ref(snapshot.nodes[1].id),)
     assert snapshot.nodes[2].inputs() == [snapshot.nodes[1].id]
+
+
+def test_records_print_in_one_line_without_paths_of_this_machine():
+    record = take(chain(1)).nodes[1]
+    assert re.fullmatch(r"%1 neg\w*: call_function aten\.neg\(%0\)", repr(record))
+
+
+def test_a_graph_without_nodes_has_an_empty_table():
+    assert list(Snapshot().table().columns)[:2] == ["name", "op"]
+    assert len(Snapshot().table()) == 0
+
+
+def test_steps_take_keys_indices_and_slices():
+    steps = Steps([Step(name, "export", {}, "") for name in ("one", "two", "three")])
+    assert steps["two"] is steps[1] is steps[-2]
+    assert steps[1:].keys() == ["two", "three"]
+    with pytest.raises(IndexError, match="no step 3: the pipeline has 3"):
+        steps[3]
+    with pytest.raises(KeyError, match="did you mean 'two'"):
+        steps["tow"]

@@ -122,6 +122,62 @@ def test_hugging_faces_own_attention_on_request(attention: str) -> None:
     assert worst(gm, model) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "kind", ["bloom", "mpt", "gptj", "codegen", "rembert", "roformer", "gemma2", "gpt_oss"]
+)
+def test_sdpa_falls_back_to_eager_where_the_class_does_not_support_it(kind: str) -> None:
+    config, model = tiny(kind, **({"is_decoder": True} if kind in ("rembert", "roformer") else {}))
+    assert not model._supports_sdpa
+    gm = cleaned(with_weights_of(export_model(meta_twin(config), attention="sdpa"), model))
+    facts: ExportFacts = gm.meta["adkit_export"]
+    assert facts.attention == "eager"
+    assert facts.notes[0].startswith(f"{type(model).__name__} does not support sdpa")
+    assert not nodes(gm, torch.ops.aten.scaled_dot_product_attention.default)
+    assert worst(gm, model) < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "what"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_sdpa_falls_back_to_eager_rather_than_drop_an_argument(
+    kind: str, what: str, monkeypatch: Any
+) -> None:
+    config, model = tiny(kind)
+    for module in model.modules():  # some versions declare support that their code lacks
+        if hasattr(module, "_supports_sdpa"):
+            monkeypatch.setattr(type(module), "_supports_sdpa", True)
+    gm = cleaned(with_weights_of(export_model(meta_twin(config), attention="sdpa"), model))
+    facts: ExportFacts = gm.meta["adkit_export"]
+    assert facts.attention == "eager"
+    assert f"ignores {what}" in facts.notes[0]
+    assert worst(gm, model) < 1e-6
+
+
+@pytest.mark.parametrize("built", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_class_that_picks_its_attention_when_built_exports_either_way(built: str, attention: str) -> None:
+    config, model = tiny("falcon")
+    other = type(model)._from_config(config, attn_implementation=built).eval()
+    other.load_state_dict(model.state_dict())
+    assert worst(cleaned(export_model(other, attention)), model) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_as_batched_products_on_request(kind: str) -> None:
+    config, model = tiny(kind)
+    gm = cleaned(with_weights_of(export_model(meta_twin(config), experts="batched_mm"), model))
+    assert gm.meta["adkit_export"].experts == "batched_mm"
+    assert not nodes(gm, MOE)
+    assert len(nodes(gm, torch.ops.aten.bmm.default)) >= 4
+    assert worst(gm, model) < 1e-6
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_experts_that_follow_the_router_are_refused(experts: str) -> None:
+    with pytest.raises(ExportError, match="on what the router chose"):
+        export_model(meta_twin(tiny_config("mixtral")), experts=experts)
+    with pytest.raises(ValueError, match="use interface or batched_mm"):
+        get_pass("export_to_gm")({"experts": experts})
+
+
 LENGTH_DEPENDENT = [
     ("phi3", {}),
     ("phimoe", {}),

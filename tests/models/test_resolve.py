@@ -62,6 +62,19 @@ def test_a_factory_without_weights_refuses_to_load():
         next(resolve("llama-3.2-1b", device="cpu").load())
 
 
+def test_a_model_directory_comes_before_a_bundled_name(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "llama-3.2-1b", "llama")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("llama-3.2-1b").weights == "checkpoint"
+    monkeypatch.chdir("/")
+    assert resolve("llama-3.2-1b").weights == "none"
+
+
+def test_a_config_that_is_refused_says_which_field_and_why():
+    with pytest.raises(ModelError, match=r"hidden_size.*int"):
+        resolve({"model_type": "llama", "hidden_size": "x"})
+
+
 def test_config_object_and_dictionary():
     config = tiny_config("qwen3")
     by_object = resolve(config, device="cpu")

@@ -32,7 +32,9 @@ class Case:
         g = torch.Generator("cpu").manual_seed(self.seed)
 
         def make(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(self.device, self.dtype)
+            return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(
+                self.device, self.dtype
+            )
 
         lengths = [sum(c) for c in self.chunks]
         q = [make(1, n, self.heads, self.head_dim) for n in lengths]

@@ -18,6 +18,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 assert INTERPRETED or torch.cuda.is_available(), "run through test_triton.py"
 if not INTERPRETED:
     torch.set_default_device("cuda")
+else:
+    # Triton 3.6's interpreter takes int() of an array of one element for the end of a loop; NumPy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    def _patch(tensor: Any, *scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = _patch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Of the largest output: order of sums, and a few last places in 16 bits (bfloat16 is cut off there).

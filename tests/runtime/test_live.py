@@ -210,6 +210,7 @@ def test_interrupt_during_generate_leaves_no_pages_held(live):
         ([[1], [2]], [SamplingParams()], "1 SamplingParams for 2 prompts"),
         ([[1], [2]], [SamplingParams(), None], "Prompt 1: params is None"),
         ([1], "greedy", "params is 'greedy'"),
+        ([1], {}, "params is {}"),
         ([1] * 100, None, "100 tokens; max_seq_len is 64"),
     ],
 )
@@ -236,13 +237,23 @@ def test_chat_goes_through_the_template(spoken, tokenizers):
         assert [a.text for a in live.chat([messages, messages])] == ["hi", "hi"]
         with pytest.raises(RequestError, match=r"conversation 0: .*no system role"):
             live.chat([{"role": "system", "content": "be brief"}])
-        for wrong in ("hello", [], ["hello"], [[]]):
+        for wrong in ("hello", [], ["hello"], [[]], None, 5, messages[0]):
             with pytest.raises(RequestError, match="expected a list of messages"):
                 live.chat(wrong)
     finally:
         tokenizer.chat_template = None
     with pytest.raises(RequestError, match="no chat template"):
         live.chat(messages)
+
+
+def test_text_that_no_tokenizer_takes_is_a_bad_request(spoken):
+    with pytest.raises(RequestError, match="tokenizer does not take prompt 0"):
+        spoken("hi").generate("\ud800")  # half a surrogate pair
+
+
+def test_a_seed_may_be_numpys(live):
+    one, two = (SamplingParams(temperature=1.0, seed=kind(7), max_tokens=5) for kind in (int, np.int64))
+    assert live.generate([1], one) == live.generate([1], two)
 
 
 def test_chat_without_tokenizer_is_refused(live):

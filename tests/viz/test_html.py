@@ -42,11 +42,26 @@ def test_html_works_without_dot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_tells_its_rewrites_and_code_change() -> None:
-    html = str(html_of(sample("llama")["match_rmsnorm_pattern"]))
+    step = sample("llama")["match_rmsnorm_pattern"]
+    html = str(html_of(step))
     assert "9 ×" in html
     assert "torch_rmsnorm" in html
     assert '<span class="a">+' in html
-    assert "285 → 231" in html
+    assert f"{len(step.before)} → {len(step.after)}" in html
+
+
+def test_a_workbench_heading_and_stages_to_come_are_one_line() -> None:
+    stages = {"now": "export", "later": "compile", "last": "compile"}
+    steps = [Step(name, stage, {}, "d") for name, stage in stages.items()]
+    html = str(html_of(Steps(steps, heading="Workbench 'x'\n0 of 3 steps run")))
+    assert '<span class="ak-name">Workbench &#39;x&#39;</span>' in html
+    assert '<span class="ak-fact">0 of 3 steps run</span>' in html
+    assert ">later, last</td>" in html
+    assert ">now</td>" in html
+
+
+def test_docstring_literals_are_code() -> None:
+    assert "one <code>a&lt;b</code>." in str(html_of(Step("s", "export", {}, "Make one ``a<b``.")))
 
 
 def test_steps_tell_what_changed_and_what_is_next() -> None:

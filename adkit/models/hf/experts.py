@@ -8,7 +8,7 @@ inputs; one that is not recognised is traced as it stands over every expert: rig
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +38,43 @@ def is_experts(module: nn.Module) -> bool:
 
 def recognise_gate(module: nn.Module) -> Gate | None:
     """The gate of an experts module, by value on random float32 inputs; None for an unknown one."""
+    numbers = [v for v in vars(module).values() if isinstance(v, float | int)]
+    concatenated = getattr(module, "is_concatenated", True)
+    if not module.has_gate:
+        return gate_by_value(module.act_fn, 64, gated=False)  # type: ignore[arg-type]
+    return gate_by_value(
+        module._apply_gate,  # type: ignore[arg-type]
+        2 * _ffn_dim(module),
+        numbers=numbers,
+        concatenated=concatenated,
+    )
+
+
+def gate_by_value(
+    gate: Callable[[Tensor], Tensor],
+    width: int,
+    *,
+    gated: bool = True,
+    numbers: Iterable[float] = (),
+    concatenated: bool = True,
+) -> Gate | None:
+    """What ``gate`` computes on [T, ``width``], found by comparing values on random float32 inputs.
+
+    ``numbers`` may be among its constants. ``concatenated`` gates hold all gates, then all ups; the other
+    layout is tried second. None when it is no known gate, or cannot run on its own.
+    """
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.1, 1.0, 4.0, 30.0]).repeat(8)[:, None]
+    x = torch.randn(32, width, generator=generator) * scales
     try:
         with torch.no_grad():
-            if not module.has_gate:
-                x = torch.randn(32, 64, generator=generator) * scales
-                want = module.act_fn(x.clone())  # type: ignore[operator]
+            want = gate(x.clone())
+            if not gated:
                 return next((Gate(act) for act, fn in ACTIVATIONS.items() if _same(fn(x), want)), None)
-            x = torch.randn(32, 2 * _ffn_dim(module), generator=generator) * scales
-            want = module._apply_gate(x.clone())  # type: ignore[operator]
-            for gate in _candidates(module):
-                first, second = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, -1)
-                if _same(gate_fn(first, second, gate.act, gate.alpha, gate.limit, gate.up_offset), want):
-                    return gate
+            for found in _candidates(numbers, concatenated):
+                first, second = (x[..., ::2], x[..., 1::2]) if found.interleaved else x.chunk(2, -1)
+                if _same(gate_fn(first, second, found.act, found.alpha, found.limit, found.up_offset), want):
+                    return found
     except Exception:  # a gate that cannot run on its own (it reads weights, say) is not a known one
         return None
     return None
@@ -66,13 +89,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=2e-6, atol=1e-6)
 
 
-def _candidates(module: nn.Module) -> Iterator[Gate]:
-    """Gates to try, plainest first; constants are whatever numbers the module holds."""
-    numbers = [
-        float(v) for v in vars(module).values() if isinstance(v, float | int) and not isinstance(v, bool)
-    ]
-    constants = sorted({v for v in numbers if 0 < v <= 1000})
-    layouts = (False, True) if getattr(module, "is_concatenated", True) else (True, False)
+def _candidates(numbers: Iterable[float], concatenated: bool) -> Iterator[Gate]:
+    """Gates to try, plainest first; constants are ``numbers`` that could be one."""
+    constants = sorted({float(v) for v in numbers if not isinstance(v, bool) and 0 < v <= 1000})
+    layouts = (False, True) if concatenated else (True, False)
     offsets = (0.0, 1.0)
     for limit, interleaved, offset in itertools.product((None, *constants), layouts, offsets):
         for act in ACTIVATIONS:

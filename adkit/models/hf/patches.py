@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -22,15 +23,17 @@ class Extensions:
     """What is in place during an export.
 
     ``rope_lengths`` is set by the exported forward; ``length_dependent`` says whether any module reads it.
-    ``masks`` counts calls of the mask interface.
+    ``masks`` counts calls of the mask interface. ``dropped`` names what attention modules handed to Hugging
+    Face's sdpa function and it does not read.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, experts: str) -> None:
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         self.attention = AttentionInterface(names)
-        self.experts = ExpertsInterface(model)
+        self.experts = ExpertsInterface(model) if experts == "interface" else None
         self.rope_lengths: Tensor | None = None
         self.masks = 0
+        self.dropped: set[str] = set()
         self.rope = {
             name: (module, PerTokenRope(module, name, self._lengths))
             for name, module in model.named_modules()
@@ -45,11 +48,23 @@ class Extensions:
     @property
     def notes(self) -> list[str]:
         """What a reader should know of how the model was captured."""
-        return self.attention.notes + self.experts.notes
+        return self.attention.notes + (self.experts.notes if self.experts is not None else [])
 
     def _lengths(self) -> Tensor:
         assert self.rope_lengths is not None
         return self.rope_lengths
+
+    def sdpa(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Hugging Face's sdpa function, watched."""
+        reads = set(inspect.signature(own).parameters)
+        matters = {"softcap", "s_aux", "position_bias"} - reads
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            lost = {name for name in matters if kwargs.get(name) is not None}
+            self.dropped |= lost
+            return own(*args, **{k: v for k, v in kwargs.items() if k not in lost})  # newer ones raise
+
+        return watched
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask interface, counted."""
@@ -58,13 +73,16 @@ class Extensions:
 
 
 @contextmanager
-def extension_points(model: nn.Module, attention: str) -> Iterator[Extensions]:
-    """Everything in place: ``attention`` is interface, sdpa or eager. Nothing of it outlives the block."""
+def extension_points(model: nn.Module, attention: str, experts: str = "interface") -> Iterator[Extensions]:
+    """Everything in place: ``attention`` is interface, sdpa or eager, ``experts`` interface or batched_mm.
+
+    Nothing of it outlives the block.
+    """
     import transformers.masking_utils as masking
     from transformers import AttentionInterface as HFAttention
     from transformers.integrations.moe import ExpertsInterface as HFExperts
 
-    extensions = Extensions(model)
+    extensions = Extensions(model, experts)
     with ExitStack() as stack:
         for table, value in (
             (HFAttention._global_mapping, extensions.attention),
@@ -72,6 +90,9 @@ def extension_points(model: nn.Module, attention: str) -> Iterator[Extensions]:
             (HFExperts._global_mapping, extensions.experts),
         ):
             stack.enter_context(mock.patch.dict(table, {NAME: value}))
+        if attention == "sdpa":
+            table = HFAttention._global_mapping
+            stack.enter_context(mock.patch.dict(table, sdpa=extensions.sdpa(table["sdpa"])))
         # adkit packs sequences by itself, and a batch without padding has none on the left
         stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", return_value=None))
         if attention == "interface":
@@ -82,7 +103,8 @@ def extension_points(model: nn.Module, attention: str) -> Iterator[Extensions]:
                     masking, "chunked_overlay", lambda size, left_padding: overlay(size, unpadded)
                 )
             )
-        stack.enter_context(_configured(model, NAME if attention == "interface" else attention))
+        chosen = (NAME if mode == "interface" else mode for mode in (attention, experts))
+        stack.enter_context(_configured(model, *chosen))
         for module, forward in extensions.rope.values():
             stack.enter_context(mock.patch.object(module, "forward", forward))
         stack.enter_context(KnownOnes())
@@ -97,8 +119,8 @@ class _NoPadding:
 
 
 @contextmanager
-def _configured(model: nn.Module, attention: str) -> Iterator[None]:
-    """Every config of the model names our implementations in the block."""
+def _configured(model: nn.Module, attention: str, experts: str) -> Iterator[None]:
+    """Every config of the model names these implementations in the block."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -108,7 +130,7 @@ def _configured(model: nn.Module, attention: str) -> Iterator[None]:
                 sub = getattr(config, key, None)
                 if sub is not None:
                     configs[id(sub)] = sub
-    fields = {"_attn_implementation_internal": attention, "_experts_implementation_internal": NAME}
+    fields = {"_attn_implementation_internal": attention, "_experts_implementation_internal": experts}
     before = [(c, f, c.__dict__[f]) for c in configs.values() for f in fields if f in c.__dict__]
     try:
         for config, name, _ in before:

@@ -39,7 +39,8 @@ def fitting_pages(pool: CachePool, ctx: Context, free: int | None) -> int:
     if room < min(pages, pages_for_one(ctx)):
         need = pages_for_one(ctx) * pool.bytes_per_page
         raise MemoryLimitError(
-            f"the cache of one sequence of max_seq_len={ctx.engine.max_seq_len} tokens takes {memory.human(need)} and "
+            f"the cache of one sequence of max_seq_len={ctx.engine.max_seq_len} tokens takes "
+            f"{memory.human(need)} and "
             f"{memory.human(max(free, 0) * ctx.engine.free_gpu_memory_fraction)} may be used on {ctx.device} "
             f"(free_gpu_memory_fraction={ctx.engine.free_gpu_memory_fraction}); lower max_seq_len"
         )
@@ -55,8 +56,8 @@ class InitializeCache(Pass):
     """Allocate the paged caches.
 
     As many pages as ``max_batch_size`` sequences of ``max_seq_len`` take, cut to what is free. On a GPU only
-    one sequence's worth is taken here: ``resize_kv_cache`` measures what a full step needs, then sizes the rest.
-    Without weights the caches live on meta: shapes to the end.
+    one sequence's worth is taken here: ``resize_kv_cache`` measures what a full step needs, then sizes the
+    rest. Without weights the caches live on meta: shapes to the end.
 
         before: layer0_k_cache: an input of shape [P, page_size, K, H]
         after:  the same input, backed by memory on the device
@@ -81,7 +82,11 @@ class InitializeCache(Pass):
         ctx.caches = pool
         return PassInfo(
             num_matches=len(pool.specs),
-            details={"pages": pages, "tokens": (pages - 1) * pool.page_size, "bytes": pages * pool.bytes_per_page},
+            details={
+                "pages": pages,
+                "tokens": (pages - 1) * pool.page_size,
+                "bytes": pages * pool.bytes_per_page,
+            },
         )
 
 
@@ -89,8 +94,9 @@ class InitializeCache(Pass):
 class ResizeKVCache(Pass):
     """Size the cache from the memory a full step leaves free (GPU).
 
-    Runs one step of ``max_num_tokens`` to see its peak, then takes ``free_gpu_memory_fraction`` of what is left,
-    at most what ``max_batch_size`` sequences of ``max_seq_len`` need. Skipped where memory is not measured so.
+    Runs one step of ``max_num_tokens`` to see its peak, then takes ``free_gpu_memory_fraction`` of what is
+    left, at most what ``max_batch_size`` sequences of ``max_seq_len`` need. Skipped where memory is not
+    measured so.
 
         before: pages for one sequence
         after:  pages for as many as fit
@@ -105,7 +111,9 @@ class ResizeKVCache(Pass):
         if pool is None or not pool.tensors:
             return PassInfo(skipped=True, reason="no cache to resize")
         if ctx.device.type != "cuda" or ctx.weights == "none":
-            return PassInfo(skipped=True, reason=f"the cache on {ctx.device.type} is already at its final size")
+            return PassInfo(
+                skipped=True, reason=f"the cache on {ctx.device.type} is already at its final size"
+            )
         from adkit.passes.compile.compile_model import warmup_batch
 
         batch = warmup_batch(ctx, pool)
@@ -134,6 +142,10 @@ class ResizeKVCache(Pass):
         ctx.caches = new
         return PassInfo(
             num_matches=len(new.specs),
-            details={"pages": pages, "tokens": (pages - 1) * new.page_size, "bytes": pages * new.bytes_per_page,
-                     "activation bytes": activations},
+            details={
+                "pages": pages,
+                "tokens": (pages - 1) * new.page_size,
+                "bytes": pages * new.bytes_per_page,
+                "activation bytes": activations,
+            },
         )

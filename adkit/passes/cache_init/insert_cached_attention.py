@@ -30,7 +30,9 @@ _METADATA: dict[str, tuple[tuple[Dim, ...], torch.dtype]] = {
 class InsertCachedAttentionConfig(PassConfig):
     """Which cached attention to insert."""
 
-    backend: Literal["auto", "torch", "triton"] = Field("auto", description="Cached op; auto: triton on CUDA, else torch")
+    backend: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Cached op; auto: triton on CUDA, else torch"
+    )
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Cache dtype; auto: the dtype of the keys"
     )
@@ -41,9 +43,10 @@ class InsertCachedAttention(Pass):
     """Give every token mixer its cache: from here the graph runs packed batches step by step.
 
     Each canonical attention becomes the cached op of the chosen backend, through its descriptor; its keys and
-    values live in pages that a page table finds. Before anything changes, every other op is proved token-local
-    (its output at a token depends only on that token), because a packed batch puts tokens of different
-    sequences side by side; an op that is not proved is an error naming the line of modelling code.
+    values live in pages that a page table finds. Before anything changes, every other op is proved
+    token-local (its output at a token depends only on that token), because a packed batch puts tokens of
+    different sequences side by side; an op that is not proved is an error naming the line of modelling
+    code.
 
         before: o = torch_attention(q, k, v, scale=...)                         # q [B, S, N, H]
         after:  o = torch_attention_with_paged_cache(q, k, v, cu_seqlens, cache_lens, page_table,
@@ -59,7 +62,8 @@ class InsertCachedAttention(Pass):
         mixers = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in MIXERS]
         if not mixers:
             raise ExportError(
-                "insert_cached_attention found no attention in canonical form, so there is nothing to cache: the model's "
+                "insert_cached_attention found no attention in canonical form, so there is nothing to "
+                "cache: the model's "
                 "attention was not recognised; look at wb.graph.table() and at the pattern_matcher steps"
             )
         self._refuse(gm, mixers)
@@ -74,11 +78,17 @@ class InsertCachedAttention(Pass):
             metadata = {name: inputs.add(name, *_METADATA[name]) for name in wanted}
             s.adopt(*metadata.values())
         for index, node in enumerate(mixers):
-            specs += self._insert(gm, node, MIXERS[node.target], f"layer{index}", backend, metadata, inputs, ctx)
+            specs += self._insert(
+                gm, node, MIXERS[node.target], f"layer{index}", backend, metadata, inputs, ctx
+            )
         ctx.caches = CachePool(tuple(specs), ctx.engine.page_size)
         return PassInfo(
             num_matches=len(mixers),
-            details={"backend": backend, "caches": len(specs), "cache bytes a token": int(ctx.caches.bytes_per_token)},
+            details={
+                "backend": backend,
+                "caches": len(specs),
+                "cache bytes a token": int(ctx.caches.bytes_per_token),
+            },
         )
 
     def _refuse(self, gm: GraphModule, mixers: list[Node]) -> None:
@@ -88,12 +98,16 @@ class InsertCachedAttention(Pass):
             if reason:
                 problems.append(f"{node.name} at {source_of(node.meta.get('stack_trace'))}: {reason}")
         for n, why in mixing_nodes(gm):
-            problems.append(f"{n.name} ({target_name(n.target)}) at {source_of(n.meta.get('stack_trace'))}: {why}")
+            problems.append(
+                f"{n.name} ({target_name(n.target)}) at {source_of(n.meta.get('stack_trace'))}: {why}"
+            )
         if problems:
             shown = "\n  ".join(problems[:8]) + ("\n  ..." if len(problems) > 8 else "")
             raise ExportError(
-                f"this graph cannot run packed batches with a cache; {len(problems)} nodes stand in the way:\n  {shown}\n"
-                "Match them to canonical ops with a pass of your own, or write a descriptor for the token mixer"
+                f"this graph cannot run packed batches with a cache; {len(problems)} nodes stand in the "
+                f"way:\n  {shown}\n"
+                "Match them to canonical ops with a pass of your own, or write a descriptor for the token "
+                "mixer"
             )
 
     def _insert(
@@ -109,7 +123,11 @@ class InsertCachedAttention(Pass):
     ) -> tuple[CacheSpec, ...]:
         values = bound_values(node)
         bound = bound_arguments(node)
-        dtype = values["key"].dtype if self.config.cache_dtype == "auto" else getattr(torch, self.config.cache_dtype)
+        dtype = (
+            values["key"].dtype
+            if self.config.cache_dtype == "auto"
+            else getattr(torch, self.config.cache_dtype)
+        )
         specs = descriptor.cache_specs(values, ctx.engine.page_size, dtype, prefix)
         caches = [inputs.add(s.name, ("pages", *s.page_shape), s.dtype) for s in specs]
         op = descriptor.cached_ops.get(backend, descriptor.cached_ops["torch"])

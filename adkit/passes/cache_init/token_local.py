@@ -22,22 +22,114 @@ aten = torch.ops.aten
 
 #: Only move elements about (no arithmetic): safe whatever the dimensions.
 _LAYOUT = {
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "flatten",
-    "unflatten", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "lift_fresh_copy", "expand_as", "view_as",
-    "view_as_real", "view_as_complex", "movedim", "type_as", "numpy_T", "mT", "swapaxes", "real", "imag", "repeat",
-    "repeat_interleave", "broadcast_to", "lift_fresh",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "transpose",
+    "permute",
+    "t",
+    "flatten",
+    "unflatten",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "to",
+    "_to_copy",
+    "lift_fresh_copy",
+    "expand_as",
+    "view_as",
+    "view_as_real",
+    "view_as_complex",
+    "movedim",
+    "type_as",
+    "numpy_T",
+    "mT",
+    "swapaxes",
+    "real",
+    "imag",
+    "repeat",
+    "repeat_interleave",
+    "broadcast_to",
+    "lift_fresh",
 }
 #: dim argument names what is reduced, normalised or ordered.
 _ALONG_DIM = {
-    "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "softmax", "_softmax", "log_softmax", "cumsum",
-    "cumprod", "sort", "topk", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "any", "all", "flip",
-    "roll", "glu", "diff", "cumsum_", "logcumsumexp", "kthvalue", "median", "scatter", "scatter_", "scatter_add",
-    "index_select", "gather", "index_add", "unbind", "split", "split_with_sizes", "chunk", "select", "slice", "cat",
-    "stack", "concat", "one_hot", "unfold", "tensor_split", "narrow", "var_mean", "take_along_dim", "count_nonzero",
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "topk",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+    "flip",
+    "roll",
+    "glu",
+    "diff",
+    "cumsum_",
+    "logcumsumexp",
+    "kthvalue",
+    "median",
+    "scatter",
+    "scatter_",
+    "scatter_add",
+    "index_select",
+    "gather",
+    "index_add",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "select",
+    "slice",
+    "cat",
+    "stack",
+    "concat",
+    "one_hot",
+    "unfold",
+    "tensor_split",
+    "narrow",
+    "var_mean",
+    "take_along_dim",
+    "count_nonzero",
 }
+#: Each element from the elements at its place, though torch does not tag them so.
+_ELEMENTWISE = {"where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex"}
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
-_CONSTANT = {"full", "zeros", "ones", "empty", "scalar_tensor", "zeros_like", "ones_like", "full_like", "empty_like",
-             "new_zeros", "new_ones", "new_full", "new_empty"}
+_CONSTANT = {
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "scalar_tensor",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+}
 
 
 def mixing_nodes(gm: GraphModule) -> list[tuple[Node, str]]:
@@ -79,12 +171,12 @@ def _token_dims(node: Any, symbols: set[Any]) -> set[int]:
     return {i for i, d in enumerate(val.shape) if _free(d) & symbols}
 
 
-def _rank(node: Node) -> int:
+def _rank(node: Any) -> int:
     val = node.meta.get("val")
     return val.dim() if isinstance(val, torch.Tensor) else 0
 
 
-def _why_not(node: Node, symbols: set[Any]) -> str | None:
+def _why_not(node: Any, symbols: set[Any]) -> str | None:
     target = node.target
     if target in MIXERS:
         return None
@@ -97,7 +189,9 @@ def _why_not(node: Node, symbols: set[Any]) -> str | None:
     if not isinstance(target, torch._ops.OpOverload):
         # operator.getitem of several results, and arithmetic on sizes
         tokens = any(_token_dims(a, symbols) for a in node.all_input_nodes)
-        return f"{getattr(target, '__name__', target)} is not an operator that can be judged" if tokens else None
+        return (
+            f"{getattr(target, '__name__', target)} is not an operator that can be judged" if tokens else None
+        )
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     name = target.name().split("::", 1)[1].split(".", 1)[0]
     if name.startswith("sym_") or name == "_assert_tensor_metadata":
@@ -110,22 +204,26 @@ def _why_not(node: Node, symbols: set[Any]) -> str | None:
         return "counts tokens by their place in the row (arange over the sequence), not by position_ids"
     if not any(_token_dims(a, symbols) for a in tensors):
         return None
-    sized = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat))]
-    if name in ("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten") and _scrambles(node, symbols):
+    sized = [
+        a for a in node.all_input_nodes if not isinstance(a.meta.get("val"), (torch.Tensor, tuple, list))
+    ]
+    if name in ("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten") and _scrambles(
+        node, symbols
+    ):
         return "lays token and feature dimensions together anew"
     if name in _LAYOUT:
         if name in ("repeat", "repeat_interleave") and _repeats_tokens(node, symbols):
             return "repeats tokens"
         return None
-    if torch.Tag.pointwise in target.tags or name in ("where", "masked_fill", "dropout", "copy"):
+    if torch.Tag.pointwise in target.tags or name in _ELEMENTWISE:
         return "computes with the number of tokens" if sized else None
     if name in ("embedding",):
         return None if not _token_dims(node.args[0], symbols) else "looks rows up among tokens"
     if name in _CONTRACT:
         return _contraction(node, name, symbols)
     if name in ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"):
-        width = len(node.args[1])  # type: ignore[arg-type]
-        rank = _rank(node.args[0])  # type: ignore[arg-type]
+        width = len(node.args[1])
+        rank = _rank(node.args[0])
         touched = set(range(rank - width, rank)) & _token_dims(node.args[0], symbols)
         return "normalises over tokens" if touched else None
     if name == "index":
@@ -135,26 +233,27 @@ def _why_not(node: Node, symbols: set[Any]) -> str | None:
     return f"{target.name()} is not known to keep tokens apart"
 
 
-def _fills_with_size(node: Node) -> bool:
+def _fills_with_size(node: Any) -> bool:
     """True when the value, not the shape, of a constant tensor is computed from a size."""
     names = ("fill_value", "s")
     values = [
         node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
-        for i, a in enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+        for i, a in enumerate(node.target._schema.arguments)
         if a.name in names
     ]
     return any(isinstance(v, Node) for v in values)
 
 
-def _scrambles(node: Node, symbols: set[Any]) -> bool:
+def _scrambles(node: Any, symbols: set[Any]) -> bool:
     """True when a view does not keep each token's elements together, in token order.
 
     Sizes are split into the smallest groups of equal product; a group may merge or split token dimensions, or
-    feature dimensions, but when it holds both, tokens and features must keep their order and not be regrouped.
+    feature dimensions, but when it holds both, tokens and features must keep their order and not be
+    regrouped.
     """
     sizes = [
         tuple(sympy.sympify(d.node.expr if isinstance(d, torch.SymInt) else d) for d in n.meta["val"].shape)
-        for n in (node.args[0], node)  # type: ignore[union-attr]
+        for n in (node.args[0], node)
     ]
     return _regroups(*sizes, frozenset(symbols))
 
@@ -175,15 +274,15 @@ def _regroups(before: tuple[Any, ...], after: tuple[Any, ...], symbols: frozense
     return False
 
 
-def _repeats_tokens(node: Node, symbols: set[Any]) -> bool:
+def _repeats_tokens(node: Any, symbols: set[Any]) -> bool:
     before, after = _token_dims(node.args[0], symbols), _token_dims(node, symbols)
     return len(before) != len(after)
 
 
-def _contraction(node: Node, name: str, symbols: set[Any]) -> str | None:
+def _contraction(node: Any, name: str, symbols: set[Any]) -> str | None:
     a, b = (node.args[1], node.args[2]) if name in ("addmm", "baddbmm") else (node.args[0], node.args[1])
     da, db = _token_dims(a, symbols), _token_dims(b, symbols)
-    ra, rb = _rank(a), _rank(b)  # type: ignore[arg-type]
+    ra, rb = _rank(a), _rank(b)
     if ra - 1 in da:
         return "contracts over tokens"
     if name == "linear":
@@ -195,27 +294,33 @@ def _contraction(node: Node, name: str, symbols: set[Any]) -> str | None:
     return None
 
 
-def _index(node: Node, symbols: set[Any]) -> str | None:
-    touched = {i for i, ix in enumerate(node.args[1]) if ix is not None}  # type: ignore[arg-type]
+def _index(node: Any, symbols: set[Any]) -> str | None:
+    touched = {i for i, ix in enumerate(node.args[1]) if ix is not None}
     return "indexes along tokens" if touched & _token_dims(node.args[0], symbols) else None
 
 
-def _along(node: Node, name: str, symbols: set[Any]) -> str | None:
+def _along(node: Any, name: str, symbols: set[Any]) -> str | None:
     source = node.args[0]
     many = isinstance(source, (list, tuple))
     inputs = [s for s in source if isinstance(s, Node)] if many else [source]
     dims = set().union(*(_token_dims(s, symbols) for s in inputs))
-    rank = max(_rank(s) for s in inputs) + (name == "stack")  # type: ignore[arg-type]
-    schema = node.target._schema  # type: ignore[union-attr]
-    values = {a.name: (node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value))
-              for i, a in enumerate(schema.arguments)}
+    rank = max(_rank(s) for s in inputs) + (name == "stack")
+    schema = node.target._schema
+    values = {
+        a.name: (node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value))
+        for i, a in enumerate(schema.arguments)
+    }
     dim = values.get("dim", values.get("dims", 0 if name in ("cat", "stack", "slice", "select") else None))
     if name == "one_hot":
         return None
-    if name == "index_select" and isinstance(values.get("index"), Node) and values["index"].target == "logits_indices":
+    if (
+        name == "index_select"
+        and isinstance(values.get("index"), Node)
+        and values["index"].target == "logits_indices"
+    ):
         return None
-    given = dim if isinstance(dim, (list, tuple)) else [dim]
-    along = set(range(rank)) if dim is None or not given else {d % rank for d in given}  # no dimension named: all
+    given = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
+    along = {d % rank for d in given or range(rank)}  # no dimension named: all
     if name == "stack":
         dims = {d + (d >= min(along)) for d in dims}
     if name == "slice" and along & dims:

@@ -23,11 +23,12 @@ class CompileModelConfig(PassConfig):
 
     backend: Literal["auto", "eager", "torch-compile", "torch-cudagraph"] = Field(
         "auto",
-        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA graphs; "
-        "auto: torch-cudagraph on CUDA, else eager",
+        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA "
+        "graphs; auto: torch-cudagraph on CUDA, else eager",
     )
     cuda_graph_batch_sizes: list[int] | None = Field(
-        None, description="Batch sizes to capture; null: powers of two to 8, then multiples of 8 to max_batch_size"
+        None,
+        description="Batch sizes to capture; null: powers of two to 8, then multiples of 8 to max_batch_size",
     )
 
 
@@ -35,9 +36,10 @@ class CompileModelConfig(PassConfig):
 class CompileModel(Pass):
     """Make the graph callable by the engine.
 
-    ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic shapes;
-    ``torch-cudagraph`` captures decode steps for a ladder of batch sizes and replays them, padded, because launching
-    hundreds of small kernels takes longer than running them. The graph itself does not change.
+    ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic
+    shapes; ``torch-cudagraph`` captures decode steps for a ladder of batch sizes and replays them, padded,
+    because launching hundreds of small kernels takes longer than running them. The graph itself does not
+    change.
 
         before: a GraphModule
         after:  a CompiledModel: packed batch in, logits of the asked-for tokens out
@@ -55,7 +57,10 @@ class CompileModel(Pass):
         known = set(SequenceBatch.names()) | {s.name for s in ctx.caches.specs}
         strange = [n for n in inputs if n not in known]
         if strange:
-            raise PassError(f"the graph has inputs the engine cannot feed: {', '.join(strange)}; known: {', '.join(sorted(known))}")
+            raise PassError(
+                f"the graph has inputs the engine cannot feed: {', '.join(strange)}; known: "
+                f"{', '.join(sorted(known))}"
+            )
         gm.recompile()
         backend, why = self._backend(gm, ctx)
         if why:
@@ -65,8 +70,11 @@ class CompileModel(Pass):
         details: dict[str, Any] = {"backend": backend, "inputs": len(inputs)}
         if backend == "torch-cudagraph":
             forward = self._capture(forward, inputs, ctx)
-            details |= {"batch sizes": forward.sizes, "capture seconds": round(forward.seconds, 2),
-                        "capture bytes": forward.bytes}
+            details |= {
+                "batch sizes": forward.sizes,
+                "capture seconds": round(forward.seconds, 2),
+                "capture bytes": forward.bytes,
+            }
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         logits = output.args[0][0]
         ctx.compiled = CompiledModel(
@@ -85,11 +93,20 @@ class CompileModel(Pass):
         if wish not in ("auto", "torch-cudagraph"):
             return wish, ""
         if ctx.device.type != "cuda" or ctx.weights == "none":
-            return "eager", "" if wish == "auto" else f"CUDA graphs need weights on a GPU, not {ctx.device}: eager instead"
+            return (
+                "eager",
+                ""
+                if wish == "auto"
+                else f"CUDA graphs need weights on a GPU, not {ctx.device}: eager instead",
+            )
         infos = (info_of(n.target) for n in gm.graph.nodes)
         syncing = sorted({i.name for i in infos if i is not None and i.syncs})
         if syncing:
-            return "eager", f"{', '.join(syncing)} reads values on the host, which a CUDA graph cannot hold: eager instead"
+            return (
+                "eager",
+                f"{', '.join(syncing)} reads values on the host, which a CUDA graph cannot hold: eager "
+                "instead",
+            )
         return "torch-cudagraph", ""
 
     def _capture(self, forward: Callable[..., Any], inputs: tuple[str, ...], ctx: Context) -> DecodeGraphs:
@@ -101,14 +118,16 @@ class CompileModel(Pass):
             graphs.capture(ctx.progress)
         except torch.cuda.OutOfMemoryError as error:
             raise MemoryLimitError(
-                f"no memory left on {ctx.device} to capture CUDA graphs for batch sizes up to {sizes[-1]}: lower "
+                f"no memory left on {ctx.device} to capture CUDA graphs for batch sizes up to {sizes[-1]}: "
+                "lower "
                 "free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
             ) from error
         return graphs
 
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
-    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page 0."""
+    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page
+    0."""
     total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
     lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)

@@ -1,8 +1,9 @@
 """Decode steps replayed from CUDA graphs: one capture a batch size, inputs copied into place.
 
-A decode step launches hundreds of small kernels, and launching them from Python takes longer than running them. A
-CUDA graph replays all of them at once. Graphs fix every address and shape, so there is one a size of the ladder; a
-batch is padded up to the next size with sequences of one token that write to page 0 and that nobody reads.
+A decode step launches hundreds of small kernels, and launching them from Python takes longer than running
+them. A CUDA graph replays all of them at once. Graphs fix every address and shape, so there is one a size
+of the ladder; a batch is padded up to the next size with sequences of one token that write to page 0 and
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Forward = Callable[..., Tensor]
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes to capture: powers of two to 8, then multiples of 8, up to ``most`` (which is always in)."""
+    """Batch sizes to capture: powers of two to 8, then multiples of 8, up to ``most`` (which is always
+    in)."""
     sizes = [n for n in (1, 2, 4) if n < most] + list(range(8, most, 8))
     return [*sizes, most]
 
@@ -73,7 +75,9 @@ class DecodeGraphs:
         """Logits [1, L, V] of one packed step."""
         rows = feed["cu_seqlens"].shape[0] - 1
         cache = next(n for n in self.inputs if n in self.caches.tensors)
-        own = feed[cache] is self.caches.tensors[cache]  # a graph reads and writes the caches it was captured with
+        own = (
+            feed[cache] is self.caches.tensors[cache]
+        )  # a graph reads and writes the caches it was captured with
         if not own or feed["input_ids"].shape[1] != rows or rows > self.sizes[-1]:
             return self.forward(**feed)
         graph, out = self._graphs[self.sizes[bisect.bisect_left(self.sizes, rows)]]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from adkit.graph.step import PassInfo
 from adkit.models.export import ExportFacts, export_model
@@ -20,8 +20,22 @@ class ExportConfig(PassConfig):
     attention: Literal["interface", "sdpa", "eager"] = Field(
         "interface",
         description="interface: canonical ops through HF's extension points; "
-        "sdpa, eager: HF's code, matched later",
+        "sdpa, eager: HF's code, matched later (eager where sdpa would be wrong)",
     )
+    experts: Literal["interface", "batched_mm"] = Field(
+        "interface",
+        description="interface: torch_moe through HF's extension point; "
+        "batched_mm: HF's batched products, matched later",
+    )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _no_loop(cls, value: object) -> object:
+        if value in ("eager", "grouped_mm"):
+            raise ValueError(
+                f"{value!r} follows what the router chose, which a graph cannot; use interface or batched_mm"
+            )
+        return value
 
 
 @register
@@ -30,7 +44,8 @@ class ExportToGM(BuildPass):
 
     Inputs are keywords with dynamic batch and sequence. Attention and experts come in as canonical ops
     through Hugging Face's own extension points, so what the mask means (causal, window, chunk) is known, not
-    guessed. A model that does not use them keeps its own attention code in the graph; ``details`` says so.
+    guessed. A model that does not use them, or whose class does not support the mode asked for, keeps its own
+    attention code in the graph; ``details`` says so.
 
         before: LlamaForCausalLM (a tree of modules)
         after:  input_ids, position_ids -> embedding -> ... -> adkit.torch_attention -> ... -> logits
@@ -42,7 +57,7 @@ class ExportToGM(BuildPass):
 
     def build(self, module: torch.nn.Module | None, ctx: Context) -> tuple[torch.nn.Module, PassInfo]:
         """The graph module; ``details`` says its inputs and the attention mode that held, with notes."""
-        gm = export_model(module, attention=self.config.attention)
+        gm = export_model(module, self.config.attention, self.config.experts)
         facts: ExportFacts = gm.meta["adkit_export"]
         for note in facts.notes:
             ctx.report(note)

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.edit import fake_mode_of
 from adkit.graph.provenance import source_of
-from adkit.graph.shape_only import EvaluationError, ShapeOnly, attribute
+from adkit.graph.shape_only import EvaluationError, ShapeOnly
+from adkit.graph.snapshot import attribute
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass
 from adkit.passes.pattern_matcher.masks import MaskMeaning, NotUnderstood

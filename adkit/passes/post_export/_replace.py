@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+
+from adkit.graph.matching import dtype_of, same_shape
 
 
 def bypass(gm: GraphModule, is_noop: Callable[[Node], bool]) -> int:
@@ -54,12 +55,5 @@ def _root(node: Node) -> Node:
 
 
 def same_value(a: Node, b: Node) -> bool:
-    """Whether two nodes' values have the same shape and dtype (symbolic sizes compared as expressions)."""
-    x, y = a.meta.get("val"), b.meta.get("val")
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dtype != y.dtype or x.dim() != y.dim():
-        return False
-    return all(_expr(i) == _expr(j) for i, j in zip(x.shape, y.shape, strict=True))
-
-
-def _expr(size: object) -> object:
-    return size if isinstance(size, int) else size.node.expr  # type: ignore[attr-defined]
+    """Whether two nodes' values have provably the same shape, and the same dtype."""
+    return same_shape(a, b) and dtype_of(a) == dtype_of(b)

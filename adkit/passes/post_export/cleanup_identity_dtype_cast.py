@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from adkit.graph.matching import arg
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
-from adkit.passes.post_export._replace import bypass
+from adkit.passes.post_export._replace import bypass, fresh_copies_kept
 from adkit.passes.registry import register
 
 _aten = torch.ops.aten
@@ -36,6 +37,12 @@ def _is_identity(node: Node) -> bool:
     )
 
 
+def _copies(node: Node) -> bool:
+    """True for ``to(..., copy=True)``."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return "copy" in names and bool(arg(node, names.index("copy"), "copy", False))
+
+
 @register
 class CleanupIdentityDtypeCast(Pass):
     """Bypass ``to(dtype)`` and ``to(device)`` where the value has that dtype and device already.
@@ -54,4 +61,5 @@ class CleanupIdentityDtypeCast(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Bypass every cast that changes nothing."""
-        return PassInfo(num_matches=bypass(gm, _is_identity))
+        kept = fresh_copies_kept(gm)
+        return PassInfo(num_matches=bypass(gm, lambda n: _is_identity(n) and not (_copies(n) and kept(n))))

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 from adkit.graph.matching import arg, args_of, aten
+from adkit.graph.snapshot import attribute
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
@@ -86,14 +87,6 @@ def _tensors(named: Any) -> list[torch.Tensor]:
     return [t for _, t in named(remove_duplicate=False)]
 
 
-def _get(gm: GraphModule, name: str) -> torch.Tensor:
-    value: Any = gm
-    for part in name.split("."):
-        value = getattr(value, part)
-    found: torch.Tensor = value
-    return found
-
-
 def _group_key(
     gm: GraphModule, node: Node, readers: Counter[Any], owners: Counter[int]
 ) -> tuple[Any, ...] | None:
@@ -115,9 +108,9 @@ def _group_key(
             or readers[read.target] > 1
         ):
             return None
-        if owners[id(_get(gm, str(read.target)))] > 1:
+        if owners[id(attribute(gm, str(read.target)))] > 1:
             return None
-    tensor = _get(gm, str(weight.target))
+    tensor = attribute(gm, str(weight.target))
     module = str(weight.target).rpartition(".")[0]
     if tensor.ndim != 2 or not module:
         return None
@@ -152,7 +145,7 @@ def _fused_path(names: list[str]) -> str:
 
 def _concatenate(gm: GraphModule, name: str, parts: list[str]) -> None:
     """Make parameter ``name`` of ``parts`` on dimension 0, and free them."""
-    fused = torch.cat([_get(gm, part).detach() for part in parts])
+    fused = torch.cat([attribute(gm, part).detach() for part in parts])
     for part in parts:
         path, _, leaf = part.rpartition(".")
         delattr(gm.get_submodule(path), leaf)

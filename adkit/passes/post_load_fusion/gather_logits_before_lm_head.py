@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
-from adkit.graph.edit import Site, fake_mode_of, fake_value
+from adkit.graph.edit import fake_value
+from adkit.graph.inputs import add_input
 from adkit.graph.matching import aten, shape_of
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
@@ -53,7 +53,8 @@ class GatherLogits(Pass):
         linear = chain[0]
         hidden: Node = linear.args[0]  # type: ignore[assignment]
         with self.site(gm, [linear], label="gather logits", before=linear) as s:
-            indices = _placeholder(gm, s)
+            indices = add_input(gm, INPUT, (None,), torch.int64)
+            s.adopt(indices)
             gathered = s.call(aten.index_select.default, (hidden, 1, indices))
             linear.replace_input_with(hidden, gathered)
         for node in chain:
@@ -76,28 +77,3 @@ def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
             return None
         node = node.args[0]
     return None
-
-
-def _placeholder(gm: GraphModule, s: Site) -> Node:
-    """The new input, after the others; int64 with a size of its own."""
-    *_, last = (n for n in gm.graph.nodes if n.op == "placeholder")
-    mode = fake_mode_of(gm)
-    with gm.graph.inserting_after(last):
-        node = gm.graph.placeholder(INPUT)
-    node.meta["val"] = _indices(mode, last.meta.get("val"))
-    s.record.made.append(node)
-    return node
-
-
-def _indices(mode: Any, other: Any) -> torch.Tensor | None:
-    """A fake int64 [L], L symbolic, beside the graph's other inputs; None for a graph without values."""
-    if not isinstance(other, torch.Tensor):
-        return None
-    if mode is None or mode.shape_env is None:
-        return other.new_empty((2,), dtype=torch.long)
-    from torch._dynamo.source import ConstantSource
-
-    example = torch.zeros(5, dtype=torch.long, device=other.device)
-    size: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    fake: torch.Tensor = mode.from_tensor(example, symbolic_context=size, source=ConstantSource(INPUT))
-    return fake

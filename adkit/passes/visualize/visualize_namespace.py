@@ -26,7 +26,8 @@ class VisualizeConfig(PassConfig):
 class VisualizeNamespace(Pass):
     """Write the graph as it stands as a picture, repeated layers folded, and as a readable program.
 
-    Needs graphviz's ``dot`` for the picture; without it only the program is written. The graph does not change.
+    Needs graphviz's ``dot`` for the picture; without it only the program is written. The graph does not
+    change.
 
         graphs/<model>.svg, graphs/<model>.py.txt
     """

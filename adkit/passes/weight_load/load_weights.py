@@ -22,7 +22,9 @@ class LoadWeightsConfig(PassConfig):
     run_graph_cleanup: bool = Field(False, description="Loading changes no node")
     requires_clean_graph: bool = Field(False, description="Loading reads no node but get_attr")
     expect_mem_change: bool = Field(True, description="Weights arrive on the device")
-    force: bool = Field(False, description="Load although the memory estimate says that the model does not fit")
+    force: bool = Field(
+        False, description="Load although the memory estimate says that the model does not fit"
+    )
 
 
 @register

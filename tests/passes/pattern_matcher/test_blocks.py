@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from tests.passes.graphs import check_values, count, logits, rmse_ratio, run_pass, tiny_graph
 
@@ -92,11 +92,14 @@ def test_counts_follow_the_layers() -> None:
 def test_attention_needs_no_transposes(kind: str) -> None:
     """Norms before the rotation, and norms after it."""
     gm = tiny_graph(kind)
-    before = sum(n.target is torch.ops.aten.transpose.int for n in gm.graph.nodes)
+
+    def of_heads() -> list[Node]:  # transformers 5.17 transposes its rotary tables too, of three dimensions
+        return [n for n in gm.graph.nodes if n.target is torch.ops.aten.transpose.int and n.meta["val"].ndim == 4]
+
+    assert of_heads()
     for key in MATCHERS:
         run_pass(gm, key)
-    assert before > 0
-    assert not [n for n in gm.graph.nodes if n.target is torch.ops.aten.transpose.int]
+    assert not of_heads()
 
 
 def test_expanded_tables_are_shared_between_layers() -> None:

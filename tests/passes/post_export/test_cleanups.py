@@ -178,3 +178,15 @@ def test_a_copy_of_what_is_overwritten_later_stays() -> None:
     assert run("cleanup_noop_add", gm) == 0
     x = torch.randn(5, 4)
     torch.testing.assert_close(gm(x=x), fn(x), rtol=0, atol=0)
+
+
+def test_a_copy_asked_for_by_a_cast_stays_where_one_of_the_two_is_written() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x.to(torch.float32, copy=True)
+        y[:, 0] = 0
+        return x + y
+
+    gm = exported(forward, 3, 4)
+    x = torch.randn(3, 4)
+    assert run("cleanup_identity_dtype_cast", gm) == 0
+    assert torch.equal(gm(x=x.clone()), forward(x))

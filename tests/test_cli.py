@@ -1,0 +1,125 @@
+"""The adkit command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import adkit
+from adkit import cli
+
+SMALL = ["--set", "max_seq_len=64", "--set", "device=cpu"]
+
+
+def call(*args):
+    return CliRunner().invoke(cli.app, list(map(str, args)), catch_exceptions=True)
+
+
+def main(monkeypatch, capsys, *args):
+    """Exit status and stderr of the entry point."""
+    monkeypatch.setattr(sys, "argv", ["adkit", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_run_prints_a_line_a_stage_and_writes_what_it_is_asked_for(llama_dir, tmp_path):
+    fragment = tmp_path / "extra.yaml"
+    fragment.write_text("transforms:\n  fuse_moe: {enabled: false}\n")
+    report, record = tmp_path / "walk.html", tmp_path / "run.json"
+    result = call(
+        "run",
+        llama_dir,
+        *SMALL,
+        "--set",
+        "transforms.fuse_gemms.enabled=false",
+        "--config",
+        fragment,
+        "--report",
+        report,
+        "--save",
+        record,
+    )
+    assert result.exit_code == 0, result.output
+    stages = [line[1:17].strip() for line in result.output.splitlines() if line.startswith("[")]
+    assert stages == [s.value for s in adkit.Stage if s != "sharding"]
+    assert "match_rmsnorm_pattern x5" in result.output
+    assert "insert_cached_attention x2" in result.output
+    assert report.read_text().startswith("<!")
+    steps = adkit.Workbench.load(record).steps
+    assert steps["fuse_gemms"].status == steps["fuse_moe"].status == "disabled"
+
+
+def test_until_stops_and_a_prompt_needs_all(monkeypatch, capsys, llama_dir):
+    result = call("run", llama_dir, *SMALL, "--until", "post_export")
+    assert result.exit_code == 0
+    assert "[post_export" in result.output
+    assert "[pattern_matcher" not in result.output
+    code, err = main(monkeypatch, capsys, "run", llama_dir, "--until", "export", "--prompt", "x")
+    assert (code, err) == (1, "adkit: --prompt needs the whole pipeline: leave out --until\n")
+
+
+def test_passes_lists_and_explains(monkeypatch, capsys):
+    result = call("passes")
+    lines = result.output.splitlines()
+    assert len(lines) >= 25
+    assert any(line.startswith("pattern_matcher   match_rmsnorm_pattern") for line in lines)
+    text = call("passes", "export_to_gm").output
+    assert "stage export" in text
+    assert "before:" in text
+    assert "attention" in text
+    assert "= 'interface'" in text
+    code, err = main(monkeypatch, capsys, "passes", "export_gm")
+    assert code == 1
+    assert "did you mean 'export_to_gm'" in err
+
+
+def test_config_prints_what_can_be_given_back(tmp_path):
+    first = call("config", "demo", *SMALL)
+    assert yaml.safe_load(first.output)["max_seq_len"] == 64
+    path = tmp_path / "again.yaml"
+    path.write_text(first.output)
+    assert call("config", "demo", "--config", path).output == first.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'"),
+        (["run", "demo", "--until", "exprt"], "did you mean 'export'"),
+        (["run", "demo", "--set", "max_seq_len=0"], "max_seq_len = 0"),
+        (["run", "demo", "--set", "transforms.fuse_gems.enabled=false"], "did you mean 'fuse_gemms'"),
+        (["run", "demo", "--set", "oops"], "not of the form a.b.c=value"),
+        (["run", "demo", "--config", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+        (["run", "llama-3.2-1b", "--until", "factory", "--save", "/no/such/folder/x.json"], "does not exist"),
+        (["config", "qwen3-8c"], "did you mean 'qwen3-8b'"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, args, message):
+    code, err = main(monkeypatch, capsys, *args)
+    assert code == 1
+    assert err.startswith("adkit: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_as_a_process(llama_dir):
+    command = [
+        sys.executable,
+        "-c",
+        "from adkit.cli import main; main()",
+        "run",
+        str(llama_dir),
+        *SMALL,
+        "--until",
+        "export",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[export" in done.stdout

@@ -1,0 +1,152 @@
+"""Saved runs: what comes back, and what a damaged file says."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+import adkit
+from adkit.contract import AdkitError
+
+
+@pytest.fixture(scope="module")
+def wb(exported):
+    return exported().run()
+
+
+@pytest.fixture
+def saved(wb, tmp_path):
+    return wb.save(tmp_path / "run.json")
+
+
+def test_everything_to_look_at_comes_back(wb, saved):
+    run = adkit.Workbench.load(saved)
+    assert run.name == wb.name
+    assert run.steps.keys() == wb.steps.keys()
+    for old, new in zip(wb.steps, run.steps, strict=True):
+        assert (new.name, new.stage, new.status, new.info, new.doc) == (
+            old.name,
+            old.stage,
+            old.status,
+            old.info,
+            old.doc,
+        )
+        assert repr(new) == repr(old)
+        assert [repr(r) for r in new.rewrites] == [repr(r) for r in old.rewrites]
+        assert (new.diff.created, new.diff.erased, new.diff.changed) == (
+            old.diff.created,
+            old.diff.erased,
+            old.diff.changed,
+        )
+        assert new.explain() == old.explain()
+    for old, new in (
+        (wb.graph, run.graph),
+        (wb.steps["match_linear"].before, run.steps["match_linear"].before),
+    ):
+        assert new.code() == old.code()
+        assert [(n.id, n.target, n.module_path, str(n.source), n.origins) for n in new] == [
+            (n.id, n.target, n.module_path, str(n.source), n.origins) for n in old
+        ]
+        assert [str(n.dtype) for n in new] == [str(n.dtype) for n in old]
+    assert "SavedRun of 'tiny-llama'" in repr(run)
+    assert adkit.__version__ == run.versions["adkit"]
+
+
+def test_nothing_of_this_machine_is_inside(wb, saved, llama_dir):
+    text = saved.read_text()
+    for path in (str(llama_dir), os.path.dirname(torch.__file__), os.getcwd(), "site-packages"):
+        assert path not in text
+    assert "/tmp/" not in text
+
+
+def test_a_failed_step_is_saved_without_paths(exported, tmp_path):
+    class Fails(adkit.Pass):
+        """Fail."""
+
+        key = "fails"
+        stage = adkit.Stage.POST_EXPORT
+
+        def apply(self, gm, ctx):
+            raise OSError(f"cannot read {tmp_path}/file")
+
+    wb = exported().insert(Fails({"skip_on_error": True}))
+    wb.run(until="fails")
+    run = adkit.Workbench.load(wb.save(tmp_path / "run.json"))
+    assert run.steps["fails"].status == "failed"
+    assert str(tmp_path) not in (tmp_path / "run.json").read_text()
+
+
+@pytest.mark.parametrize("damage", ["cut", "not json", "list", "missing", "operator", "size", "format"])
+def test_a_damaged_file_is_one_clear_error(saved, damage):
+    data = json.loads(saved.read_text())
+    match damage:
+        case "cut":
+            text = saved.read_text()[:-100]
+        case "not json":
+            text = "\x00\x01"
+        case "list":
+            text = "[1, 2]"
+        case "missing":
+            del data["graphs"]["texts"]
+        case "operator":
+            next(r for r in data["graphs"]["records"] if "::" in str(r["target"]))["target"] = (
+                "py::operator.methodcaller"
+            )
+        case "size":
+            next(r for r in data["graphs"]["records"] if r["val"] and r["val"].get("shape"))["val"]["shape"][
+                0
+            ] = "s0("
+        case "format":
+            data["adkit_run"] = 2
+    saved.write_text(text if damage in ("cut", "not json", "list") else json.dumps(data))
+    with pytest.raises(AdkitError, match=r"run\.json (is not a run|was saved in format 2)"):
+        adkit.Workbench.load(saved)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(AdkitError, match="no saved run at"):
+        adkit.Workbench.load(tmp_path / "none.json")
+    with pytest.raises(AdkitError, match="cannot be read"):
+        adkit.Workbench.load(tmp_path)
+
+
+def test_nothing_half_written_stays(wb, tmp_path, monkeypatch):
+    target = tmp_path / "run.json"
+    target.write_text("old")
+    monkeypatch.setattr(
+        os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(AdkitError, match="No space left"):
+        wb.save(target)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["run.json"]
+    monkeypatch.undo()
+    with pytest.raises(AdkitError, match="it is a folder"):
+        wb.save(tmp_path)
+    with pytest.raises(AdkitError, match="does not exist"):
+        wb.save(tmp_path / "no" / "run.json")
+
+
+def test_a_function_of_the_notebook_cannot_be_saved_and_the_error_says_what_to_do(exported, tmp_path):
+    def double(x):
+        return x * 2
+
+    class Inserts(adkit.Pass):
+        """Call a plain function."""
+
+        key = "inserts"
+        stage = adkit.Stage.POST_EXPORT
+
+        def apply(self, gm, ctx):
+            n = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
+            with self.site(gm, [n], label="double", before=n) as s:
+                n.replace_input_with(n.args[0], s.call(double, (n.args[0],), like=n.args[0]))
+            return adkit.PassInfo(num_matches=1)
+
+    wb = exported().insert(Inserts).run(until="inserts")
+    with pytest.raises(AdkitError, match=r"'inserts' cannot be saved.*torch\.library"):
+        wb.save(tmp_path / "run.json")
+    assert os.listdir(tmp_path) == []
