@@ -1,11 +1,13 @@
 """Which causal LMs of transformers run through adkit exactly: every type of its mapping, tried.
 
-    python scripts/coverage.py                      # all; writes benchmarks/results/coverage.json, docs/coverage.md
-    python scripts/coverage.py --types llama bloom  # some; prints, and merges into the recorded table with --write
+    python scripts/coverage.py                      # all; writes the record and the page
+    python scripts/coverage.py --types llama bloom  # some; only prints
+    python scripts/coverage.py --types llama --write  # merges them into the record
 
-Each type becomes a tiny random checkpoint made to be sensitive (``tests/zoo.py``), goes through
-``adkit.Workbench`` on the CPU in float32, and a ragged packed batch of three prompts with eight decode steps is compared with Hugging
-Face running each prompt alone. Models run in a worker process that is started anew when it crashes or takes longer
+The record is ``benchmarks/results/coverage.json``, the page ``docs/coverage.md``. Each type becomes a tiny
+random checkpoint made to be sensitive (``tests/zoo.py``), goes through ``adkit.Workbench`` on the CPU in
+float32, and a ragged packed batch of three prompts with eight decode steps is compared with Hugging Face
+running each prompt alone. Models run in a worker process that is started anew when it crashes or takes longer
 than a minute, so one model cannot stop the rest.
 """
 

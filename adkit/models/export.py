@@ -162,7 +162,9 @@ def _constant(module: GraphModule, node: Node) -> Any:
     return value
 
 
-_SAME_POSITIONS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.slice.Tensor, torch.ops.aten.view.default})
+_SAME_POSITIONS = frozenset(
+    {torch.ops.aten.to.dtype, torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+)
 
 
 def _after_padding(gm: GraphModule) -> list[str]:
