@@ -1,11 +1,13 @@
 """Which causal LMs of transformers run through adkit exactly: every type of its mapping, tried.
 
-    python scripts/coverage.py                      # all types; writes benchmarks/results/coverage.json, docs/coverage.md
-    python scripts/coverage.py --types llama bloom  # some; prints, and merges into the recorded table with --write
+    python scripts/coverage.py                      # all; writes the record and the page
+    python scripts/coverage.py --types llama bloom  # some; only prints
+    python scripts/coverage.py --types llama --write  # merges them into the record
 
-Each type becomes a tiny random checkpoint made to be sensitive (``tests/zoo.py``), goes through ``adkit.Workbench``
-on the CPU in float32, and a ragged packed batch of three prompts with eight decode steps is compared with Hugging
-Face running each prompt alone. Models run in a worker process that is started anew when it crashes or takes longer
+The record is ``benchmarks/results/coverage.json``, the page ``docs/coverage.md``. Each type becomes a tiny
+random checkpoint made to be sensitive (``tests/zoo.py``), goes through ``adkit.Workbench`` on the CPU in
+float32, and a ragged packed batch of three prompts with eight decode steps is compared with Hugging Face
+running each prompt alone. Models run in a worker process that is started anew when it crashes or takes longer
 than a minute, so one model cannot stop the rest.
 """
 
@@ -58,7 +60,8 @@ def attempt(kind: str, folder: Path) -> dict[str, Any]:
     try:
         parameters = sum(p.numel() for p in meta_twin(tiny_config(kind)).parameters())
         if parameters > MOST_PARAMETERS:
-            return {"outcome": "not tried", "reason": f"the tiny model is not tiny ({parameters / 1e6:.0f}M parameters)"}
+            reason = f"the tiny model is not tiny ({parameters / 1e6:.0f}M parameters)"
+            return {"outcome": "not tried", "reason": reason}
         config, model = tiny(kind)
         model.save_pretrained(folder)
         generator = torch.Generator().manual_seed(1)
@@ -66,7 +69,7 @@ def attempt(kind: str, folder: Path) -> dict[str, Any]:
         prompts = [torch.randint(3, min(vocab, 131), (n,), generator=generator) for n in LENGTHS]
         expected = [_greedy(model, p) for p in prompts]
         if not all(bool(torch.isfinite(logits).all()) for _, logits in expected):
-            return {"outcome": "not tried", "reason": "the tiny random model gives logits that are not finite"}
+            return {"outcome": "not tried", "reason": "the tiny random model's logits are not finite"}
     except Exception as error:
         return {"outcome": "not tried", "reason": _line(error)}
     del model
@@ -77,10 +80,12 @@ def attempt(kind: str, folder: Path) -> dict[str, Any]:
         )
         wb.run()
         compiled = wb._state.compiled
-        assert compiled is not None and compiled.caches is not None
+        assert compiled is not None
+        assert compiled.caches is not None
+        sequences = [tokens for tokens, _ in expected]
         with torch.inference_mode():
             got = packed_logits(
-                compiled.forward, compiled.inputs, compiled.caches, [t for t, _ in expected], LENGTHS, wb.device
+                compiled.forward, compiled.inputs, compiled.caches, sequences, LENGTHS, wb.device
             )
     except AdkitError as error:
         return {"outcome": "refused", "step": _next(wb), "reason": _lines(error)}
@@ -91,7 +96,7 @@ def attempt(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def _greedy(model: Any, prompt: Any) -> tuple[Any, Any]:
-    """Tokens and logits of Hugging Face alone; a model without a cache sees the whole sequence at each step."""
+    """Tokens and logits of Hugging Face alone; a model without a cache sees the whole sequence each step."""
     import torch
 
     from tests.reference import hf_greedy
@@ -106,7 +111,9 @@ def _greedy(model: Any, prompt: Any) -> tuple[Any, Any]:
 
 
 def _next(wb: Any) -> str:
-    return "Workbench" if wb is None else next((s.name for s in wb.steps if s.status in ("failed", "pending")), "run")
+    if wb is None:
+        return "Workbench"
+    return next((s.name for s in wb.steps if s.status in ("failed", "pending")), "run")
 
 
 def _line(error: BaseException) -> str:
@@ -179,9 +186,10 @@ def page(record: dict[str, Any]) -> str:
         "# Which models run",
         "",
         f"Written by `{record['command']}` ({versions}); numbers in `benchmarks/results/coverage.json`.",
-        f"Every one of the {len(types)} types of transformers' causal LM mapping, as a tiny random checkpoint made",
-        "sensitive, on the CPU in float32: a ragged packed batch of three prompts (3, 17 and 9 tokens) and eight",
-        "decode steps over the paged cache, against Hugging Face running each prompt alone.",
+        f"Every one of the {len(types)} types of transformers' causal LM mapping, as a tiny random",
+        "checkpoint made sensitive, on the CPU in float32: a ragged packed batch of three prompts (3, 17",
+        "and 9 tokens) and eight decode steps over the paged cache, against Hugging Face running each",
+        "prompt alone. Types that are decoders only when told so (BERT and its kin) are told so.",
         "",
         "| outcome | types | meaning |",
         "|---|---|---|",
@@ -211,7 +219,9 @@ def _cell(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Try the types asked for, record what happened."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", nargs="*", help="only these types")
     parser.add_argument("--write", action="store_true", help="with --types: merge into the recorded table")
     options = parser.parse_args()

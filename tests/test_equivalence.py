@@ -16,7 +16,7 @@ from tests.zoo import INTERFACE_TYPES, tiny
 LENGTHS = (3, 17, 1, 9, 30)
 STEPS = 48
 TOLERANCE = 1e-5
-TYPES = (*INTERFACE_TYPES, "bloom", "diffllama", "deepseek_v2", "deepseek_v3")
+TYPES = (*INTERFACE_TYPES, "bloom", "diffllama", "deepseek_v2", "deepseek_v3", "roberta")
 
 
 @pytest.fixture(scope="module")

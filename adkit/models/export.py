@@ -138,12 +138,13 @@ def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Ext
             f"{type(model).__name__} cannot be exported: {_where(error, model)}: {_first_line(error)}"
         ) from error
     gm = _plain(module, tensors)
+    notes = _after_padding(gm)
     gm.meta["adkit_export"] = ExportFacts(
         attention=attention,
         inputs=tuple(inputs),
         experts=experts,
         length_dependent_rope=tuple(extensions.rope),
-        notes=extensions.notes + _input_notes(gm),
+        notes=extensions.notes + notes + _input_notes(gm),
     )
     return gm, extensions
 
@@ -191,6 +192,35 @@ def _constant(module: GraphModule, node: Node) -> Any:
             f"data (graph attribute {node.target!r}); build the model on the CPU instead of meta"
         )
     return value
+
+
+_SAME_POSITIONS = frozenset(
+    {torch.ops.aten.to.dtype, torch.ops.aten.slice.Tensor, torch.ops.aten.view.default}
+)
+
+
+def _after_padding(gm: GraphModule) -> list[str]:
+    """Count from ``padding_idx`` + 1 where a table of positions has a row for padding; returns notes.
+
+    RoBERTa and its kin do so when they number tokens themselves (fairseq's ``make_positions``), but take
+    ``position_ids`` as they come, while a graph's ``position_ids`` count from 0.
+    """
+    notes = []
+    for node in list(gm.graph.nodes):
+        if node.target is not torch.ops.aten.embedding.default:
+            continue
+        start = node.args[2] if len(node.args) > 2 else node.kwargs.get("padding_idx", -1)
+        index = source = node.args[1]
+        while source.target in _SAME_POSITIONS:
+            source = source.args[0]
+        if start < 0 or source.op != "placeholder" or source.target != "position_ids":
+            continue
+        with gm.graph.inserting_before(node):
+            shifted = gm.graph.call_function(torch.ops.aten.add.Tensor, (index, start + 1))
+        shifted.meta = {**{k: v for k, v in node.meta.items() if k != "custom"}, "val": index.meta["val"]}
+        node.replace_input_with(index, shifted)
+        notes.append(f"positions start at {start + 1} in the table {node.args[0]}, after its padding row")
+    return notes
 
 
 def _input_notes(gm: GraphModule) -> list[str]:

@@ -97,7 +97,8 @@ def estimate(
     per_token = kv_bytes_per_token(text, dtype)
     pages = -(-engine.max_seq_len // engine.page_size)
     sequence = per_token * pages * engine.page_size
-    width = max(getattr(text, "intermediate_size", None) or 0, text.hidden_size)
+    inner = getattr(text, "intermediate_size", None) or 0
+    width = max(*(inner if isinstance(inner, (list, tuple)) else [inner]), text.hidden_size)
     # Two MLP-wide, six model-wide rows a token are alive at once in an unfused layer; logits in float32.
     activations = engine.max_num_tokens * (2 * width + 6 * text.hidden_size) * dtype.itemsize
     workspace = activations + engine.max_batch_size * text.vocab_size * 4 + largest

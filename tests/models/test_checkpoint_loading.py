@@ -380,7 +380,7 @@ def test_read_returns_memory_of_its_own(tmp_path):
 
 
 def test_parameters_that_a_model_makes_with_values_are_still_loaded():
-    """DiffLlama makes its lambdas with ``torch.normal``, which gives values even under ``torch.device("meta")``."""
+    """DiffLlama makes its lambdas with ``torch.normal``, which heeds no default device."""
     config, _ = tiny("diffllama")
     model = resolve(config, dtype="float32", device=torch.device("cpu")).build()
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))

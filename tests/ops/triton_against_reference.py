@@ -19,7 +19,7 @@ assert INTERPRETED or torch.cuda.is_available(), "run through test_triton.py"
 if not INTERPRETED:
     torch.set_default_device("cuda")
 else:
-    # Triton 3.6's interpreter takes int() of an array of one element for the end of a loop; NumPy 2.4 refuses.
+    # Triton 3.6's interpreter takes int() of an array of one element where a loop ends; NumPy 2.4 refuses.
     from triton.runtime import interpreter
 
     def _patch(tensor: Any, *scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:

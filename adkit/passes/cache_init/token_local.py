@@ -113,7 +113,10 @@ _ALONG_DIM = {
     "count_nonzero",
 }
 #: Each element from the elements at its place, though torch does not tag them so.
-_ELEMENTWISE = {"where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex"}
+_ELEMENTWISE = {
+    "where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex", "multiply", "divide", "true_divide", "subtract",
+    "negative", "absolute", "square", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal",
+}  # fmt: skip
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {
     "full",

@@ -94,7 +94,8 @@ def test_attention_needs_no_transposes(kind: str) -> None:
     gm = tiny_graph(kind)
 
     def of_heads() -> list[Node]:  # transformers 5.17 transposes its rotary tables too, of three dimensions
-        return [n for n in gm.graph.nodes if n.target is torch.ops.aten.transpose.int and n.meta["val"].ndim == 4]
+        swaps = [n for n in gm.graph.nodes if n.target is torch.ops.aten.transpose.int]
+        return [n for n in swaps if n.meta["val"].ndim == 4]
 
     assert of_heads()
     for key in MATCHERS:
