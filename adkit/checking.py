@@ -130,7 +130,9 @@ def check_step(
             after = logits(_runnable(wb, step.after, stamps[1], source, seed), step.after, wb, seed)
         max_abs, ratio = compare(torch.cat(before), torch.cat(after))
     except GraphFails as error:
-        return CheckResult(step.name, False, math.nan, math.nan, limit, "whole graph", source, note=str(error))
+        return CheckResult(
+            step.name, False, math.nan, math.nan, limit, "whole graph", source, note=str(error)
+        )
     note = _unseen_window(step.before)
     if auto and wb.factory.dtype.itemsize < 4 and step.changed and tolerance is None:
         # Rounding adds up over layers and hides small mistakes; at one site it does not.

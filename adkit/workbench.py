@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from adkit.checking import CheckResult, Checks, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config, transform_config
 from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, ModelError, nearest
+from adkit.graph.history import Trace, descendants
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
@@ -58,6 +59,7 @@ class Workbench:
         **engine: Any,
     ) -> None:
         fragments = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
+        overrides = [overrides] if isinstance(overrides, str) else list(overrides)
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         settings = load_config(fragments, overrides, **engine)
@@ -395,6 +397,8 @@ class Workbench:
 
     def _end_of(self, name: str) -> int:
         keys = [p.key for p in self._passes]
+        if not isinstance(name, str):
+            raise ConfigError(f"until is {name!r}; expected a stage or a transform key")
         if name in keys:
             return keys.index(name) + 1
         if name not in Stage.__members__.values():
@@ -402,6 +406,16 @@ class Workbench:
                 f"no stage or transform {name!r}{nearest(name, [*keys, *(s.value for s in Stage)])}"
             )
         return sum(p.config.stage.position <= Stage(name).position for p in self._passes)
+
+    def trace(self, what: int | str) -> tuple[Trace, ...]:
+        """Where a node (its id) comes from, or what became of a source line (``"modeling_llama.py:66"``)."""
+        return descendants(self._done(), what)
+
+    def draw(self, *, layer: int | None = None, **options: Any) -> Any:
+        """The graph as it stands as a picture, or one layer of it; options as :func:`adkit.viz.draw` takes."""
+        from adkit.viz import draw
+
+        return draw(self.graph, layer=layer, **options)
 
     # --- trusting
 

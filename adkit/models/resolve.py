@@ -47,6 +47,8 @@ def resolve(
     (CheckpointError for its files) saying what to do.
     """
     options = {"trust_remote_code": trust_remote_code}
+    if isinstance(model, str) and model.lower() == "demo":
+        model = "demo"
     directory: Path | None = None
     repo: str | None = None
     why = ""

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.fx import GraphModule, Node
 
-from adkit.contract import CachePool, CompiledModel, EngineConfig
+from adkit.contract import CachePool, CompiledModel, ConfigError, EngineConfig
 from adkit.graph.edit import Site, site
 from adkit.graph.step import PassInfo
 
@@ -97,6 +97,12 @@ class Pass(ABC):
     loads: ClassVar[bool] = False
 
     def __init__(self, config: PassConfig | dict[str, Any] | None = None) -> None:
+        for name, kind in (("key", str), ("stage", Stage)):
+            if not isinstance(getattr(self, name, None), kind):
+                raise ConfigError(
+                    f"pass {type(self).__name__} has no {name}: set the class attribute {name} "
+                    f"({'a short name' if name == 'key' else 'a Stage, as Stage.POST_LOAD_FUSION'})"
+                )
         if not isinstance(config, PassConfig):
             config = self.Config(**{"stage": self.stage, **(config or {})})
         self.config: Any = config

@@ -121,8 +121,8 @@ class Engine:
     def add(self, prompt: Iterable[int], params: SamplingParams | None = None) -> Sequence:
         """Queue a request; returns its handle.
 
-        The output ends at ``max_tokens``, or before where they reach ``max_seq_len``, the model's last learned position, or fill the
-        cache. Raises RequestError for a request that cannot be served.
+        The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or the model's
+        last learned position, or fill the cache. Raises RequestError for a request that cannot be served.
         """
         params = params if params is not None else SamplingParams()
         tokens = self.check(prompt, params)
