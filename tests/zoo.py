@@ -156,6 +156,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": DROP},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"layer_types": DROP, "block_types": ["recurrent", "attention"]},
+    "jamba": {"layer_types": DROP, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "prophetnet": {"num_decoder_attention_heads": 4, "num_decoder_layers": 2, "decoder_ffn_dim": 80},
     "mamba2": {"num_heads": 8},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
@@ -191,6 +198,10 @@ def _sizes(default: Any) -> dict[str, Any]:
     known = set(default.to_dict()) | set(aliases)
     sizes = {**_SIZES, **_LATENT, "head_dim": DROP} if "kv_lora_rank" in known else _SIZES
     given = {n: v for n, v in sizes.items() if n in known and aliases.get(n) not in sizes}
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
+    first = [k for k in (kinds and default.layer_types[:2]) if k.endswith("attention") and "linear" not in k]
+    if len(kinds) > 1 and not first:
+        given["layer_types"] = kinds[:2]  # a hybrid whose first layers hold a state: both kinds
     for name in getattr(default, "sub_configs", None) or {}:
         inner = getattr(default, name, None)
         if inner is not None and hasattr(inner, "to_dict"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from functools import partial
@@ -76,6 +77,9 @@ def resolve(
     text = config.get_text_config(decoder=True)
     if text is not config and _has_causal_lm(text):
         kind, parent = text, config
+        if getattr(parent, "tie_word_embeddings", False) and not getattr(text, "tie_word_embeddings", True):
+            kind = copy.deepcopy(text)  # the whole model's config decides
+            kind.tie_word_embeddings = True
     elif not _has_causal_lm(config) and not (trust_remote_code and _has_remote_code(config)):
         raise ModelError(
             f"{name}: transformers has no causal language model for config type {config.model_type!r} "

@@ -42,6 +42,7 @@ _LAYOUT = {
     "lift_fresh_copy",
     "expand_as",
     "view_as",
+    "reshape_as",
     "view_as_real",
     "view_as_complex",
     "movedim",
@@ -114,8 +115,8 @@ _ALONG_DIM = {
 }
 #: Each element from the elements at its place, though torch does not tag them so.
 _ELEMENTWISE = {
-    "where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex", "multiply", "divide", "true_divide", "subtract",
-    "negative", "absolute", "square", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal",
+    "where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex", "multiply", "divide",
+    "true_divide", "subtract", "negative", "absolute", "square", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal",
 }  # fmt: skip
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {
@@ -210,9 +211,15 @@ def _why_not(node: Any, symbols: set[Any]) -> str | None:
     sized = [
         a for a in node.all_input_nodes if not isinstance(a.meta.get("val"), (torch.Tensor, tuple, list))
     ]
-    if name in ("view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten") and _scrambles(
-        node, symbols
-    ):
+    if name in (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+    ) and _scrambles(node, symbols):
         return "lays token and feature dimensions together anew"
     if name in _LAYOUT:
         if name in ("repeat", "repeat_interleave") and _repeats_tokens(node, symbols):
