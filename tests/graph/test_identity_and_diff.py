@@ -263,3 +263,16 @@ def test_steps_take_keys_indices_and_slices():
         steps[3]
     with pytest.raises(KeyError, match="did you mean 'two'"):
         steps["tow"]
+
+
+def test_the_value_of_a_new_node_leaves_the_sizes_of_the_graph_symbolic():
+    """torch 2.11's linear reads sizes as numbers unless its Python decomposition is taken."""
+    model = torch.nn.Linear(4, 3)
+    dims = {"input": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(model, (), {"input": torch.zeros(2, 5, 4)}, dynamic_shapes=dims)
+    gm = program.module(check_guards=False)
+    linear = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
+    with site(gm, [linear], label="again") as s:
+        new = s.call(linear.target, linear.args)
+    assert [type(d) for d in new.meta["val"].shape] == [torch.SymInt, torch.SymInt, int]
+    assert all(d.node.expr.free_symbols for d in linear.args[0].meta["val"].shape[:2])

@@ -65,3 +65,8 @@ def test_repr_names_every_part():
 )
 def test_human(count, text):
     assert human(count) == text
+
+
+def test_layers_of_different_widths():
+    estimate = resolve(tiny_config("gemma3n_text"), dtype="float32").memory_estimate(ENGINE, "cpu")
+    assert estimate.kv_minimum == 2 * 2 * (12 + 12) * 4 * 112

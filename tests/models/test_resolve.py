@@ -257,3 +257,12 @@ def test_the_demo_model_comes_with_weights_and_tokenizer():
     assert factory.tokenizer() is not None
     assert factory.eos_token_ids
     assert {t.device.type for _, t in factory.load()} == {"cpu"}
+
+
+def test_the_whole_models_config_decides_on_tied_embeddings():
+    whole = tiny_config("gemma3")
+    whole.tie_word_embeddings, whole.text_config.tie_word_embeddings = True, False
+    factory = resolve(whole)
+    assert factory.config.tie_word_embeddings
+    assert factory.tied
+    assert not whole.text_config.tie_word_embeddings

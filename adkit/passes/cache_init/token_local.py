@@ -116,7 +116,8 @@ _ALONG_DIM = {
 #: Each element from the elements at its place, though torch does not tag them so.
 _ELEMENTWISE = {
     "where", "masked_fill", "dropout", "copy", "copy_", "polar", "complex", "multiply", "divide",
-    "true_divide", "subtract", "negative", "absolute", "square", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal",
+    "true_divide", "subtract", "negative", "absolute", "square", "clip", "greater", "greater_equal",
+    "less", "less_equal", "not_equal",
 }  # fmt: skip
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {
@@ -337,6 +338,22 @@ def _along(node: Any, name: str, symbols: set[Any]) -> str | None:
         start, end, step = values.get("start"), values.get("end"), values.get("step", 1)
         if start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1:
             return None
+    if name in ("slice", "select") and along & dims and _first_row(node, along, values):
+        return None
     if name in ("gather", "take_along_dim") and along & dims:
         return "picks among tokens"
     return f"works along tokens ({name} over dimension {sorted(along & dims)})" if along & dims else None
+
+
+def _first_row(node: Any, along: set[int], values: dict[str, Any]) -> bool:
+    """True for the first of the batch's rows: a packed batch has one row, so that is all of it."""
+    rows = (
+        next(n for n in node.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
+        .meta["val"]
+        .shape[0]
+    )
+    sizes = [node.args[0].meta["val"].shape[d] for d in along]
+    first = (
+        values.get("index") == 0 if "index" in values else (values.get("start"), values.get("end")) == (0, 1)
+    )
+    return first and isinstance(rows, torch.SymInt) and all(str(d) == str(rows) for d in sizes)

@@ -8,6 +8,7 @@ import torch
 
 import adkit
 from adkit.contract import ExportError
+from adkit.passes.cache_init.token_local import mixing_nodes
 
 aten = torch.ops.aten
 
@@ -112,10 +113,37 @@ def test_a_planted_mixer_is_refused_with_its_op_and_line(wb, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["phi3", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("kind", ["phi3", "gpt_oss", "bloom", "deepseek_v3", "gemma3n_text"])
 def test_models_hold(kind):
     """The other types pass it too: tests/test_equivalence.py generates with all of them."""
     from tests.zoo import tiny_config
 
     wb = adkit.Workbench(tiny_config(kind), device="cpu", max_seq_len=64, progress=False)
     assert wb.run(until="insert_cached_attention").steps["insert_cached_attention"].info.num_matches == 2
+
+
+@pytest.mark.parametrize(
+    ("pick", "holds"),
+    [
+        (lambda ids: ids[0], True),
+        (lambda ids: ids[:1], True),
+        (lambda ids: ids[1], False),
+        (lambda ids: ids[:, :1], False),
+        (lambda ids: ids[:, 0][:, None], False),
+    ],
+)
+def test_a_packed_batch_has_one_row_so_the_first_is_all_of_it(pick, holds):
+    class Picks(torch.nn.Module):
+        def forward(self, input_ids):
+            return (input_ids * pick(input_ids),)
+
+    ids = {"input_ids": torch.zeros(2, 6, dtype=torch.long)}
+    dims = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    gm = torch.export.export(Picks(), (), ids, dynamic_shapes=dims).module(check_guards=False)
+    assert (mixing_nodes(gm) == []) is holds
+
+
+def test_a_graph_of_fixed_sizes_proves_nothing():
+    gm = torch.export.export(torch.nn.ReLU(), (), {"input": torch.zeros(2, 6)}).module(check_guards=False)
+    ((_, reason),) = mixing_nodes(gm)
+    assert "fixed numbers" in reason
