@@ -290,6 +290,22 @@ def attribute(module: Any, path: str) -> Any:
     return at
 
 
+def unchanged(gm: GraphModule, snapshot: Snapshot) -> bool:
+    """True when ``gm``'s graph is still what ``snapshot`` froze: the same nodes, arguments, targets and values."""
+    rows = snapshot.nodes
+    at = 0
+    for node in gm.graph.nodes:
+        if at == len(rows):
+            return False
+        owner, args, kwargs, target, val = rows[at].key
+        if owner is not node or args is not node._args or kwargs is not node._kwargs:
+            return False
+        if target is not node.target or val is not node.meta.get("val"):
+            return False
+        at += 1
+    return at == len(rows)
+
+
 def take(gm: GraphModule, previous: Snapshot | None = None) -> Snapshot:
     """Freeze ``gm``'s graph; records of nodes unchanged since ``previous`` are shared with it.
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from adkit.contract import AdkitError, CachePool, CompiledModel, PassError
 from adkit.graph.edit import SiteRecord, clean, fake_value, journal
 from adkit.graph.identity import identities, node_id
-from adkit.graph.snapshot import Snapshot, take
+from adkit.graph.snapshot import Snapshot, take, unchanged
 from adkit.graph.step import PassInfo, Step
 from adkit.passes.base import BuildPass, Context, Pass
 from adkit.passes.tensors import Stamps, altered, put_tensor, take_stamps, tensor_at
@@ -137,19 +137,18 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
         if p.config.run_shape_prop:
             propagate_values(gm)
     begin = time.perf_counter()
-    fresh = set(identities(gm).settle(gm.graph, log.origins()))
+    same = unchanged(gm, state.snapshot)  # most passes find nothing in most models: looking is all they cost
+    fresh = set() if same else set(identities(gm).settle(gm.graph, log.origins()))
     for record in log.sites:
         record.created = tuple(node_id(n) for n in record.made if n in fresh)
         record.made = []
     try:
-        snapshot = take(gm, state.snapshot)
+        snapshot = state.snapshot if same else take(gm, state.snapshot)
     except KeyError as error:
         raise PassError(
             f"transform {p.key!r} left a broken graph: a node reads {error}, which does not stand before it "
             "(erased, or inserted too late); nothing of the pass was kept"
         ) from error
-    if snapshot.nodes == state.snapshot.nodes:
-        snapshot = state.snapshot
     valued = info.has_valid_shapes or p.config.run_shape_prop
     if snapshot is not state.snapshot:
         _refuse_broken(p, gm, snapshot, state, valued, ctx)
