@@ -97,9 +97,12 @@ class Step:
             lines.append(f"Here: {len(self.before)} -> {len(self.after)} nodes in {self.seconds:.3f} s.")
             lines += [f"  {r}" for r in self._told()]
         elif self.status == "done" and not self.altered:
-            lines.append("Here: nothing to change in this graph.")
+            lines.append(
+                f"Here: {'the graph stays as it is' if self.log else 'nothing to change in this graph'}."
+            )
         if self.altered:
             lines.append(f"Here: {self._altered()}.")
+        lines += [f"  {entry}" for entry in self.log]
         return Text("\n".join(lines))
 
     def text_diff(self, *, context: int = 3) -> str:

@@ -122,9 +122,7 @@ def test_hugging_faces_own_attention_on_request(attention: str) -> None:
     assert worst(gm, model) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "kind", ["bloom", "mpt", "gptj", "codegen", "rembert", "roformer", "gemma2", "gpt_oss"]
-)
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "gptj", "codegen", "rembert", "roformer", "gpt_oss"])
 def test_sdpa_falls_back_to_eager_where_the_class_does_not_support_it(kind: str) -> None:
     config, model = tiny(kind, **({"is_decoder": True} if kind in ("rembert", "roformer") else {}))
     assert not model._supports_sdpa
