@@ -44,7 +44,7 @@ OUTCOMES = {
     "wrong": "logits differ: a bug",
     "timeout": f"took longer than {TIMEOUT:.0f} s",
     "crash": "the process died",
-    "not tried": "transformers itself cannot make, save or run the tiny model alone",
+    "not tried": "no tiny model: our sizes do not suit the type, or transformers cannot make or run it here",
 }
 
 
@@ -87,7 +87,7 @@ def attempt(kind: str, folder: Path) -> dict[str, Any]:
                 compiled.forward, compiled.inputs, compiled.caches, sequences, LENGTHS, wb.device
             )
     except AdkitError as error:
-        return {"outcome": "refused", "step": _next(wb), "reason": _lines(error)}
+        return {"outcome": "refused", "step": _next(wb), "reason": _lines(error, folder)}
     except Exception as error:
         return {"outcome": "error", "step": _next(wb), "reason": _line(error)}
     ratio = max(rmse_ratio(g, e) for g, (_, e) in zip(got, expected, strict=True))
@@ -130,11 +130,11 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
-def _lines(error: BaseException) -> str:
+def _lines(error: BaseException, folder: Path) -> str:
     """The error without the paths of this machine."""
     from transformers import __file__ as hf
 
-    text = str(error).replace(str(Path(hf).parent), "transformers").replace(tempfile.gettempdir(), "$TMP")
+    text = str(error).replace(str(Path(hf).parent), "transformers").replace(str(folder), "checkpoint")
     return text[:1200]
 
 
@@ -150,7 +150,7 @@ def worker(connection: Connection) -> None:
     connection.send("ready")
     while (kind := connection.recv()) is not None:
         with tempfile.TemporaryDirectory() as folder:
-            connection.send(attempt(kind, Path(folder)))
+            connection.send(attempt(kind, Path(folder) / kind))
 
 
 class Worker:

@@ -156,6 +156,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": DROP},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "nemotron_h": {"layer_types": ["linear_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"layer_types": DROP, "block_types": ["recurrent", "attention"]},

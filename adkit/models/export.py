@@ -134,6 +134,12 @@ def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Ext
         found = _cause(error, MaskUsedAsTensor)
         if found is not None:
             raise found from error
+        if "Constraints violated" in str(error):
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported: its forward works for one sequence length only (a loop "
+                f"over tokens, as recurrent and state-space models have): {_first_line(error).split('!')[0]}. Models "
+                "whose token mixer is attention can be exported"
+            ) from error
         raise ExportError(
             f"{type(model).__name__} cannot be exported: {_where(error, model)}: {_first_line(error)}"
         ) from error

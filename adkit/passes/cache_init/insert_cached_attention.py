@@ -63,8 +63,9 @@ class InsertCachedAttention(Pass):
         if not mixers:
             raise ExportError(
                 "insert_cached_attention found no attention in canonical form, so there is nothing to "
-                "cache: the model's "
-                "attention was not recognised; look at wb.graph.table() and at the pattern_matcher steps"
+                "cache: the model has none (state spaces, recurrence), or hides keys by what the tokens "
+                "are (sparse indexers), or writes it in a way that was not recognised; "
+                "wb.steps['match_eager_attention'].info says what was looked at"
             )
         self._refuse(gm, mixers)
         specs: list[CacheSpec] = []
