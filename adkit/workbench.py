@@ -17,7 +17,7 @@ from adkit.checking import CheckResult, Checks, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config, transform_config
 from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, ModelError, nearest
 from adkit.graph.history import Trace, descendants
-from adkit.graph.snapshot import Snapshot
+from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
@@ -194,6 +194,7 @@ class Workbench:
                 continue
             snapshot, holder, caches = entry
             gm = rebuild(snapshot, holder)
+            snapshot = take(gm)  # records of the nodes just made, which later steps can then share
             state = State(gm, snapshot, caches)
             past = self._past_loading(i) and self.factory.weights != "none"
             if past:
