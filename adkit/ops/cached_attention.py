@@ -40,7 +40,7 @@ def read_pages(cache: Tensor, pages: Tensor, length: int, dtype: torch.dtype) ->
 @define(
     "torch_attention_with_paged_cache(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, "
     "Tensor? sinks, Tensor? alibi_slopes, Tensor cu_seqlens, Tensor cache_lens, Tensor page_table, "
-    "Tensor slot_mapping, "
+    "Tensor? slot_mapping, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, *, float? scale=None, bool is_causal=True, float? softcap=None, "
     "int? window=None, int? chunk=None) -> Tensor",
     category="attention",
@@ -59,7 +59,7 @@ def torch_attention_with_paged_cache(
     cu_seqlens: Tensor,
     cache_lens: Tensor,
     page_table: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     *,
@@ -72,11 +72,12 @@ def torch_attention_with_paged_cache(
     """Write this step's keys and values to their slots, then attend to each sequence's whole history.
 
     query [1, T, N, H], key [1, T, K, H], value [1, T, K, Hv]; cu_seqlens [R + 1], cache_lens [R],
-    page_table [R, M], slot_mapping [T]; k_cache [P, page_size, K, H] and v_cache [P, page_size, K, Hv] change
-    in place -> [1, T, N, Hv], zeros for padding. Masks and ALiBi use absolute positions, cache_lens + offset.
-    Constants as in ``torch_attention``. Sequences of one token (decode) are computed together. Reads the
-    lengths on the host, so a CUDA graph cannot capture it. Raises ValueError for ``attn_bias`` or attention
-    that is not causal, which a paged history cannot serve.
+    page_table [R, M], slot_mapping [T], None where an earlier op has written this step's keys and values (which
+    must be given all the same: they equal what stands in the cache); k_cache [P, page_size, K, H] and v_cache
+    [P, page_size, K, Hv] change in place -> [1, T, N, Hv], zeros for padding. Masks and ALiBi use absolute
+    positions, cache_lens + offset. Constants as in ``torch_attention``. Sequences of one token (decode) are
+    computed together. Reads the lengths on the host, so a CUDA graph cannot capture it. Raises ValueError for
+    ``attn_bias`` or attention that is not causal, which a paged history cannot serve.
     """
     if attn_bias is not None or not is_causal:
         given = "attn_bias" if attn_bias is not None else "is_causal=False"
@@ -84,8 +85,9 @@ def torch_attention_with_paged_cache(
             f"cached attention was given {given}; it serves causal attention without a general bias"
         )
     q, dtype = query[0], query.dtype
-    write_slots(k_cache, slot_mapping, key[0])
-    write_slots(v_cache, slot_mapping, value[0])
+    if slot_mapping is not None:
+        write_slots(k_cache, slot_mapping, key[0])
+        write_slots(v_cache, slot_mapping, value[0])
     out = q.new_zeros((*q.shape[:-1], value.shape[-1]))
     starts, cached = cu_seqlens.tolist(), cache_lens.tolist()
     counts = [end - start for start, end in pairwise(starts)]

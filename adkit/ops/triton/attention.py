@@ -223,7 +223,7 @@ def attention_with_paged_cache(
     cu_seqlens: Tensor,
     cache_lens: Tensor,
     page_table: Tensor,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     *,
@@ -239,7 +239,8 @@ def attention_with_paged_cache(
         raise ValueError(
             f"cached attention was given {given}; it serves causal attention without a general bias"
         )
-    write_kv(key, value, slot_mapping, k_cache, v_cache)
+    if slot_mapping is not None:
+        write_kv(key, value, slot_mapping, k_cache, v_cache)
     q = query[0] if query.stride(3) == 1 else query[0].contiguous()
     tokens, heads, head_dim = q.shape
     kv_heads, value_dim = v_cache.shape[2:]
