@@ -9,7 +9,6 @@ batch of as many tokens as sequences, and a CUDA graph can capture it.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -220,14 +220,14 @@ def decode(
         )
     else:
         first = pair.to(tl.int64) * tl.num_programs(1) * HEADS_PER_KV
-        at = first + part * HEADS_PER_KV + row
+        mine = first + part * HEADS_PER_KV + row
         tl.store(
-            partial_ptr + (at * VALUE_DIM)[:, None] + values[None, :],
+            partial_ptr + (mine * VALUE_DIM)[:, None] + values[None, :],
             acc,
             live[:, None] & (values < VALUE_DIM)[None, :],
         )
-        tl.store(softmax_ptr + at * 2, top, live)
-        tl.store(softmax_ptr + at * 2 + 1, total, live)
+        tl.store(softmax_ptr + mine * 2, top, live)
+        tl.store(softmax_ptr + mine * 2 + 1, total, live)
         tl.debug_barrier()  # every thread has stored before one of them counts
         if tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel") == parts - 1:
             tl.store(counter_ptr + pair, 0)  # for the next launch
@@ -268,18 +268,20 @@ def parts_for(pairs: int, longest: int, block: int) -> int:
     return min(max(wanted, 4 if pairs <= PROGRAMS * 2 else 1), 32, triton.cdiv(longest, block))
 
 
-def settings_for(step: Step) -> dict[str, Any]:
+def settings_for(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> dict[str, Any]:
     """Blocks of keys as large as shared memory likes."""
-    constants = step.constants()
-    width = step.q.element_size() * (constants["BLOCK_H"] + constants["BLOCK_V"])
+    width = itemsize * (BLOCK_H + BLOCK_V)
     block = 64 if width <= 512 else 32 if width <= 1024 else 16
     return {"BLOCK_L": block, "num_warps": 4, "num_stages": 3}
 
 
-def launch(step: Step, *, alone: bool, settings: dict[str, Any] | None = None, parts: int | None = None) -> None:
+def launch(
+    step: Step, *, alone: bool, settings: dict[str, Any] | None = None, parts: int | None = None
+) -> None:
     """Fill ``step.out`` for sequences of one token; ``alone``: for every token, padding included."""
-    settings = settings or settings_for(step)
     constants = step.constants()
+    if settings is None:
+        settings = settings_for(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"])
     kv_heads, group = constants["KV_HEADS"], constants["HEADS_PER_KV"]
     value_dim, block_v = constants["VALUE_DIM"], constants["BLOCK_V"]
     pairs = step.sequences * kv_heads

@@ -21,7 +21,9 @@ from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
 
 
 @triton.jit
-def _tiles(first, cu_ptr, sequences, tokens, FROM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+def _tiles(
+    first, cu_ptr, sequences, tokens, FROM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
     """How many tiles each of ``BLOCK_R`` sequences from ``first`` on has.
 
     Padding is one more sequence behind the last; a sequence of fewer than FROM tokens has no tiles.
@@ -96,9 +98,7 @@ def prefill(
         before = 0
         passed = 0
         for first in range(0, sequences + 1, BLOCK_R):
-            ends = passed + tl.cumsum(
-                _tiles(first, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0
-            )
+            ends = passed + tl.cumsum(_tiles(first, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0)
             seq += tl.sum((ends <= tile).to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(ends <= tile, ends, 0), 0))
             passed = tl.max(ends, 0)
@@ -247,10 +247,9 @@ def _near(key, position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     return seen
 
 
-def settings_for(step: Step) -> dict[str, Any]:
+def settings_for(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> dict[str, Any]:
     """Tiles that fit an A100's shared memory."""
-    constants = step.constants()
-    width = step.q.element_size() * max(constants["BLOCK_H"], constants["BLOCK_V"])
+    width = itemsize * max(BLOCK_H, BLOCK_V)
     if width <= 256:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
     if width <= 512:
@@ -269,8 +268,9 @@ def described(rows: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor
 
 def launch(step: Step, *, settings: dict[str, Any] | None = None, descriptors: bool = True) -> None:
     """Fill ``step.out`` for sequences of several tokens, or of one where it is alone; padding becomes zero."""
-    settings = settings or settings_for(step)
     constants = step.constants()
+    if settings is None:
+        settings = settings_for(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"])
     tokens, heads = step.q.shape[:2]
     tiles = triton.cdiv(tokens, settings["BLOCK_M"]) + min(step.sequences, 8)
     keys = described(step.key, settings["BLOCK_N"], constants["BLOCK_H"])
