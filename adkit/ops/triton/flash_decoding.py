@@ -137,21 +137,20 @@ def decode(
     part = tl.program_id(1)
     index = pair // KV_HEADS
     kv_head = pair % KV_HEADS
-    token = tl.load(cu_ptr + tl.minimum(index, sequences - 1))
-    end = tl.load(cu_ptr + tl.minimum(index, sequences - 1) + 1)
+    token = tl.load(cu_ptr + index)
+    end = tl.load(cu_ptr + index + 1)
+    position = tl.load(cached_ptr + index)
     served = end - token == 1
     seq = index
-    behind = 0
     if ALONE:
         # Sequences of one token each: token t is sequence t, except where a batch is packed otherwise.
         if (token != index) | (end != index + 1):
             seq = _sequence_of(index, cu_ptr, sequences)
-            behind = index - tl.load(cu_ptr + seq)
+            position = index - tl.load(cu_ptr + seq) + tl.load(cached_ptr + seq, seq < sequences, 0)
         token = index
         served = True
     if not served:
         return
-    position = behind + tl.load(cached_ptr + tl.minimum(seq, sequences - 1))
     low = 0
     if WINDOW > 0:
         low = tl.maximum(low, position - WINDOW + 1)

@@ -135,7 +135,7 @@ def prefill(
         LOCAL: tl.constexpr = WINDOW > 0 or CHUNK > 0
 
         # What earlier steps left in the pages.
-        pages = pages_ptr + seq.to(tl.int64) * pages_stride
+        pages = pages_ptr + tl.cast(seq, tl.int64) * pages_stride
         for at in range(low, cached, BLOCK_N):
             key = at + tl.arange(0, BLOCK_N)
             held = tl.minimum(key, cached - 1)  # beyond the end: any key that is there, and not counted
