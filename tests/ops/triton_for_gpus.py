@@ -56,7 +56,7 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         (
             flash_prefill.prefill,
             flash_prefill.settings_for(itemsize, **widths(head_dim, head_dim)),
-            {"FROM": 2, "BEGUN": False, "DESCRIPTORS": False, "BLOCK_R": 256},
+            {"FROM": 1, "BEGUN": not full, "DESCRIPTORS": False, "BLOCK_R": 256},
         ),
     ):
         options = {n: settings[n] for n in ("num_warps", "num_stages")}

@@ -138,7 +138,7 @@ def prefill(
             slope = tl.zeros_like(total) + tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         if BEGUN:
-            began = live & ~padding
+            began = token < tl.where(padding, 0, count)
             top = tl.load(sums_ptr + head * tokens + token, began, 0.0) * LOG2E
             total += 1.0
             acc += tl.load(
@@ -187,7 +187,9 @@ def prefill(
             )
         # This step's tokens: first those that every row sees, then the diagonal.
         step_low = tl.maximum(low - cached, 0) // BLOCK_N * BLOCK_N
-        step_high = tl.where(padding | BEGUN, 0, tl.minimum(count, offset + BLOCK_M))
+        step_high = tl.where(padding, 0, tl.minimum(count, offset + BLOCK_M))
+        if BEGUN:
+            step_high = step_low
         middle = tl.minimum(offset // BLOCK_N * BLOCK_N, step_high)
         key_base = key_ptr + start.to(tl.int64) * key_token + kv_head * key_head
         value_base = value_ptr + start.to(tl.int64) * value_token + kv_head * value_head
