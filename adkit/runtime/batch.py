@@ -7,64 +7,78 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from adkit.contract import SequenceBatch
+from adkit.contract import BatchLayout, HostBatch
 from adkit.runtime.sequence import Sequence
 
-_ALIGNMENT = 16  # bytes; what vector loads in kernels like
 
-
-def build_batch(sequences: Seq[Sequence], page_size: int, device: torch.device) -> SequenceBatch:
-    """Pack the scheduled tokens of R sequences into one row of T, with one copy to the device.
+def build_batch(
+    sequences: Seq[Sequence],
+    page_size: int,
+    *,
+    num_previous: int = 0,
+    padded: BatchLayout | None = None,
+    pinned: bool = False,
+) -> HostBatch:
+    """Pack the scheduled tokens of R sequences into one row of T, in one buffer.
 
     Logits are asked for only of the last token of each sequence that samples in this step; when none does, of
-    one token all the same, because a graph need not be able to run with no rows.
+    one token all the same, because a graph need not be able to run with no rows. A sequence whose last token
+    is still being sampled takes it from its row of the step before, which sampled ``num_previous`` tokens.
+    ``padded`` is the layout of a larger decode step to fill (every sequence brings one token and samples):
+    rows beyond R are sequences of one token in page 0. ``pinned`` memory comes from torch's cache of it,
+    which does not hand a buffer out again before the copies from it are done.
     """
     starts = np.array([s.num_cached for s in sequences], dtype=np.int64)
-    counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
     prompt_lens = np.array([s.prompt_len for s in sequences], dtype=np.int64)
-    samples = np.array([s.samples for s in sequences])
-    samples[-1] |= not samples.any()
-    cu_seqlens = np.concatenate(([0], np.cumsum(counts)))
+    if padded is None:
+        counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
+        samples = np.array([s.samples for s in sequences])
+        samples[-1] |= not samples.any()
+        ends = np.cumsum(counts)
+        layout = BatchLayout(
+            int(ends[-1]), len(sequences), max(len(s.pages) for s in sequences), int(samples.sum())
+        )
+        row_of_token = np.repeat(np.arange(len(sequences)), counts)
+        positions = np.arange(layout.tokens) + (starts - ends + counts)[row_of_token]
+        prompt_lens = prompt_lens[row_of_token]
+    else:
+        layout, positions = padded, starts
+        ends = row_of_token = np.arange(layout.sequences)
+        row_of_token, ends, samples = row_of_token[: len(sequences)], ends + 1, slice(None)
 
-    page_table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), dtype=np.int32)
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+    fields = layout.arrays(buffer)
+    t = len(positions)
+    if t < layout.tokens:
+        buffer.zero_()
+        fields["rope_lengths"][:, t:] = 1
+
+    ids, sources = fields["input_ids"][0], fields["sources"]
+    sources[:] = np.arange(num_previous, num_previous + layout.tokens)
+    continues, last = False, ends.tolist()
     for row, seq in enumerate(sequences):
-        page_table[row, : len(seq.pages)] = seq.pages
+        end = last[row]
+        known = end - seq.num_scheduled
+        if seq.num_pending and seq.samples:
+            sources[end - 1] = seq.row
+            ids[end - 1] = 0
+            continues = True
+            end -= 1
+        ids[known:end] = seq.tokens[seq.num_cached : seq.num_cached + end - known]
 
-    input_ids = np.concatenate([s.tokens[s.num_cached : s.num_cached + s.num_scheduled] for s in sequences])
-    row_of_token = np.repeat(np.arange(len(sequences)), counts)
-    positions = np.arange(len(input_ids)) + (starts - cu_seqlens[:-1])[row_of_token]
-    pages = page_table[row_of_token, positions // page_size].astype(np.int64)
-    return _to_device(
-        {
-            "input_ids": input_ids[None],
-            "position_ids": positions[None],
-            # A prompt token sees the whole prompt's length, a generated one its own; never less than position
-            # + 1.
-            "rope_lengths": np.maximum(positions + 1, prompt_lens[row_of_token])[None],
-            "cu_seqlens": cu_seqlens.astype(np.int32),
-            "cache_lens": starts.astype(np.int32),
-            "page_table": page_table,
-            "slot_mapping": pages * page_size + positions % page_size,
-            "logits_indices": cu_seqlens[1:][samples] - 1,
-        },
-        device,
-    )
+    table = fields["page_table"]
+    for row, seq in enumerate(sequences):
+        held = len(seq.pages)
+        table[row, :held] = seq.pages
+        table[row, held:] = 0
 
-
-def _to_device(fields: dict[str, np.ndarray], device: torch.device) -> SequenceBatch:
-    """Lay the fields out in one buffer: one transfer instead of eight, asynchronous on a GPU."""
-    offsets = np.cumsum([0] + [-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in fields.values()]).tolist()
-    buffer = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    raw = buffer.numpy()
-    for at, array in zip(offsets, fields.values(), strict=False):
-        raw[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    buffer = buffer.to(device, non_blocking=True)
-    return SequenceBatch(
-        **{
-            name: buffer[at : at + array.nbytes].view(_TORCH_DTYPE[array.dtype]).view(array.shape)
-            for at, (name, array) in zip(offsets, fields.items(), strict=False)
-        }
-    )
-
-
-_TORCH_DTYPE = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
+    pages = table[row_of_token, positions // page_size].astype(np.int64)
+    fields["position_ids"][0, :t] = positions
+    # A prompt token sees the whole prompt's length, a generated one its own; never less than position + 1.
+    np.maximum(positions + 1, prompt_lens, out=fields["rope_lengths"][0, :t])
+    fields["slot_mapping"][:t] = pages * page_size + positions % page_size
+    fields["cache_lens"][: len(sequences)] = starts
+    fields["cu_seqlens"][0] = 0
+    fields["cu_seqlens"][1:] = ends
+    fields["logits_indices"][:] = ends[samples] - 1
+    return HostBatch(layout, buffer, continues)

@@ -17,9 +17,11 @@ from adkit.runtime.pages import Digest, page_digest
 class Sequence:
     """A request being served: its tokens, the cache pages it holds, and how it samples.
 
-    ``tokens`` is prompt and output together; the keys and values of the first ``num_cached`` are in
-    ``pages``, and the current step computes the next ``num_scheduled``. ``max_len`` bounds ``tokens``. Tokens
-    and pages are stdlib arrays because numpy copies slices of those without a Python loop.
+    ``tokens`` is prompt and output together, as far as the host knows them; ``num_pending`` more are being sampled
+    by steps in flight, the last of them in ``row`` of the latest. The keys and values of the first ``num_cached``
+    are in ``pages`` (or will be before anything launched later runs), and the step being scheduled computes the next
+    ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds ``tokens``.
+    Tokens and pages are stdlib arrays because numpy copies slices of those without a Python loop.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class Sequence:
         self.digests: list[Digest] = []
         self.num_cached = 0
         self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_published = 0
+        self.row = 0
         self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.detokenizer = detokenizer
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -70,8 +75,13 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the cache yet."""
-        return len(self.tokens) - self.num_cached
+        """Tokens, pending ones included, whose keys and values are not in the cache yet."""
+        return len(self.tokens) + self.num_pending - self.num_cached
+
+    @property
+    def ending(self) -> bool:
+        """True when a pending token is the last that the request may have."""
+        return len(self.tokens) + self.num_pending >= self.max_len
 
     @property
     def samples(self) -> bool:

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adkit.contract import CachePool, CacheSpec, CompiledModel, EngineConfig
+from adkit.contract import CachePool, CacheSpec, CompiledModel, Delta, EngineConfig
+from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
 from adkit.runtime import Engine
 
 VOCAB = 31
@@ -51,6 +52,18 @@ class HashModel:
         assert set(inputs) == set(INPUTS)
         cache = inputs["record_cache"].view(-1, 3)
         slots = inputs["slot_mapping"]
+        held = inputs["page_table"][:, 0] > 0  # the other rows only pad the batch
+        if not held.all():
+            assert len(held) == len(slots), "only decode steps are padded"
+            assert not slots[~held].any(), "padding went to somebody's page"
+            rows = int(held.sum())
+            assert held[:rows].all(), "padding comes last"
+            inputs |= {n: inputs[n][:, :rows] for n in ("input_ids", "position_ids", "rope_lengths")}
+            inputs |= {
+                n: inputs[n][:rows] for n in ("cache_lens", "page_table", "slot_mapping", "logits_indices")
+            }
+            inputs["cu_seqlens"] = inputs["cu_seqlens"][: rows + 1]
+            slots = inputs["slot_mapping"]
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         assert bool((slots >= self.page_size).all()), "a token went to the padding page"
         self.fault(self)
@@ -76,19 +89,35 @@ class HashModel:
 class Lab:
     """What the runtime's tests share."""
 
+    OVERLAP = REPLAY = False
     VOCAB = VOCAB
     EOS = EOS
     HashModel = HashModel
     history_of = staticmethod(history_of)
     logits_of = staticmethod(logits_of)
 
-    @staticmethod
+    @classmethod
+    def config(cls, **config: int) -> EngineConfig:
+        return EngineConfig(**{"max_seq_len": 64, "device": "cpu", "overlap": cls.OVERLAP, **config})
+
+    @classmethod
     def engine(
-        num_pages: int = 64, page_size: int = 4, tokenizer: object = None, **config: int
+        cls, num_pages: int = 64, page_size: int = 4, tokenizer: object = None, **config: int
     ) -> tuple[Engine, HashModel]:
         model = HashModel(num_pages, page_size)
-        settings = EngineConfig(**{"max_seq_len": 64, "page_size": page_size, "device": "cpu", **config})
-        return Engine(model.compiled(), settings, tokenizer), model
+        settings = cls.config(page_size=page_size, **config)
+        compiled = model.compiled()
+        if cls.REPLAY:
+            compiled.decode = DecodeGraphs(
+                compiled.forward,
+                INPUTS,
+                model.pool,
+                ladder(settings.max_batch_size),
+                -(-settings.max_seq_len // page_size),
+                settings.max_batch_size,
+                compiled.device,
+            )
+        return Engine(compiled, settings, tokenizer), model
 
     @staticmethod
     def greedy_alone(
@@ -109,10 +138,22 @@ class Lab:
             engine.pages.check(s.pages for s in engine.scheduler)
         assert engine.pages.held == 0, "pages leaked"
 
+    @staticmethod
+    def answered(engine: Engine) -> list[Delta]:
+        """Step until a request gains something."""
+        while not (deltas := engine.step()):
+            assert engine.has_work, "nobody gained anything"
+        return deltas
 
-@pytest.fixture(scope="session")
-def lab() -> type[Lab]:
-    return Lab
+
+MODES = {"in_turn": {}, "overlapped": {"OVERLAP": True}, "replayed": {"OVERLAP": True, "REPLAY": True}}
+
+
+@pytest.fixture(scope="session", params=MODES.values(), ids=MODES)
+def lab(request: pytest.FixtureRequest) -> type[Lab]:
+    """Every test that takes this runs thrice: a step collected at once, after the next was launched, and from the
+    buffers that CUDA graphs replay (without the graphs)."""
+    return type("Lab", (Lab,), request.param)
 
 
 TEXT = [

@@ -27,8 +27,7 @@ def test_decode_chunk_and_recompute_in_one_batch():
             sequence([30, 31, 32], 2, [9, 8], cached=0, scheduled=3),  # all anew after a preemption
         ],
         page_size=2,
-        device=torch.device("cpu"),
-    )
+    ).to("cpu")
     expected = {
         "input_ids": [[14, 21, 22, 23, 30, 31, 32]],
         "position_ids": [[4, 1, 2, 3, 0, 1, 2]],
@@ -47,5 +46,5 @@ def test_decode_chunk_and_recompute_in_one_batch():
 
 
 def test_a_batch_in_which_nobody_samples_still_asks_for_one_row():
-    batch = build_batch([sequence([1, 2, 3], 3, [1, 2], 0, 2)], 2, torch.device("cpu"))
+    batch = build_batch([sequence([1, 2, 3], 3, [1, 2], 0, 2)], 2).to("cpu")
     assert batch.logits_indices.tolist() == [1]
