@@ -28,6 +28,7 @@ def build_batch(
     rows beyond R are sequences of one token in page 0. ``pinned`` memory comes from torch's cache of it,
     which does not hand a buffer out again before the copies from it are done.
     """
+    r = len(sequences)
     starts = np.array([s.num_cached for s in sequences], dtype=np.int64)
     prompt_lens = np.array([s.prompt_len for s in sequences], dtype=np.int64)
     if padded is None:
@@ -35,50 +36,50 @@ def build_batch(
         samples = np.array([s.samples for s in sequences])
         samples[-1] |= not samples.any()
         ends = np.cumsum(counts)
-        layout = BatchLayout(
-            int(ends[-1]), len(sequences), max(len(s.pages) for s in sequences), int(samples.sum())
-        )
-        row_of_token = np.repeat(np.arange(len(sequences)), counts)
+        width = max(len(s.pages) for s in sequences)
+        layout = BatchLayout(int(ends[-1]), r, width, int(samples.sum()))
+        row_of_token = np.repeat(np.arange(r), counts)
         positions = np.arange(layout.tokens) + (starts - ends + counts)[row_of_token]
         prompt_lens = prompt_lens[row_of_token]
+        wanted = ends[samples] - 1
     else:
         layout, positions = padded, starts
-        ends = row_of_token = np.arange(layout.sequences)
-        row_of_token, ends, samples = row_of_token[: len(sequences)], ends + 1, slice(None)
+        wanted = np.arange(layout.logits)
+        row_of_token, ends = wanted[:r], wanted + 1
 
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
     fields = layout.arrays(buffer)
+    fields["cu_seqlens"][1:] = ends
+    fields["cache_lens"][:r] = starts
+    fields["logits_indices"][:] = wanted
+    _fill_ids(fields["input_ids"][0], fields["sources"], sequences, ends, num_previous)
     t = len(positions)
-    if t < layout.tokens:
-        buffer.zero_()
-        fields["rope_lengths"][:, t:] = 1
-
-    ids, sources = fields["input_ids"][0], fields["sources"]
-    sources[:] = np.arange(num_previous, num_previous + layout.tokens)
-    continues, last = False, ends.tolist()
-    for row, seq in enumerate(sequences):
-        end = last[row]
-        known = end - seq.num_scheduled
-        if seq.num_pending and seq.samples:
-            sources[end - 1] = seq.row
-            ids[end - 1] = 0
-            continues = True
-            end -= 1
-        ids[known:end] = seq.tokens[seq.num_cached : seq.num_cached + end - known]
-
-    table = fields["page_table"]
-    for row, seq in enumerate(sequences):
-        held = len(seq.pages)
-        table[row, :held] = seq.pages
-        table[row, held:] = 0
-
-    pages = table[row_of_token, positions // page_size].astype(np.int64)
     fields["position_ids"][0, :t] = positions
     # A prompt token sees the whole prompt's length, a generated one its own; never less than position + 1.
+    fields["rope_lengths"][0, t:] = 1
     np.maximum(positions + 1, prompt_lens, out=fields["rope_lengths"][0, :t])
+    table = fields["page_table"]
+    for row, seq in enumerate(sequences):
+        table[row, : len(seq.pages)] = seq.pages
+    pages = table[row_of_token, positions // page_size].astype(np.int64)
     fields["slot_mapping"][:t] = pages * page_size + positions % page_size
-    fields["cache_lens"][: len(sequences)] = starts
-    fields["cu_seqlens"][0] = 0
-    fields["cu_seqlens"][1:] = ends
-    fields["logits_indices"][:] = ends[samples] - 1
-    return HostBatch(layout, buffer, continues)
+    return HostBatch(layout, buffer, continues=any(s.num_pending for s in sequences))
+
+
+def _fill_ids(
+    ids: np.ndarray, sources: np.ndarray, sequences: Seq[Sequence], ends: np.ndarray, num_previous: int
+) -> None:
+    """Write the ids that the host knows, and for each token where its id is to be found.
+
+    A sequence with a pending token brings that one and no other: all before it are cached.
+    """
+    sources[:] = np.arange(num_previous, num_previous + len(sources))
+    last = (ends - 1).tolist()
+    for seq, at in zip(sequences, last, strict=False):  # rows that pad the batch come after
+        if seq.num_pending:
+            sources[at] = seq.row
+        elif seq.num_scheduled == 1:
+            ids[at] = seq.tokens[seq.num_cached]
+        else:
+            first = at + 1 - seq.num_scheduled
+            ids[first : at + 1] = seq.tokens[seq.num_cached : seq.num_cached + seq.num_scheduled]

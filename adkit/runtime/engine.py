@@ -200,30 +200,31 @@ class Engine:
             results = step.wait()
         except Exception as error:
             return self._fail(unfinished, _explain(error, step.num_tokens, len(step.sequences)))
-        tokens = {s.id: result for s, result in zip(step.sampling, results, strict=True)}
         deltas = []
+        answers = zip(step.sampling, results, strict=True)
+        owner, answer = next(answers, (None, None))
         for seq, computed in zip(step.sequences, step.computed, strict=True):
-            token, logprob = tokens.get(seq.id, (None, None))
-            if token is not None:
+            found = None
+            if seq is owner:
+                found = answer
+                owner, answer = next(answers, (None, None))
                 seq.num_pending -= 1
-            if seq.finished:
+            if seq.finish_reason is not None:  # its token was computed in vain
                 continue
-            if token is not None and token < 0:
-                error = EngineError(
+            if found is not None and found[0] < 0:
+                bad = EngineError(
                     "The model's logits were not finite (NaN or infinite) "
                     f"after {len(seq.tokens)} tokens of this request"
                 )
-                deltas += self._fail([seq], error)
+                deltas += self._fail([seq], bad)
                 continue
             self.scheduler.publish(seq, computed)
-            if token is None:
+            if found is None:
                 continue
-            seen = len(seq.text), seq.num_output
-            seq.append(token, logprob)
+            deltas.append(seq.append(*found))
             self._counts.output_tokens += 1
-            if seq.finished:
+            if seq.finish_reason is not None:
                 self.scheduler.remove(seq)
-            deltas.append(seq.delta(seq.id, *seen))
         return deltas
 
     def _fail(self, batch: Iterable[Sequence], error: Exception) -> list[Delta]:

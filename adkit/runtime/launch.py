@@ -57,8 +57,8 @@ def launch(
 ) -> InFlight:
     """Run the scheduled tokens of R sequences and sample; ``before`` is the step that is still in flight.
 
-    Sequences are counted as if the step were done: ``num_cached`` grows, and a sampled token is pending. Nothing of that
-    happens when the model raises.
+    Sequences are counted as if the step were done: ``num_cached`` grows, and a sampled token is pending; not when
+    the model raises.
     """
     on_cuda = model.device.type == "cuda"
     previous = None if before is None else before.tokens

@@ -54,15 +54,15 @@ class Scheduler:
         preempted = False
 
         # Those already running, oldest first: a decode token each, or the next chunk of a long prompt.
+        page_size = self.pages.page_size
         for seq in list(self.running.values()):
-            if (
-                budget <= 0 or seq.id not in self.running
-            ):  # the youngest made room, and all after it are gone too
+            if budget <= 0 or (preempted and seq.id not in self.running):
                 break
-            if seq.ending:
+            length = len(seq.tokens) + seq.num_pending
+            if length >= seq.max_len:  # a token in flight is its last
                 continue
-            seq.num_scheduled = min(seq.num_uncomputed, budget)
-            missing = self.pages.pages_for(seq.num_cached + seq.num_scheduled) - len(seq.pages)
+            seq.num_scheduled = min(length - seq.num_cached, budget)
+            missing = -(-(seq.num_cached + seq.num_scheduled) // page_size) - len(seq.pages)
             if missing > 0:
                 while missing > self.pages.available:
                     youngest = next(reversed(self.running.values()))
@@ -72,7 +72,7 @@ class Scheduler:
                     self._preempt(youngest)
                     if youngest is seq:
                         break
-                if seq.id not in self.running:
+                if preempted and seq.id not in self.running:
                     break
                 seq.pages.extend(self.pages.allocate(missing))
             batch.append(seq)
@@ -97,13 +97,13 @@ class Scheduler:
 
     def publish(self, seq: Sequence, computed: int) -> None:
         """Let others find the pages that a sequence's first ``computed`` tokens, all known now, have filled."""
-        page_size = self.pages.page_size
         computed = min(computed, seq.num_cached)  # none if it had to make room in the meantime
-        if computed // page_size > seq.num_published:
-            digests = list(seq.full_page_digests(page_size, computed, self.lengths_matter))
-            for n in range(seq.num_published, len(digests)):
-                self.pages.publish(seq.pages[n], digests[n])
-            seq.num_published = len(digests)
+        if computed < (seq.num_published + 1) * self.pages.page_size:
+            return
+        digests = list(seq.full_page_digests(self.pages.page_size, computed, self.lengths_matter))
+        for n in range(seq.num_published, len(digests)):
+            self.pages.publish(seq.pages[n], digests[n])
+        seq.num_published = len(digests)
 
     def remove(self, seq: Sequence, *, keep_pages: bool = True) -> None:
         """A sequence has ended: forget it and give its pages back."""

@@ -79,11 +79,6 @@ class Sequence:
         return len(self.tokens) + self.num_pending - self.num_cached
 
     @property
-    def ending(self) -> bool:
-        """True when a pending token is the last that the request may have."""
-        return len(self.tokens) + self.num_pending >= self.max_len
-
-    @property
     def samples(self) -> bool:
         """True when the scheduled tokens reach the end, so that this step's logits give the next token."""
         return self.num_scheduled == self.num_uncomputed
@@ -106,8 +101,9 @@ class Sequence:
                 self.digests.append(page_digest(self.digests[-1] if n else parent, content))
             yield self.digests[n]
 
-    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+    def append(self, token: int, logprob: TokenLogprob | None) -> Delta:
         """Take a sampled token; finish when it ends the request (an ending token gives no text)."""
+        seen = len(self.detokenizer.text) if self.detokenizer else 0
         self.tokens.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
@@ -115,6 +111,9 @@ class Sequence:
             self.finish("stop")
         elif len(self.tokens) >= self.max_len:
             self.finish("length")
+        text = self.detokenizer.text[seen:] if self.detokenizer else ""
+        logprobs = None if self.logprobs is None or logprob is None else (logprob,)
+        return Delta(self.id, text, (token,), self.finish_reason, logprobs)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request and release the text held back."""
