@@ -64,15 +64,13 @@ class Scheduler:
             seq.num_scheduled = min(length - seq.num_cached, budget)
             missing = -(-(seq.num_cached + seq.num_scheduled) // page_size) - len(seq.pages)
             if missing > 0:
-                while missing > self.pages.available:
+                while missing > self.pages.available and seq.id in self.running:
                     youngest = next(reversed(self.running.values()))
                     if youngest.num_pending:
                         return None
                     preempted = True
                     self._preempt(youngest)
-                    if youngest is seq:
-                        break
-                if preempted and seq.id not in self.running:
+                if seq.id not in self.running:  # it was the youngest itself
                     break
                 seq.pages.extend(self.pages.allocate(missing))
             batch.append(seq)

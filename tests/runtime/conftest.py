@@ -44,12 +44,14 @@ class HashModel:
         self.pool = CachePool((spec,), page_size)
         self.pool.allocate(num_pages, "cpu")
         self.pool.tensors["record_cache"] -= 1
+        self.steps = 0
         self.shapes: list[tuple[int, int, int]] = []
         self.fault: Callable[[HashModel], None] = lambda model: None
         self.poison: int | None = None  # a token that, anywhere in a history, makes its logits NaN
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         assert set(inputs) == set(INPUTS)
+        assert bool(((inputs["input_ids"] >= 0) & (inputs["input_ids"] < VOCAB)).all()), "no such token"
         cache = inputs["record_cache"].view(-1, 3)
         slots = inputs["slot_mapping"]
         held = inputs["page_table"][:, 0] > 0  # the other rows only pad the batch
@@ -67,6 +69,7 @@ class HashModel:
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         assert bool((slots >= self.page_size).all()), "a token went to the padding page"
         self.fault(self)
+        self.steps += 1
         cache[slots] = torch.stack(
             [inputs["input_ids"][0], inputs["position_ids"][0], inputs["rope_lengths"][0]], dim=-1
         )
@@ -121,13 +124,17 @@ class Lab:
 
     @staticmethod
     def greedy_alone(
-        prompt: list[int], max_tokens: int, max_len: int = 10**9, ignore_eos: bool = False
+        prompt: list[int],
+        max_tokens: int,
+        max_len: int = 10**9,
+        ignore_eos: bool = False,
+        stop: tuple[int, ...] = (),
     ) -> list[int]:
         """The right greedy answer, by the plainest loop there is."""
         tokens = list(prompt)
         while len(tokens) < min(len(prompt) + max_tokens, max_len):
             tokens.append(int(logits_of(history_of(tokens, len(prompt))).argmax()))
-            if tokens[-1] == EOS and not ignore_eos:
+            if tokens[-1] in stop or (tokens[-1] == EOS and not ignore_eos):
                 break
         return tokens[len(prompt) :]
 
@@ -146,14 +153,20 @@ class Lab:
         return deltas
 
 
-MODES = {"in_turn": {}, "overlapped": {"OVERLAP": True}, "replayed": {"OVERLAP": True, "REPLAY": True}}
+@pytest.fixture(scope="session")
+def modes() -> dict[str, type[Lab]]:
+    """A step collected at once; after the next was launched; and with decode steps run from the buffers that CUDA
+    graphs replay (without the graphs)."""
+    return {
+        "in_turn": Lab,
+        "overlapped": type("Overlapped", (Lab,), {"OVERLAP": True}),
+        "replayed": type("Replayed", (Lab,), {"OVERLAP": True, "REPLAY": True}),
+    }
 
 
-@pytest.fixture(scope="session", params=MODES.values(), ids=MODES)
-def lab(request: pytest.FixtureRequest) -> type[Lab]:
-    """Every test that takes this runs thrice: a step collected at once, after the next was launched, and from the
-    buffers that CUDA graphs replay (without the graphs)."""
-    return type("Lab", (Lab,), request.param)
+@pytest.fixture(scope="session", params=["in_turn", "overlapped", "replayed"])
+def lab(modes: dict[str, type[Lab]], request: pytest.FixtureRequest) -> type[Lab]:
+    return modes[request.param]
 
 
 TEXT = [

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
-from adkit.contract import CachePool, CompiledModel, MemoryLimitError, PassError, SequenceBatch
+from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
+from adkit.models.memory import limited
 from adkit.ops.registry import OPS, info_of
 from adkit.ops.triton.ops import fallen_back
 from adkit.passes.base import Context, Pass, PassConfig, Stage
@@ -119,18 +120,15 @@ class CompileModel(Pass):
         most = ctx.engine.max_batch_size
         sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(most))
         pages = math.ceil(ctx.engine.max_seq_len / ctx.caches.page_size)
-        try:
+        for_graphs = f"to capture CUDA graphs for batch sizes up to {sizes[-1]}"
+        advice = "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
+        with limited(for_graphs, ctx.device, advice):
             graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, most, ctx.device)
             graphs.warm_up(ctx.progress)
             why = _uncapturable(gm)
             if why:
                 return None, f"{why}: eager instead"
             graphs.capture(ctx.progress)
-        except torch.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                f"no memory left on {ctx.device} to capture CUDA graphs for batch sizes up to {sizes[-1]}: "
-                "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
-            ) from error
         return graphs, ""
 
 
