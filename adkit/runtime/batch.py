@@ -11,6 +11,10 @@ from adkit.contract import BatchLayout, HostBatch
 from adkit.runtime.sequence import Sequence
 
 
+#: The page table's width is a multiple of this, so that its stride seldom makes a kernel compile anew.
+_WIDTH = 16
+
+
 def build_batch(
     sequences: Seq[Sequence],
     page_size: int,
@@ -36,7 +40,7 @@ def build_batch(
         samples = np.array([s.samples for s in sequences])
         samples[-1] |= not samples.any()
         ends = np.cumsum(counts)
-        width = max(len(s.pages) for s in sequences)
+        width = -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
         layout = BatchLayout(int(ends[-1]), r, width, int(samples.sum()))
         row_of_token = np.repeat(np.arange(r), counts)
         positions = np.arange(layout.tokens) + (starts - ends + counts)[row_of_token]
