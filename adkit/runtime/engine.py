@@ -185,7 +185,7 @@ class Engine:
         """Start a step, behind the one in flight."""
         self._counts.steps += 1
         self._counts.step_sequences += len(batch)
-        self._counts.computed_tokens += sum(s.num_scheduled for s in batch)
+        self._counts.computed_tokens += sum([s.num_scheduled for s in batch])
         return launch(self.model, batch, self.pages.page_size, self._in_flight)
 
     def _collect(self) -> list[Delta]:
@@ -193,7 +193,7 @@ class Engine:
         step, self._in_flight = self._in_flight, None
         if step is None:
             return []
-        unfinished = [s for s in step.sequences if not s.finished]
+        unfinished = [s for s in step.sequences if s.finish_reason is None]
         if not unfinished:  # all have ended without it, so nobody waits for it either
             return []
         try:

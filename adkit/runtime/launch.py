@@ -51,7 +51,7 @@ class InFlight:
         return [] if self.fetched is None else self.fetched.to_host([s.params for s in self.sampling])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def launch(
     model: CompiledModel, sequences: list[Sequence], page_size: int, before: InFlight | None
 ) -> InFlight:
@@ -62,8 +62,9 @@ def launch(
     """
     on_cuda = model.device.type == "cuda"
     previous = None if before is None else before.tokens
+    num_tokens = sum([s.num_scheduled for s in sequences])
     sampling = [s for s in sequences if s.samples]
-    decode = len(sampling) == len(sequences) and all(s.num_scheduled == 1 for s in sequences)
+    decode = len(sampling) == len(sequences) == num_tokens
     padded = model.decode.layout(len(sequences)) if decode and model.decode is not None else None
     if padded is not None and model.decode is not None:
         host = build_batch(
@@ -83,7 +84,6 @@ def launch(
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(model.device))
 
-    num_tokens = sum(s.num_scheduled for s in sequences)
     for row, seq in enumerate(sampling):
         seq.num_pending += 1
         seq.row = row

@@ -81,7 +81,7 @@ class Sequence:
     @property
     def samples(self) -> bool:
         """True when the scheduled tokens reach the end, so that this step's logits give the next token."""
-        return self.num_scheduled == self.num_uncomputed
+        return self.num_scheduled == len(self.tokens) + self.num_pending - self.num_cached
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own stream, whatever device or batch it runs in."""
