@@ -166,7 +166,9 @@ def _sum_digits(
         amount = tl.full((SLICE,), 1.0, tl.float32)
         if MASS:
             last = limit.to(tl.uint32)
-            amount = tl.exp(score) * tl.where(key < last, 1.0, tl.where(key == last, share.to(tl.float32), 0.0))
+            amount = tl.exp(score) * tl.where(
+                key < last, 1.0, tl.where(key == last, share.to(tl.float32), 0.0)
+            )
         amount = tl.where(inside, amount, 0.0)
         for d in tl.static_range(16):
             sums = tl.where(digits == d, tl.sum(tl.where(digit == d, amount, 0.0), 0), sums)
@@ -326,6 +328,8 @@ def draw(logits: Tensor, settings: Tensor, top_k: bool, top_p: bool) -> Tensor:
 
 
 def _rows(logits: Tensor) -> Tensor:
+    """Logits in a dtype that has keys, the entries of a row one after another."""
+    logits = logits if logits.dtype in _KEY_BITS else logits.float()
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
@@ -341,7 +345,5 @@ def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
         _slice_peak[(rows, slices)](
             logits, top, at, logits.stride(0), vocab, slices, SLICE=_SLICE, num_warps=8
         )
-        _row_peak[(rows,)](
-            top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1
-        )
+        _row_peak[(rows,)](top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1)
     return tokens, peak
