@@ -58,25 +58,15 @@ class FuseRopeKVCache(Pass):
     def _fuse(self, gm: GraphModule, found: _Rotated, target: Any) -> None:
         node, bound = found.attention, bound_arguments(found.attention)
         with self.site(gm, found.nodes, label="rope + cache write", before=node) as s:
-            args = (
-                found.query,
-                found.key,
-                bound["value"],
-                found.q_weight,
-                found.k_weight,
-                found.cos,
-                found.sin,
-            )
-            args += (bound["slot_mapping"], bound["k_cache"], bound["v_cache"])
-            both = s.call(target, args, found.constants, like=found.rope)
-            outputs = (bound["query"], bound["key"])
-            for i, old in enumerate(outputs):
-                new = s.call(operator.getitem, (both, i), like=old)
-                s.replace(old, new)
-            names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-            at = names.index("slot_mapping")
+            inputs: list[Any] = [found.query, found.key, bound["value"], found.q_weight, found.k_weight]
+            inputs += [found.cos, found.sin, bound["slot_mapping"], bound["k_cache"], bound["v_cache"]]
+            both = s.call(target, tuple(inputs), found.constants, like=found.rope)
+            for i, old in enumerate((bound["query"], bound["key"])):
+                s.replace(old, s.call(operator.getitem, (both, i), like=old))
+            op: Any = node.target
+            at = [a.name for a in op._schema.arguments].index("slot_mapping")
             args = (*node.args[:at], None, *node.args[at + 1 :])
-            s.replace(node, s.call(node.target, args, dict(node.kwargs), like=node))  # type: ignore[arg-type]
+            s.replace(node, s.call(op, args, dict(node.kwargs), like=node))
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def _rotated(attention: Node) -> _Rotated | None:
 
 
 def _is_item(node: Any, index: int) -> bool:
-    return isinstance(node, Node) and node.target is operator.getitem and node.args[1] == index
+    return isinstance(node, Node) and node.target is operator.getitem and node.args[1:] == (index,)
 
 
 def _norm_of_heads(node: Any) -> dict[str, Any] | None:
