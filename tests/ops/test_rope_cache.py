@@ -58,9 +58,12 @@ def test_it_is_norm_rope_and_write_one_after_another(
     assert (v_cache.flatten(0, 1)[untouched] == -7.0).all()
 
 
-def test_schema_and_fake_agree_with_the_op() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore:triton_")
+def test_schema_and_fake_agree_with_the_op(backend: str) -> None:
     args, options = RopeCase(q_norm="weight", k_norm="weight", value_dim=10).arguments()
-    torch.library.opcheck(OP, tuple(args), options, test_utils=("test_schema", "test_faketensor"))
+    op = pick("rope_kv_cache", backend)
+    torch.library.opcheck(op, tuple(args), options, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
