@@ -77,7 +77,9 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-CANONICAL = sorted(n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and "paged_cache" not in n)
+CANONICAL = sorted(
+    n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and not n.endswith("_cache")
+)
 
 
 def calls(name: str, dtype: torch.dtype) -> Any:
