@@ -102,39 +102,39 @@ def _up_pairs(
         TOTAL: tl.constexpr = 2 * F if INTERLEAVED else F
         rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         live = rows < TOTAL
-        x_ptr += (pair // K).to(tl.int64) * D
-        w_ptr += expert * w_expert + rows[:, None] * w_row
+        x_row = x_ptr + (pair // K).to(tl.int64) * D
+        w_rows = w_ptr + expert * w_expert + rows[:, None] * w_row
         first = tl.zeros([ROWS, BLOCK_K], tl.float32)
         second = tl.zeros([ROWS, BLOCK_K], tl.float32)
         for at in range(0, D, BLOCK_K):
             cols = at + tl.arange(0, BLOCK_K)
-            here = w_ptr + cols[None, :] * w_col
+            here = w_rows + cols[None, :] * w_col
             if EVEN:
                 w = tl.load(here)
                 if GATED and not INTERLEAVED:
                     second_w = tl.load(here + F * w_row)
-                x = tl.load(x_ptr + cols)
+                x = tl.load(x_row + cols)
             else:
                 mask = live[:, None] & (cols < D)[None, :]
                 w = tl.load(here, mask, 0.0)
                 if GATED and not INTERLEAVED:
                     second_w = tl.load(here + F * w_row, mask, 0.0)
-                x = tl.load(x_ptr + cols, cols < D, 0.0)
+                x = tl.load(x_row + cols, cols < D, 0.0)
             x = x.to(tl.float32)[None, :]
             first += w.to(tl.float32) * x
             if GATED and not INTERLEAVED:
                 second += second_w.to(tl.float32) * x
         value = tl.sum(first, 1)
         if HAS_BIAS:
-            bias_ptr += expert * (2 * F if GATED else F)
-            value += tl.load(bias_ptr + rows, live, 0.0).to(tl.float32)
+            biases = bias_ptr + expert * (2 * F if GATED else F)
+            value += tl.load(biases + rows, live, 0.0).to(tl.float32)
         if GATED:
             if INTERLEAVED:
                 value, up = tl.split(tl.reshape(value, [BLOCK_N, 2]))
             else:
                 up = tl.sum(second, 1)
                 if HAS_BIAS:
-                    up += tl.load(bias_ptr + F + rows, live, 0.0).to(tl.float32)
+                    up += tl.load(biases + F + rows, live, 0.0).to(tl.float32)
             value = gate_values(value, up, alpha, limit, up_offset, ACT, HAS_ALPHA, HAS_LIMIT)
         else:
             value = _act(value, ACT)
