@@ -120,7 +120,9 @@ def torch_moe_topk(
     divides by max(sum + ``eps``, ``floor``); then weights are multiplied by ``scale``.
     """
     wide = logits.to(_wide(logits))
-    scores = {"softmax": lambda: wide.softmax(-1), "sigmoid": wide.sigmoid, "topk_softmax": lambda: wide}[score]()
+    scores = {"softmax": lambda: wide.softmax(-1), "sigmoid": wide.sigmoid, "topk_softmax": lambda: wide}[
+        score
+    ]()
     choice = scores if bias is None else scores + bias
     if top_groups < groups:
         grouped = choice.unflatten(-1, (groups, -1))

@@ -108,7 +108,9 @@ def one(name: str, tokens: int) -> dict[str, Any]:
     row["routing in torch us"] = microseconds(
         [lambda row=r: pick("moe_topk", "torch")(row, k, **options) for r in logits]
     )
-    row["error"] = _error(x[:128], *(t[:128] for t in routed[0]), up, down, moe(x, *routed[0][::-1], up, down))
+    row["error"] = _error(
+        x[:128], *(t[:128] for t in routed[0]), up, down, moe(x, *routed[0][::-1], up, down)
+    )
     return row
 
 

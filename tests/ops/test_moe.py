@@ -49,7 +49,9 @@ ROUTERS: list[tuple[Any, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("router", "kind", "options"), ROUTERS)
-def test_routing_is_bit_equal_to_hf(router: Any, kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_routing_is_bit_equal_to_hf(
+    router: Any, kind: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     module = router(tiny_config(kind)).to(dtype)
     for tensor in (*module.parameters(), *module.buffers()):

@@ -193,13 +193,18 @@ def moe(
 
     if not hidden.numel():
         return torch.zeros_like(hidden)
-    # Kernels see [E, out, in] whichever way it lies in memory.
-    up_w, down_w = (w.transpose(1, 2) if transposed else w for w in (gate_up, down))
-    biases = tuple(None if b is None else b.contiguous() for b in (gate_up_bias, down_bias))
-    tensors = (hidden.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), up_w, down_w, *biases)
-    gating = Gating(act, gated, interleaved, alpha, limit, up_offset)
     few = topk_ids.numel() <= min(_PAIRS, _PAIRS_AN_EXPERT * gate_up.shape[0])
-    return (pairwise if few else grouped)(*tensors, gating)
+    # Kernels see [E, out, in] whichever way it lies in memory.
+    return (pairwise if few else grouped)(
+        hidden.contiguous(),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        gate_up.transpose(1, 2) if transposed else gate_up,
+        down.transpose(1, 2) if transposed else down,
+        None if gate_up_bias is None else gate_up_bias.contiguous(),
+        None if down_bias is None else down_bias.contiguous(),
+        Gating(act, gated, interleaved, alpha, limit, up_offset),
+    )
 
 
 def pairwise(
