@@ -165,9 +165,10 @@ def _packaged_file() -> Path:
 @lru_cache
 def _read(path: Path) -> dict[str, Settings]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):  # absent, or cut short by a crash: measured again
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _remember(name: str, settings: Settings) -> None:
