@@ -40,6 +40,10 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "attention_repeat_kv": [(heads[1], 2, 2)],
         "linear_simple": [(r(2, 5, 8), r(6, 8), r(6)), (r(5, 2, 8).transpose(0, 1), r(6, 8))],
+        "fused_linear": [
+            (r(2, 5, 8), r(6, 8), r(6), r(8), r(2, 5, 6), 1e-6, 1.0, True),
+            (r(5, 2, 8).transpose(0, 1), r(12, 8), {"eps": 1e-6, "act": "silu", "residual": r(2, 5, 6)}),
+        ],
         "swiglu": [(r(2, 5, 8), r(2, 5, 8)), (r(8, 5).t(), r(8, 5).t(), "gelu_tanh")],
         "swiglu_packed": [(r(2, 5, 8), "gelu"), (r(8, 5).t(), "silu")],
         "moe": [
