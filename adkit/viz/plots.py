@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
-_TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
+TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
 
 
 class Plot(Figure):
@@ -32,7 +32,7 @@ class Plot(Figure):
     def svg(self) -> str:
         """The figure as an SVG element."""
         buffer = io.StringIO()
-        with rc_context(_TEXT):
+        with rc_context(TEXT):
             self.savefig(
                 buffer,
                 format="svg",
@@ -50,7 +50,7 @@ class Plot(Figure):
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Plot, Axes]:
-    with rc_context(_TEXT):
+    with rc_context(TEXT):
         figure = Plot(figsize=(width, height))
         axes: Axes = figure.add_subplot()
     figure.patch.set_alpha(0)
