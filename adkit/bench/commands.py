@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from adkit.contract import ConfigError
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure generation beside Hugging Face and against what the machine can do.",
@@ -46,6 +48,7 @@ def latency(
     """Decoding at fixed batch sizes: tokens a second, delays, share of the copy bandwidth."""
     from adkit.bench.latency import measure
 
+    _check_files(out, plot)
     _finish(
         measure(
             model, batches=batch, prompt=prompt, new=new, vs=_names(vs), seed=seed, peer_seconds=peer_seconds,
@@ -74,6 +77,7 @@ def throughput(
     """Many requests drained: output tokens a second, delays, occupancy, share of a simulated limit."""
     from adkit.bench.throughput import measure
 
+    _check_files(out, plot)
     _finish(
         measure(
             model, requests=requests, prompt=prompt, new=new, vs=_names(vs), seed=seed,
@@ -99,6 +103,7 @@ def prefill(
     """One long prompt to its first token: FLOP/s of the model's own work, share of the matmul rate."""
     from adkit.bench.prefill import measure
 
+    _check_files(out, plot)
     _finish(
         measure(
             model, prompt=prompt, vs=_names(vs), seed=seed, overrides=overrides, config=config,
@@ -122,6 +127,16 @@ def _command(model: str) -> str:
             kept.append(a if a.startswith("-") or not Path(a).is_absolute() else Path(a).name)
         skip = a in ("--out", "--plot")
     return " ".join(["adkit", *kept])
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """What cannot be written is said before minutes are spent on measuring it."""
+    from adkit.bench import picture
+
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ConfigError(f"cannot write {str(out)!r}: its folder does not exist")
+    if plot is not None:
+        picture.check_path(plot)
 
 
 def _finish(result: dict[str, Any], out: Path | None, plot: Path | None) -> None:

@@ -162,8 +162,10 @@ def _hf_continuous(model: Any, load: Workload, limit: float, progress: bool) -> 
     )
     # An eos of -1 never comes, so every request makes all its tokens.
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(load.news))
-    # On a CPU the default would take most of the machine's memory for a cache that nobody fills.
-    settings = ContinuousBatchingConfig(max_memory_percent=0.02 if model.device.type == "cpu" else None)
+    settings = ContinuousBatchingConfig()
+    if model.device.type == "cpu":  # the default would take most of the machine's memory
+        settings.num_blocks = sum((len(p) + n) // 256 + 2 for p, n in zip(load.prompts, load.news, strict=True))
+        settings.max_batch_tokens = max(load.prompt_tokens, 256)
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, workload_hints=hints, timeout=5
     ) as manager:
