@@ -164,7 +164,9 @@ def _hf_continuous(model: Any, load: Workload, limit: float, progress: bool) -> 
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(load.news))
     settings = ContinuousBatchingConfig()
     if model.device.type == "cpu":  # the default would take most of the machine's memory
-        settings.num_blocks = sum((len(p) + n) // 256 + 2 for p, n in zip(load.prompts, load.news, strict=True))
+        settings.num_blocks = sum(
+            (len(p) + n) // 256 + 2 for p, n in zip(load.prompts, load.news, strict=True)
+        )
         settings.max_batch_tokens = max(load.prompt_tokens, 256)
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, workload_hints=hints, timeout=5
