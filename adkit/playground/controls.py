@@ -99,7 +99,7 @@ class Controls:
     @staticmethod
     def _button(w: Any, name: str, icon: str, tip: str, act: Callable[[], None], look: str = "") -> Any:
         button = w.Button(
-            description=name, icon=icon, tooltip=tip, button_style=look, layout=w.Layout(width="104px")
+            description=name, icon=icon, tooltip=tip, button_style=look, layout=w.Layout(width="100px")
         )
         button.on_click(lambda _: act())
         return button
@@ -110,8 +110,8 @@ class Controls:
             "value": "" if value is None else value,
             "description": _NAMES.get(name, name.replace("_", " ")),
             "tooltip": _TIPS[name],
-            "style": {"description_width": "92px"},
-            "layout": w.Layout(width="176px"),
+            "style": {"description_width": "104px"},
+            "layout": w.Layout(width="190px"),
         }
         if name == "seed":
             return w.Text(**{**options, "value": "" if value is None else str(value)})

@@ -62,6 +62,7 @@ class Playground:
         self._talk: list[dict[str, str]] = []
         self._log: list[str] = []
         self._displays: list[Any] = []
+        self._busy = False
         self._closed = threading.Event()
         self._woken = threading.Event()
         self._drawing = threading.Lock()
@@ -285,9 +286,8 @@ class Playground:
 
     def _tick(self) -> None:
         """Draw if there is something new, then rest."""
-        worked = self._gauge.tick()
-        woken = self._woken.is_set()
-        if worked or woken or self.running:
+        before, self._busy = self._busy, self._gauge.tick() or self._woken.is_set() or self.running
+        if self._busy or before:  # once more when it has come to rest: a step is counted when it begins
             self._woken.clear()
             self._draw()
             self._closed.wait(self.interval)

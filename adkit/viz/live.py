@@ -240,7 +240,7 @@ def occupancy_html(occupancy: Occupancy) -> str:
         f'<svg class="al-spark" viewBox="0 0 {_SAMPLES * 4} 41" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(repr(occupancy), quote=True)}"><path class="al-rule" d="M0 4H{_SAMPLES * 4}"/>'
         f'<path class="al-bars" d="{bars}"/><path class="al-rule" d="M0 40.5H{_SAMPLES * 4}"/></svg>'
-        f'<div class="ak-legend al-legend"><span>sequences a step, at work in the last {span}</span>'
+        f'<div class="ak-legend al-legend al-one"><span>sequences a step, at work in the last {span}</span>'
         f'<span>now <b class="al-n">{now}</b></span><span>line at <b class="al-n">{most:.1f}</b></span>'
         f"<span>at most {occupancy.limit:,}</span></div>"
     )
