@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from adkit.contract import SamplingParams
 from adkit.runtime import LiveModel, Sequence
 
@@ -50,6 +52,9 @@ class Driver:
         self._guests = 0
         self._count = 0
         self._thread: threading.Thread | None = None
+        # A thread begins on the first GPU, whichever its maker has chosen.
+        index = torch.cuda.current_device() if llm.engine.model.device.type == "cuda" else -1
+        self._gpu = index if llm.engine.model.device.index is None else llm.engine.model.device.index
 
     @property
     def running(self) -> bool:
@@ -100,6 +105,8 @@ class Driver:
             return self._changed.wait_for(lambda: not self._live, timeout)
 
     def _run(self) -> None:
+        if self._gpu >= 0:
+            torch.cuda.set_device(self._gpu)
         engine = self.llm.engine
         breath = time.perf_counter()
         while True:
