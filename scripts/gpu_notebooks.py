@@ -26,6 +26,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "gpu"
 FOLDERS = ("notebooks", "cookbooks")
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def needs_gpu(cell: Any) -> bool:
@@ -54,15 +55,15 @@ def record(path: Path, *, timeout: int) -> Any:
     ).execute()
     for old, new in zip(recorded.cells, ran.cells, strict=True):
         if needs_gpu(old):
-            old.outputs = [scrubbed(o) for o in new.outputs if not no_view(o)]
+            old.outputs = [scrubbed(o) for o in new.outputs if shows(o)]
             old.execution_count = new.execution_count
     return recorded
 
 
-def no_view(output: Any) -> bool:
-    """Whether an output is a widget alone, of which no document keeps anything."""
+def shows(output: Any) -> bool:
+    """Whether a document can show an output: a widget alone is nothing once its kernel is gone."""
     data = output.get("data", {})
-    return "application/vnd.jupyter.widget-view+json" in data and "text/html" not in data
+    return _WIDGET not in data or "text/html" in data
 
 
 def scrubbed(value: Any) -> Any:
@@ -74,11 +75,11 @@ def scrubbed(value: Any) -> Any:
     if isinstance(value, list):
         return [scrubbed(v) for v in value]
     if isinstance(value, dict):
-        return type(value)({k: scrubbed(v) for k, v in value.items() if k != _WIDGET})
+        kept = {k: v if k.startswith("image/png") else scrubbed(v) for k, v in value.items() if k != _WIDGET}
+        return type(value)(kept)
     return value
 
 
-_WIDGET = "application/vnd.jupyter.widget-view+json"  # leads nowhere once the kernel is gone
 _PLACES = [
     (re.escape(f"{ROOT}/"), ""),
     (r"(?<![\w.])/[\w./+-]*/(?:site|dist)-packages/", ""),
