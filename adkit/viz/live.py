@@ -71,9 +71,9 @@ class PageMap:
         per = max(1, -(-pages // _MOST_CELLS))
         if per == 1:
             return 1, [[(int(g), 1.0)] for g in self.owner]
-        count = np.zeros((-(-pages // per), len(self.groups)))
-        np.add.at(count, (np.arange(pages) // per, self.owner), 1)
-        count /= count.sum(1, keepdims=True)
+        cells, kinds = -(-pages // per), len(self.groups)
+        count = np.bincount(np.arange(pages) // per * kinds + self.owner, minlength=cells * kinds)
+        count = count.reshape(cells, kinds) / count.reshape(cells, kinds).sum(1, keepdims=True)
         order = sorted(range(len(self.groups)), key=lambda g: self.groups[g].look == "free")
         return per, [[(g, row[g]) for g in order if row[g]] for row in count.tolist()]
 

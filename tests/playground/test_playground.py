@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -320,6 +321,21 @@ def test_a_model_without_tokenizer_takes_ids_typed_as_text(workbench):
         assert panel.completions[0].prompt_token_ids == (5, 6, 7)
         with pytest.raises(RequestError, match="no tokenizer"):
             panel.generate("hello")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_takes_the_panel_with_it():
+    source = """
+import adkit, time
+panel = adkit.Workbench("demo", device="cpu", progress=False).play(chat=False)
+panel.generate("Once upon a time", max_tokens=1900, ignore_eos=True)
+while not panel.text:
+    time.sleep(0.01)
+print("running:", panel.running)
+"""
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "running: True\n"), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_package_says_what_is_where():
