@@ -28,18 +28,20 @@ Forward = Callable[..., Tensor]
 Progress = Callable[[int, int, str], None]
 
 #: The largest size captured. Beyond it the device has so much to do that launching is not what takes time.
-LARGEST = 512
+LARGEST = 1024
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes to capture, up to ``most`` or 512: the last one is ``most`` itself where it is not larger.
+    """Batch sizes to capture, up to ``most`` or 1024: the last one is ``most`` itself where it is not larger.
 
-    Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512: padding costs little, and the
-    logits of every size stay allocated.
+    Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512, of 128 to 1024: padding
+    costs little, and the logits of every size stay allocated.
     """
-    steps = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST + 1, 64))
-    sizes = [n for n in (1, 2, 4, *steps) if n < most]
-    return [*sizes, most] if most <= LARGEST else sizes
+    sizes = [1, 2, 4]
+    for first in (8, 64, 128, 256, 512):
+        step = max(8, first // 4)
+        sizes += range(first, max(64, 2 * first), step)
+    return [*(n for n in sizes if n < most), min(most, LARGEST)]
 
 
 @dataclass
