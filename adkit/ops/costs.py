@@ -10,6 +10,12 @@ def linear(call: Call) -> tuple[float, float]:
     return matmul(call, call["input"])
 
 
+def fused_linear(call: Call) -> tuple[float, float]:
+    """2 M N K; the norm, the gate and the sum around the product are lost beside it."""
+    x, weight = call["input"], call["weight"]
+    return 2.0 * x.numel * weight.shape[0], call.traffic
+
+
 def per_element(operations: float) -> CostFn:
     """So many operations for each element of the outputs' largest."""
 

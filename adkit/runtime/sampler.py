@@ -37,6 +37,21 @@ class Sampled:
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
 
+    def fetch(self) -> Sampled:
+        """The same on the host, without waiting: to be read once the device's work so far is done.
+
+        The pinned memory comes from torch's cache of it.
+        """
+        if self.token_ids.device.type != "cuda":
+            return self
+
+        def copy(t: Tensor | None) -> Tensor | None:
+            return None if t is None else torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, True)
+
+        tokens = copy(self.token_ids)
+        assert tokens is not None
+        return Sampled(tokens, copy(self.logprobs), copy(self.top_ids), copy(self.top_logprobs))
+
     def to_host(self, params: Seq[SamplingParams]) -> list[tuple[int, TokenLogprob | None]]:
         """Wait for the device; each row's token, and the log-probabilities its request asked for."""
         tokens = self.token_ids.tolist()
@@ -50,13 +65,15 @@ class Sampled:
         return rows
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+def sample(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Sampled:
     """Choose the next token of L sequences from logits [L, V].
 
+    ``previous`` [L'] are the tokens of the step before, where it is still running: a sequence with a pending
+    token has it in its ``row``.
     Log-probabilities are the model's own: those of the logits before any penalty, temperature or filter.
     """
     params = [s.params for s in sequences]
-    scores = _penalise_repetition(logits, sequences)
+    scores = _penalise_repetition(logits, sequences, previous)
     sampled = Sampled(_choose(scores, sequences))
     wanted = [p.logprobs for p in params if p.logprobs is not None]
     if wanted:
@@ -146,7 +163,7 @@ def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
-def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Tensor:
     """Lower the scores of tokens that stand in a sequence's prompt or output, where it asks for that."""
     rows = [i for i, s in enumerate(sequences) if s.params.repetition_penalty != 1]
     if not rows:
@@ -157,6 +174,11 @@ def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
     seen[
         _tensor(np.repeat(rows, [len(t) for t in tokens]), logits), _tensor(np.concatenate(tokens), logits)
     ] = True
+    pending = [i for i in rows if sequences[i].num_pending]
+    if pending:
+        assert previous is not None, "a token is pending, and the step before was not given"
+        last = previous[_tensor([sequences[i].row for i in pending], logits)].clamp_min(0)
+        seen[_tensor(pending, logits), last] = True
     penalty = _tensor([s.params.repetition_penalty for s in sequences], logits)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

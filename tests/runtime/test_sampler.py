@@ -205,10 +205,11 @@ def test_on_a_gpu_packing_and_sampling_never_wait_and_give_the_cpus_tokens():
         sequence.num_scheduled = 3
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = build_batch(sequences, 16, on_gpu.device)
-        sampled = sample(on_gpu, sequences)
+        batch = build_batch(sequences, 16, pinned=True).to(on_gpu.device)
+        sampled = sample(on_gpu, sequences).fetch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
     assert batch.input_ids.tolist() == [[1, 2, 3] * 3]
     ours, theirs = sampled.to_host(params), sample(logits, [request(p) for p in params]).to_host(params)
     assert [token for token, _ in ours] == [token for token, _ in theirs]
