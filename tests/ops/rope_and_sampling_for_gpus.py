@@ -22,7 +22,7 @@ def rope() -> None:
             constants = {
                 "HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "VALUE_DIM": 128, "Q_NORM": norm, "K_NORM": norm,
                 "Q_WEIGHT": norm, "K_WEIGHT": norm, "IN_FLOAT": False, "INTERLEAVED": interleaved,
-                "HALF": 48, "PAIRS": 64, "REST": 32, "VALUES": 128, "GROUP": 4,
+                "HALF": 48, "PAIRS": 64, "REST": 32, "VALUES": 128, "GROUP": 4, "PDL": True,
             }  # fmt: skip
             compiled(rope_cache._rope_kv_cache, types, constants, 90)
 
@@ -41,7 +41,7 @@ def sample() -> None:
         (sampling._slice_mass, {**sizes, "AFTER": "last masses"}),
         (sampling._draw, sizes),
     ):
-        compiled(kernel, types_of(kernel, known), constants, 90)
+        compiled(kernel, types_of(kernel, known), {**constants, "PDL": True}, 90)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ are float32, between slices float64, always in the same order and cut: a row doe
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from adkit.ops.triton import pdl
 
 #: Vocabulary entries a program.
 _SLICE = 4096
@@ -29,7 +33,9 @@ _STATE = tl.constexpr(5)
 
 
 @triton.jit
-def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.constexpr):
+def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     col = part * SLICE + tl.arange(0, SLICE)
@@ -40,7 +46,9 @@ def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.con
 
 
 @triton.jit
-def _row_peak(top_ptr, at_ptr, peak_ptr, token_ptr, slices, SLICES: tl.constexpr):
+def _row_peak(top_ptr, at_ptr, peak_ptr, token_ptr, slices, SLICES: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SLICES)
     tops = tl.load(top_ptr + row * slices + part, part < slices, float("-inf"))
@@ -140,7 +148,10 @@ def _sum_digits(
     SLICE: tl.constexpr,
     LANES: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
@@ -192,7 +203,10 @@ def _slice_mass(
     DROP: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
@@ -224,8 +238,11 @@ def _draw(
     DROP: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Invert the row's distribution function, in vocabulary order: first to the slice, then within it."""
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
     peak = tl.load(peak_ptr + row)
@@ -280,7 +297,13 @@ def draw(logits: Tensor, settings: Tensor, top_k: bool, top_p: bool) -> Tensor:
     sums = logits.new_empty((len(passes), rows, slices, 16), dtype=torch.float64)
     mass = logits.new_empty((rows, slices), dtype=torch.float64)
     sizes = (logits.stride(0), vocab, rows, slices)
-    constants = {"DROP": 32 - bits, "SLICE": _SLICE, "SLICES": triton.next_power_of_2(slices), "num_warps": 8}
+    constants: dict[str, Any] = {
+        "DROP": 32 - bits,
+        "SLICE": _SLICE,
+        "SLICES": triton.next_power_of_2(slices),
+        "num_warps": 8,
+    }
+    constants |= pdl.launch()
     after, after_shift = "nothing", 0
     for i, (kind, shift) in enumerate(passes):
         _sum_digits[(rows, slices)](
@@ -312,7 +335,9 @@ def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     tokens = logits.new_empty(rows, dtype=torch.int64)
     if rows:
         _slice_peak[(rows, slices)](
-            logits, top, at, logits.stride(0), vocab, slices, SLICE=_SLICE, num_warps=8
+            logits, top, at, logits.stride(0), vocab, slices, SLICE=_SLICE, num_warps=8, **pdl.launch()
         )
-        _row_peak[(rows,)](top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1)
+        _row_peak[(rows,)](
+            top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1, **pdl.launch()
+        )
     return tokens, peak
