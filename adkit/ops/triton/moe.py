@@ -20,8 +20,8 @@ from torch import Tensor
 from adkit.ops.triton.mlp import _act
 from adkit.ops.triton.tuning import Settings, best
 
-#: Above so many pairs an expert, and above so many in all, grouping reads less than pair by pair.
-_PAIRS_AN_EXPERT, _PAIRS = 2, 128
+#: Up to so many pairs an expert few of them share one, and the weights are read pair by pair (measured).
+_FEW = 0.5
 
 _UP: tuple[Settings, ...] = (
     {"BLOCK_N": 4, "BLOCK_K": 2048, "num_warps": 4},
@@ -193,7 +193,7 @@ def moe(
 
     if not hidden.numel():
         return torch.zeros_like(hidden)
-    few = topk_ids.numel() <= min(_PAIRS, _PAIRS_AN_EXPERT * gate_up.shape[0])
+    few = len(hidden) == 1 or topk_ids.numel() <= _FEW * gate_up.shape[0]
     # Kernels see [E, out, in] whichever way it lies in memory.
     return (pairwise if few else grouped)(
         hidden.contiguous(),

@@ -1,6 +1,6 @@
 """Experts for many tokens: pairs sorted by expert on the device, then one matrix product a block of rows.
 
-    count    pairs of each expert                                             [E]
+    count    pairs of each expert, chunk by chunk                             [chunks, E]
     arrange  pairs by expert, and blocks of rows that have one expert each    [P], [3, blocks]
     up       gate and up of each sorted row, activation                       [P, F]
     down     times the routing weight, each row to its pair                   [P, D]
@@ -21,48 +21,57 @@ from adkit.ops.triton.mlp import _act
 from adkit.ops.triton.moe import Gating, gate_values, spread
 from adkit.ops.triton.tuning import Settings, best
 
-_CHUNK = 2048  # ids that the sort looks at in one go
+_CHUNK = 256  # pairs that a program of the sort compares with each other
 _GROUP = 8  # blocks of rows that share a piece of weights while it is in the cache
 
 
 @triton.jit
-def _count(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
-    """One expert: how many pairs chose it."""
-    expert = tl.program_id(0)
-    seen = tl.zeros([CHUNK], tl.int32)
-    for at in range(0, pairs, CHUNK):
-        here = at + tl.arange(0, CHUNK)
-        seen += (tl.load(ids_ptr + here, here < pairs, -1) == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(seen, 0))
+def _count(ids_ptr, counts_ptr, pairs, experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    """One chunk of pairs: how many chose each expert."""
+    chunk = tl.program_id(0)
+    here = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
+    counts = tl.histogram(tl.where(ids < experts, ids, EXPERTS - 1), EXPERTS)
+    bins = tl.arange(0, EXPERTS)
+    tl.store(counts_ptr + chunk * EXPERTS + bins, tl.where(bins < experts, counts, 0))
 
 
 @triton.jit
 def _arrange(
-    ids_ptr, counts_ptr, order_ptr, blocks_ptr, pairs, experts, blocks,
-    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ids_ptr, counts_ptr, order_ptr, blocks_ptr, pairs, experts, chunks, blocks,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One expert: its pairs in order, and its blocks as (expert, first row, end); the last one also says that
-    the remaining blocks have no expert (-1)."""
-    expert = tl.program_id(0)
-    all_experts = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + all_experts, all_experts < experts, 0)
-    before = all_experts < expert
-    row = tl.sum(tl.where(before, counts, 0), 0)
-    end = row + tl.load(counts_ptr + expert)
-    block = tl.sum(tl.where(before, (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)
-    for first in range(row, end, BLOCK_M):
-        tl.store(blocks_ptr + block, expert)
-        tl.store(blocks_ptr + blocks + block, first)
-        tl.store(blocks_ptr + 2 * blocks + block, end)
-        block += 1
-    if expert == experts - 1:
-        for rest in range(block, blocks):
-            tl.store(blocks_ptr + rest, -1)
-    for at in range(0, pairs, CHUNK):
-        here = at + tl.arange(0, CHUNK)
-        mine = (tl.load(ids_ptr + here, here < pairs, -1) == expert).to(tl.int32)
-        tl.store(order_ptr + row + tl.cumsum(mine, 0) - 1, here, mine != 0)
-        row += tl.sum(mine, 0)
+    """One chunk of pairs: where each goes. The first chunk also writes the blocks as (expert, first row, end
+    of the expert's rows); those that are left have no expert (-1)."""
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    before = tl.zeros([EXPERTS], tl.int32)
+    for at in range(0, chunks, ROWS):
+        rows = at + tl.arange(0, ROWS)
+        counts = tl.load(counts_ptr + rows[:, None] * EXPERTS + bins[None, :], (rows < chunks)[:, None], 0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((rows < chunk)[:, None], counts, 0), 0)
+    start = tl.cumsum(total, 0) - total
+    if chunk == 0:
+        count = (total + BLOCK_M - 1) // BLOCK_M
+        first = tl.cumsum(count, 0) - count
+        for i in range(0, tl.max(count, 0)):
+            has = i < count
+            tl.store(blocks_ptr + first + i, bins, has)
+            tl.store(blocks_ptr + blocks + first + i, start + i * BLOCK_M, has)
+            tl.store(blocks_ptr + 2 * blocks + first + i, start + total, has)
+        for at in range(tl.sum(count, 0), blocks, CHUNK):
+            rest = at + tl.arange(0, CHUNK)
+            tl.store(blocks_ptr + rest, -1, rest < blocks)
+    here = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
+    there = ids < experts
+    ids = tl.where(there, ids, EXPERTS - 1)
+    place = tl.arange(0, CHUNK)
+    same = (ids[:, None] == ids[None, :]) & there[None, :] & (place[None, :] < place[:, None])
+    row = tl.gather(start + before, ids, 0) + tl.sum(same.to(tl.int32), 1)
+    tl.store(order_ptr + row, here, there)
 
 
 @triton.jit
@@ -195,16 +204,18 @@ def arrange(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     ids [T, k] -> order int32 [P] (filled up to the pairs that have an expert), blocks int32 [3, blocks]:
     expert (-1: no block), first row, end of the expert's rows. Pairs of an expert keep their order.
     """
-    pairs = ids.numel()
+    pairs, bins = ids.numel(), triton.next_power_of_2(experts + 1)  # the last bin is no expert's
     blocks = pairs // block_m + min(experts, pairs)
+    chunk = min(_CHUNK, triton.next_power_of_2(max(pairs, 32)))
+    chunks = triton.cdiv(pairs, chunk)
     counts, order, table = (
-        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (experts, pairs, 3 * blocks)
+        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (chunks * bins, pairs, 3 * blocks)
     )
-    chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
-    _count[(experts,)](ids, counts, pairs, CHUNK=chunk)
-    _arrange[(experts,)](
-        ids, counts, order, table, pairs, experts, blocks,
-        BLOCK_M=block_m, EXPERTS=triton.next_power_of_2(experts), CHUNK=chunk,
+    _count[(chunks,)](ids, counts, pairs, experts, EXPERTS=bins, CHUNK=chunk)
+    rows = min(triton.next_power_of_2(chunks), max(1, 8192 // bins))
+    _arrange[(chunks,)](
+        ids, counts, order, table, pairs, experts, chunks, blocks,
+        BLOCK_M=block_m, EXPERTS=bins, CHUNK=chunk, ROWS=rows,
     )  # fmt: skip
     return order, table.view(3, blocks)
 
