@@ -40,6 +40,10 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "attention_repeat_kv": [(heads[1], 2, 2)],
         "linear_simple": [(r(2, 5, 8), r(6, 8), r(6)), (r(5, 2, 8).transpose(0, 1), r(6, 8))],
+        "fused_linear": [
+            (r(2, 5, 8), r(6, 8), r(6), r(8), r(2, 5, 6), 1e-6, 1.0, True),
+            (r(5, 2, 8).transpose(0, 1), r(12, 8), {"eps": 1e-6, "act": "silu", "residual": r(2, 5, 6)}),
+        ],
         "swiglu": [(r(2, 5, 8), r(2, 5, 8)), (r(8, 5).t(), r(8, 5).t(), "gelu_tanh")],
         "swiglu_packed": [(r(2, 5, 8), "gelu"), (r(8, 5).t(), "silu")],
         "moe": [
@@ -82,7 +86,9 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-CANONICAL = sorted(n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and "paged_cache" not in n)
+CANONICAL = sorted(
+    n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and not n.endswith("_cache")
+)
 
 
 def calls(name: str, dtype: torch.dtype) -> Any:
