@@ -31,15 +31,18 @@ def _count(ids_ptr, counts_ptr, pairs, experts, EXPERTS: tl.constexpr, CHUNK: tl
     chunk = tl.program_id(0)
     here = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
-    counts = tl.histogram(tl.where(ids < experts, ids, EXPERTS - 1), EXPERTS)
+    there = ids < experts
     bins = tl.arange(0, EXPERTS)
-    tl.store(counts_ptr + chunk * EXPERTS + bins, tl.where(bins < experts, counts, 0))
+    counts = tl.histogram(tl.where(there, ids, 0), EXPERTS)
+    counts -= tl.where(bins == 0, tl.sum(1 - there.to(tl.int32), 0), 0)  # the others are no expert's
+    tl.store(counts_ptr + chunk * EXPERTS + bins, counts)
 
 
 @triton.jit
 def _arrange(
     ids_ptr, counts_ptr, order_ptr, blocks_ptr, pairs, experts, chunks, blocks,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """One chunk of pairs: where each goes. The first chunk also writes the blocks as (expert, first row, end
     of the expert's rows); those that are left have no expert (-1)."""
@@ -67,10 +70,12 @@ def _arrange(
     here = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
     there = ids < experts
-    ids = tl.where(there, ids, EXPERTS - 1)
-    place = tl.arange(0, CHUNK)
-    same = (ids[:, None] == ids[None, :]) & there[None, :] & (place[None, :] < place[:, None])
-    row = tl.gather(start + before, ids, 0) + tl.sum(same.to(tl.int32), 1)
+    row = tl.gather(start + before, tl.where(there, ids, 0), 0)
+    for at in range(chunk * CHUNK, (chunk + 1) * CHUNK, PART):
+        others = at + tl.arange(0, PART)
+        other_ids = tl.load(ids_ptr + others, others < pairs, experts).to(tl.int32)
+        earlier = (ids[:, None] == other_ids[None, :]) & (others[None, :] < here[:, None])
+        row += tl.sum(earlier.to(tl.int32), 1)
     tl.store(order_ptr + row, here, there)
 
 
@@ -204,7 +209,7 @@ def arrange(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     ids [T, k] -> order int32 [P] (filled up to the pairs that have an expert), blocks int32 [3, blocks]:
     expert (-1: no block), first row, end of the expert's rows. Pairs of an expert keep their order.
     """
-    pairs, bins = ids.numel(), triton.next_power_of_2(experts + 1)  # the last bin is no expert's
+    pairs, bins = ids.numel(), max(16, triton.next_power_of_2(experts))
     blocks = pairs // block_m + min(experts, pairs)
     chunk = min(_CHUNK, triton.next_power_of_2(max(pairs, 32)))
     chunks = triton.cdiv(pairs, chunk)
@@ -212,10 +217,10 @@ def arrange(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
         torch.empty(n, dtype=torch.int32, device=ids.device) for n in (chunks * bins, pairs, 3 * blocks)
     )
     _count[(chunks,)](ids, counts, pairs, experts, EXPERTS=bins, CHUNK=chunk)
-    rows = min(triton.next_power_of_2(chunks), max(1, 8192 // bins))
+    rows = min(triton.next_power_of_2(chunks), max(1, 4096 // bins))
     _arrange[(chunks,)](
         ids, counts, order, table, pairs, experts, chunks, blocks,
-        BLOCK_M=block_m, EXPERTS=bins, CHUNK=chunk, ROWS=rows,
+        BLOCK_M=block_m, EXPERTS=bins, CHUNK=chunk, ROWS=rows, PART=32,
     )  # fmt: skip
     return order, table.view(3, blocks)
 
