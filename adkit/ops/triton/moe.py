@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
 from adkit.ops.triton.mlp import _act
 from adkit.ops.triton.tuning import Settings, best
 
@@ -91,10 +92,12 @@ def _up_pairs(
     x_ptr, ids_ptr, w_ptr, bias_ptr, h_ptr, experts, w_expert, w_row, w_col, alpha, limit, up_offset,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One pair and BLOCK_N of its F values. Pairs run fastest: those of one expert meet in the cache."""
+    pdl.release(PDL)
     pair = tl.program_id(0)
+    pdl.wait(PDL)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if expert < experts:
         EVEN: tl.constexpr = D % BLOCK_K == 0 and F % BLOCK_N == 0
@@ -146,14 +149,16 @@ def _up_pairs(
 def _down_tokens(
     h_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, out_ptr, experts, w_expert, w_row, w_col,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token and BLOCK_N of its D values: the weighted sum over its experts."""
+    pdl.release(PDL)
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < D
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     biases = tl.zeros([BLOCK_N], tl.float32)
+    pdl.wait(PDL)
     for slot in tl.static_range(K):
         expert = tl.load(ids_ptr + token * K + slot).to(tl.int64)
         there = (expert < experts).to(tl.int32)
@@ -226,13 +231,13 @@ def pairwise(
     def up(ids: Tensor, s: Settings) -> None:
         _up_pairs[(pairs, triton.cdiv(f, s["BLOCK_N"]))](
             hidden, ids, up_w, up_bias, h, experts, *up_w.stride(),
-            D=d, F=f, K=k, HAS_BIAS=up_bias is not None, **gating.arguments, **s,
+            D=d, F=f, K=k, HAS_BIAS=up_bias is not None, **gating.arguments, **s, **pdl.launch(),
         )  # fmt: skip
 
     def down(ids: Tensor, s: Settings) -> None:
         _down_tokens[(tokens, triton.cdiv(d, s["BLOCK_N"]))](
             h, ids, weights, down_w, down_bias, out, experts, *down_w.stride(),
-            D=d, F=f, K=k, HAS_BIAS=down_bias is not None, **s,
+            D=d, F=f, K=k, HAS_BIAS=down_bias is not None, **s, **pdl.launch(),
         )  # fmt: skip
 
     key = (experts, d, f, k, _layout(up_w), str(hidden.dtype), triton.next_power_of_2(pairs))
