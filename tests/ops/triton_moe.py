@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adkit.graph.edit import clean
+from adkit.models.export import export_model
 from adkit.ops import pick
 from adkit.ops.triton import moe, moe_grouped
 from tests.ops.triton_against_reference import DTYPES, TOLERANCE, no_fallback  # noqa: F401  (a fixture)
+from tests.passes.graphs import count, run_pass
+from tests.zoo import rmse_ratio, tiny
 
 PATHS = {"pair by pair": 10**9, "grouped": 0.0}
 
@@ -173,3 +177,20 @@ def test_the_first_of_equal_experts_wins() -> None:
     weights, ids = pick("moe_topk", "triton")(torch.zeros(2, 6), 3)
     assert ids.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 6))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"])
+def test_models_with_both_kernels_give_the_logits_of_hugging_face(kind: str) -> None:
+    _, model = tiny(kind)
+    model = model.to(torch.get_default_device())
+    gm = export_model(model)
+    clean(gm)
+    assert run_pass(gm, "match_moe_routing_pattern").num_matches
+    run_pass(gm, "fuse_moe", backend="triton")
+    ids = torch.arange(3, 21).view(2, 9)
+    positions = torch.arange(9).expand(2, 9)
+    with torch.no_grad():
+        want = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        got = gm(input_ids=ids, position_ids=positions)[0]
+    assert count(gm, "triton_moe") == count(gm, "triton_moe_topk") > 0
+    assert rmse_ratio(got, want) < 1e-5
