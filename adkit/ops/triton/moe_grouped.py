@@ -235,13 +235,11 @@ def _candidates(block_m: int, itemsize: int) -> list[Settings]:
     if itemsize > 2:
         shapes = [(64, 32, 4, 2)]
     elif block_m < 64:
-        shapes = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (128, 128, 8, 4)]
+        shapes = [(64, 128, 4, 4), (128, 128, 4, 3)]
     else:
-        shapes = [(128, 64, 8, 3), (128, 64, 4, 3), (256, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]
-    swaps = (True, False) if block_m < 64 and itemsize == 2 else (False,)
+        shapes = [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)]
     return [
-        {"BLOCK_N": n, "BLOCK_K": k, "SWAP": swap, "num_warps": warps, "num_stages": stages}
-        for swap in swaps
+        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for n, k, warps, stages in shapes
     ]
 
@@ -264,6 +262,7 @@ def grouped(
     common = {
         "BLOCK_M": block_m,
         "GROUP": _GROUP,
+        "SWAP": block_m < 64,
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "WIDE_DOT": hidden.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     }
