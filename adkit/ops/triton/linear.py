@@ -5,7 +5,7 @@ the memory's rate, plus what starting a kernel costs. The norm needs no kernel o
 a row, so W norm(x) = rstd (W (g * x)), and the sum of squares is taken on the way. Three ways to compute the
 layer, chosen by measurement (:func:`adkit.ops.triton.tuning.best`):
 
-- ``row``: one row of input, multiplied in registers; a program holds BLOCK_N rows of the weight.
+- ``rows``: up to 8 rows of input, multiplied in registers; a program holds BLOCK_N rows of the weight.
 - ``tiles``: up to 64 rows by ``tl.dot``; the sum over D may be split over SPLIT programs, of which
   the last one to finish adds the parts in their order, so that results do not vary.
 - ``library``: norm, cuBLAS and gate one after another; always above 64 rows.
@@ -29,6 +29,7 @@ from adkit.ops.triton.mlp import _act, swiglu_packed
 from adkit.ops.triton.norm import rmsnorm
 
 MOST_ROWS = 64
+_AHEAD_BYTES = 16384
 LIBRARY = {"path": "library"}
 
 
@@ -42,13 +43,14 @@ def _norm_factor(norm_ptr, cols, live, offset, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _row(
+def _rows(
     x_ptr,
     weight_ptr,
     bias_ptr,
     norm_ptr,
     residual_ptr,
     out_ptr,
+    many,
     width,
     outs,
     eps,
@@ -58,59 +60,73 @@ def _row(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row of x times BLOCK_N rows of the weight; the next block is on its way while one is multiplied."""
+    """All rows of x times BLOCK_N rows of the weight; one block is on its way while another is multiplied.
+
+    Tensors lie as [row of x, row of the weight, column], with all threads along the columns, so that nothing
+    crosses threads before the sums at the end.
+    """
     pdl.release(PDL)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = tl.minimum(rows, outs - 1).to(tl.int64)  # rows past the end read the last one again
-    cols = tl.arange(0, BLOCK_K)
-    at = weight_ptr + inside[:, None] * width + cols[None, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_K)[None, None, :]
+    at = (
+        weight_ptr + tl.minimum(n, outs - 1).to(tl.int64)[None, :, None] * width + cols
+    )  # past the end: the last
     up_at = at + outs.to(tl.int64) * width
-    live = cols < width
-    w = tl.load(at, live[None, :], 0.0, eviction_policy="evict_first")
+    x_at = x_ptr + tl.minimum(m, many - 1)[:, None, None] * width + cols
+    w = tl.load(at, cols < width, 0.0, eviction_policy="evict_first")
     if ACT != "":
-        up = tl.load(up_at, live[None, :], 0.0, eviction_policy="evict_first")
-        up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
+        up = tl.load(up_at, cols < width, 0.0, eviction_policy="evict_first")
+        up_total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
     pdl.wait(PDL)
     for start in range(0, width, BLOCK_K):
-        after = start + BLOCK_K + cols
-        next_w = tl.load(at + start + BLOCK_K, (after < width)[None, :], 0.0, eviction_policy="evict_first")
+        after = start + BLOCK_K
+        next_w = tl.load(at + after, after + cols < width, 0.0, eviction_policy="evict_first")
         if ACT != "":
-            next_up = tl.load(
-                up_at + start + BLOCK_K, (after < width)[None, :], 0.0, eviction_policy="evict_first"
-            )
+            next_up = tl.load(up_at + after, after + cols < width, 0.0, eviction_policy="evict_first")
         here = start + cols
-        x = tl.load(x_ptr + here, here < width, 0.0, eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(x_at + start, here < width, 0.0, eviction_policy="evict_last").to(tl.float32)
         if NORM:
             squares += x * x
             x = x * _norm_factor(norm_ptr, here, here < width, offset, HAS_NORM_WEIGHT)
-        total += w.to(tl.float32) * x[None, :]
+        total += w.to(tl.float32) * x
         w = next_w
         if ACT != "":
-            up_total += up.to(tl.float32) * x[None, :]
+            up_total += up.to(tl.float32) * x
             up = next_up
-    y = tl.sum(total, 1)
+    y = tl.sum(total, 2)
+    write = (m < many)[:, None] & (n < outs)[None, :]
     if NORM:
-        rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+        rstd = tl.rsqrt(tl.sum(squares, 2) / width + eps)
         y = y * rstd
-    write = rows < outs
     if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, write, 0.0).to(tl.float32)
+        y += tl.load(bias_ptr + n, n < outs, 0.0).to(tl.float32)[None, :]
     if ACT != "":
-        other = tl.sum(up_total, 1)
+        other = tl.sum(up_total, 2)
         if NORM:
             other = other * rstd
         if HAS_BIAS:
-            other += tl.load(bias_ptr + outs + rows, write, 0.0).to(tl.float32)
+            other += tl.load(bias_ptr + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
         y = _act(y, ACT) * other
+    to = m[:, None] * outs + n[None, :]
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
-    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
+        y += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
+    tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), write)
+
+
+@triton.jit
+def _ask_for(at):
+    """Start reading from memory into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["many", "splits"])
@@ -138,6 +154,7 @@ def _tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE_DOT: tl.constexpr,
     PDL: tl.constexpr,
@@ -156,6 +173,12 @@ def _tiles(
     up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     span = tl.cdiv(tl.cdiv(width, BLOCK_K), splits) * BLOCK_K
+    if PDL:  # the weights' first AHEAD columns, by cache lines, while the predecessor ends
+        line: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        ahead = tl.minimum(part * span + tl.arange(0, AHEAD // line) * line, width - 1)
+        _ask_for(weight_ptr + inside[:, None] * width + ahead[None, :])
+        if ACT != "":
+            _ask_for(weight_ptr + (inside + outs)[:, None] * width + ahead[None, :])
     pdl.wait(PDL)
     for start in range(part * span, tl.minimum(part * span + span, width), BLOCK_K):
         live = start + cols < width
@@ -235,7 +258,7 @@ class _Layer:
         path = settings["path"]
         if path == "library":
             return self._library(weight)
-        return self._by_row(settings, weight) if path == "row" else self._by_tiles(settings, weight)
+        return self._by_rows(settings, weight) if path == "rows" else self._by_tiles(settings, weight)
 
     def normed(self) -> Tensor:
         if self.eps is None:
@@ -267,16 +290,18 @@ class _Layer:
         }
         return out, pointers, flags
 
-    def _by_row(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
+    def _by_rows(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
         out, pointers, flags = self._arguments(self.x, weight, self.eps is not None)
-        outs, width = out.shape[1], weight.shape[1]
+        (many, outs), width = out.shape, weight.shape[1]
         block, warps = settings["BLOCK_N"], settings["num_warps"]
-        _row[(triton.cdiv(outs, block),)](
+        _rows[(triton.cdiv(outs, block),)](
             *pointers,
+            many,
             width,
             outs,
             self.eps or 0.0,
             self.offset,
+            ROWS=triton.next_power_of_2(many),
             BLOCK_N=block,
             BLOCK_K=warps * 32 * 16 // weight.element_size(),  # 16 bytes a thread: the widest load
             num_warps=warps,
@@ -310,6 +335,7 @@ class _Layer:
             BLOCK_N=block,
             BLOCK_K=settings["BLOCK_K"],
             SPLIT=split > 1,
+            AHEAD=_AHEAD_BYTES // block // weight.element_size(),
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             WIDE_DOT=triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 as integers
             num_warps=settings["num_warps"],
@@ -333,34 +359,44 @@ def _counts(device: torch.device) -> Tensor:
     return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
 
 
+#: BLOCK_N and warps for so many rows in registers.
+_IN_REGISTERS = {
+    1: ((4, 2), (2, 4), (2, 8), (8, 4), (1, 4), (4, 4)),
+    2: ((4, 2), (2, 4), (2, 8), (4, 4), (1, 4)),
+    4: ((4, 2), (2, 4), (1, 4), (2, 8)),
+    8: ((2, 2), (2, 4), (1, 4)),
+}
+#: BLOCK_N, BLOCK_K in 16 bits, stages and warps of tiles.
+_TILES = ((32, 256, 3, 4), (16, 256, 4, 2), (32, 128, 6, 4), (64, 128, 4, 4))
+
+
+@lru_cache
 def candidates(rows: int, outs: int, width: int, norm: bool, dtype: torch.dtype) -> list[tuning.Settings]:
     """Ways worth trying for input [rows, width] and output [rows, outs], the best in general first."""
-    found: list[tuning.Settings] = []
+    found: list[tuning.Settings] = [
+        {"path": "rows", "BLOCK_N": block, "num_warps": warps} for block, warps in _IN_REGISTERS.get(rows, ())
+    ]
     if rows == 1:
-        for block, warps in ((4, 4), (2, 4), (1, 4), (8, 4), (2, 8), (4, 8)):
-            found.append({"path": "row", "BLOCK_N": block, "num_warps": warps})
         return [*found, LIBRARY]
     # Times a norm's weight, a residual stream may leave float16's range before rstd brings it back.
     inlines = ([False] if dtype == torch.float16 else [True, False]) if norm else [False]
-    for block, columns, stages in ((32, 128, 4), (64, 128, 4), (32, 256, 3)):
+    for block, columns, stages, warps in _TILES:
         tiles = triton.cdiv(outs, block)
         most = min(16, triton.cdiv(width, columns))
-        fill = triton.next_power_of_2(
-            triton.cdiv(132, tiles)
-        )  # programs for every SM of an H100, once or twice
+        fill = triton.next_power_of_2(triton.cdiv(132, tiles))  # a program for every SM of an H100, or two
         for split in dict.fromkeys((min(fill, most), min(2 * fill, most))):
-            for inline in inlines:
-                found.append(
-                    {
-                        "path": "tiles",
-                        "BLOCK_N": block,
-                        "BLOCK_K": columns * 2 // dtype.itemsize,
-                        "SPLIT": split,
-                        "inline": inline,
-                        "num_warps": 4,
-                        "num_stages": stages,
-                    }
-                )
+            found += [
+                {
+                    "path": "tiles",
+                    "BLOCK_N": block,
+                    "BLOCK_K": columns * 2 // dtype.itemsize,
+                    "SPLIT": split,
+                    "inline": inline,
+                    "num_warps": warps,
+                    "num_stages": stages,
+                }
+                for inline in inlines
+            ]
     return [*found, LIBRARY]
 
 
