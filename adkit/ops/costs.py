@@ -30,6 +30,18 @@ def rope(call: Call) -> tuple[float, float]:
     return 3.0 * sum(t.numel for t in call.outputs), call.traffic
 
 
+def rope_kv_cache(call: Call) -> tuple[float, float]:
+    """As ``rope``, four operations more for each element that is normalised; of the caches, only what is
+    written moves.
+    """
+    q, k, v = call["query"], call["key"], call["value"]
+    caches = {"k_cache": k, "v_cache": v}
+    flops = 3.0 * (q.numel + k.numel)
+    flops += sum(4.0 * t.numel for t, eps in ((q, "q_eps"), (k, "k_eps")) if call.get(eps) is not None)
+    written = sum(t.numel * call[name].dtype.itemsize for name, t in caches.items())
+    return flops, call.traffic - sum(call[name].bytes for name in caches) + written
+
+
 def attention(call: Call) -> tuple[float, float]:
     """Two products, 2 (H + Hv) a head and (query, key) pair that the mask lets through."""
     q, v = call["query"], call["value"]
@@ -46,7 +58,8 @@ def cached_attention(call: Call) -> tuple[float, float]:
     all.
 
     Reads the history that the window or chunk reaches once a sequence, and writes this step's keys and
-    values. Without ``context`` nothing was cached before.
+    values unless (``slot_mapping`` None) they stand in the cache already. Without ``context`` nothing was
+    cached before.
     """
     q, v = call["query"], call["value"]
     tokens, heads = q.shape[1], q.shape[2]
@@ -63,7 +76,8 @@ def cached_attention(call: Call) -> tuple[float, float]:
     small = [t for t in call.inputs if t is not k_cache and t is not v_cache]
     moved = sum(t.bytes for t in small) + sum(t.numel * t.dtype.itemsize for t in call.outputs)
     flops = 2.0 * heads * pairs * (q.shape[-1] + v.shape[-1])
-    return flops, float(moved + per_token * (tokens + sequences * reach))
+    written = 0 if call.get("slot_mapping") is None else tokens
+    return flops, float(moved + per_token * (written + sequences * reach))
 
 
 def moe(call: Call) -> tuple[float, float]:
