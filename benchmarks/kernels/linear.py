@@ -56,14 +56,14 @@ class Layer:
         self.name, self.rows, self.norm, self.act, self.residual = name, rows, norm, act, residual
         self.weight = torch.randn(outs, width, device="cuda", dtype=BF16) * width**-0.5
 
-    def call(self, generator: torch.Generator) -> linear._Layer:
+    def call(self, generator: torch.Generator) -> linear.Layer:
         """Its kernel call on random input."""
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator).to(BF16)
 
         outs, width = self.weight.shape
-        return linear._Layer(
+        return linear.Layer(
             x=random(self.rows, width),
             bias=None,
             norm_weight=random(width) if self.norm else None,
@@ -87,7 +87,7 @@ def layers(model: str, rows: int) -> list[Layer]:
     ]
 
 
-def exact(call: linear._Layer, weight: Tensor) -> Tensor:
+def exact(call: linear.Layer, weight: Tensor) -> Tensor:
     """What the layer gives in float64."""
     wide = [None if t is None else t.double() for t in (weight, call.bias, call.norm_weight, call.residual)]
     x = call.x.double()
@@ -170,10 +170,9 @@ def chain(model: str, rows: int, copy: float, show: Callable[[str], None]) -> li
                 for layer, call in zip(block, made, strict=True):
                     given = {"qkv": x, "o": attended, "gate_up": x, "down": x}[layer.name]
                     settings = linear.LIBRARY
-                    now = linear._Layer(**{**vars(call), "x": given})
+                    now = linear.Layer(**{**vars(call), "x": given})
                     if way != "library":
-                        outs = layer.weight.shape[0] // (2 if layer.act else 1)
-                        settings = linear._settings(now, layer.weight, outs)
+                        settings = linear.fastest(now, layer.weight)
                     y = now.run(settings, layer.weight)
                     x = x if layer.name == "qkv" else y
             results.append(x)

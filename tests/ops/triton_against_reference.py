@@ -114,6 +114,12 @@ def test_fused_linear(dtype: torch.dtype, rows: int, around: str) -> None:
     assert_linear(pick("fused_linear", "triton")(*args), args, dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_layer_of_one_output(rows: int) -> None:
+    args = linear_case(rows, 1, 64, torch.float32, "norm silu")
+    assert_linear(pick("fused_linear", "triton")(*args), args, torch.float32)
+
+
 def test_many_rows_go_to_the_library() -> None:
     args = linear_case(70, 70, 136, torch.float32, "norm bias silu sum")
     assert_linear(pick("fused_linear", "triton")(*args), args, torch.float32)
@@ -132,7 +138,7 @@ def test_every_way_to_compute_a_linear(dtype: torch.dtype, rows: int, around: st
     assert len(ways) > 4
     for way in ways:
         for _ in range(2):  # the count of finished programs starts from zero again
-            layer = linear._Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
+            layer = linear.Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
             assert_linear(layer.run(way, args[1])[None], args, dtype)
 
 

@@ -70,7 +70,7 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
 
 
 def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
-    kernel = linear._rows if way["path"] == "rows" else linear._tiles
+    kernel = linear.rows_kernel if way["path"] == "rows" else linear.tiles_kernel
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}

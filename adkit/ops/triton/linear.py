@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from adkit.ops.triton import pdl, tuning
-from adkit.ops.triton.mlp import _act, swiglu_packed
+from adkit.ops.triton.linear_kernels import rows_kernel, tiles_kernel
+from adkit.ops.triton.mlp import swiglu_packed
 from adkit.ops.triton.norm import rmsnorm
 
 MOST_ROWS = 64
@@ -33,216 +33,10 @@ _AHEAD_BYTES = 16384
 LIBRARY = {"path": "library"}
 
 
-@triton.jit
-def _norm_factor(norm_ptr, cols, live, offset, HAS_WEIGHT: tl.constexpr):
-    """What the norm multiplies the columns by, beside rstd."""
-    if HAS_WEIGHT:
-        return tl.load(norm_ptr + cols, live, 0.0, eviction_policy="evict_last").to(tl.float32) + offset
-    else:
-        return tl.full(cols.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _rows(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    norm_ptr,
-    residual_ptr,
-    out_ptr,
-    many,
-    width,
-    outs,
-    eps,
-    offset,
-    NORM: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """All rows of x times BLOCK_N rows of the weight; one block is on its way while another is multiplied.
-
-    Tensors lie as [row of x, row of the weight, column], with all threads along the columns, so that nothing
-    crosses threads before the sums at the end.
-    """
-    pdl.release(PDL)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_K)[None, None, :]
-    at = (
-        weight_ptr + tl.minimum(n, outs - 1).to(tl.int64)[None, :, None] * width + cols
-    )  # past the end: the last
-    up_at = at + outs.to(tl.int64) * width
-    x_at = x_ptr + tl.minimum(m, many - 1)[:, None, None] * width + cols
-    w = tl.load(at, cols < width, 0.0, eviction_policy="evict_first")
-    if ACT != "":
-        up = tl.load(up_at, cols < width, 0.0, eviction_policy="evict_first")
-        up_total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
-    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
-    pdl.wait(PDL)
-    for start in range(0, width, BLOCK_K):
-        after = start + BLOCK_K
-        next_w = tl.load(at + after, after + cols < width, 0.0, eviction_policy="evict_first")
-        if ACT != "":
-            next_up = tl.load(up_at + after, after + cols < width, 0.0, eviction_policy="evict_first")
-        here = start + cols
-        x = tl.load(x_at + start, here < width, 0.0, eviction_policy="evict_last").to(tl.float32)
-        if NORM:
-            squares += x * x
-            x = x * _norm_factor(norm_ptr, here, here < width, offset, HAS_NORM_WEIGHT)
-        total += w.to(tl.float32) * x
-        w = next_w
-        if ACT != "":
-            up_total += up.to(tl.float32) * x
-            up = next_up
-    y = tl.sum(total, 2)
-    write = (m < many)[:, None] & (n < outs)[None, :]
-    if NORM:
-        rstd = tl.rsqrt(tl.sum(squares, 2) / width + eps)
-        y = y * rstd
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, n < outs, 0.0).to(tl.float32)[None, :]
-    if ACT != "":
-        other = tl.sum(up_total, 2)
-        if NORM:
-            other = other * rstd
-        if HAS_BIAS:
-            other += tl.load(bias_ptr + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
-        y = _act(y, ACT) * other
-    to = m[:, None] * outs + n[None, :]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
-    tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), write)
-
-
-@triton.jit
-def _ask_for(at):
-    """Start reading from memory into the second-level cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit(do_not_specialize=["many", "splits"])
-def _tiles(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    norm_ptr,
-    residual_ptr,
-    out_ptr,
-    parts_ptr,
-    counts_ptr,
-    many,
-    splits,
-    width,
-    outs,
-    eps,
-    offset,
-    NORM: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE_DOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """All rows of x times BLOCK_N rows of the weight, over one of ``splits`` parts of the columns."""
-    pdl.release(PDL)
-    tile, part = tl.program_id(0), tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = tl.minimum(n, outs - 1).to(tl.int64)
-    cols = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + tl.minimum(m, many - 1).to(tl.int64)[:, None] * width + cols[None, :]
-    w_at = weight_ptr + inside[None, :] * width + cols[:, None]
-    up_at = w_at + outs.to(tl.int64) * width
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    span = tl.cdiv(tl.cdiv(width, BLOCK_K), splits) * BLOCK_K
-    if PDL:  # the weights' first AHEAD columns, by cache lines, while the predecessor ends
-        line: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        ahead = tl.minimum(part * span + tl.arange(0, AHEAD // line) * line, width - 1)
-        _ask_for(weight_ptr + inside[:, None] * width + ahead[None, :])
-        if ACT != "":
-            _ask_for(weight_ptr + (inside + outs)[:, None] * width + ahead[None, :])
-    pdl.wait(PDL)
-    for start in range(part * span, tl.minimum(part * span + span, width), BLOCK_K):
-        live = start + cols < width
-        x = tl.load(x_at + start, live[None, :], 0.0, eviction_policy="evict_last")
-        w = tl.load(w_at + start, live[:, None], 0.0, eviction_policy="evict_first")
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            x = (wide * _norm_factor(norm_ptr, start + cols, live, offset, HAS_NORM_WEIGHT)[None, :]).to(
-                x.dtype
-            )
-        if WIDE_DOT:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(x, w, total, input_precision=PRECISION)
-        if ACT != "":
-            up = tl.load(up_at + start, live[:, None], 0.0, eviction_policy="evict_first")
-            if WIDE_DOT:
-                up = up.to(tl.float32)
-            up_total = tl.dot(x, up, up_total, input_precision=PRECISION)
-    if SPLIT:
-        # Parts lie as [tile, part, product | gate's partner | squares].
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        stride: tl.constexpr = 2 * size + BLOCK_M if ACT != "" else size + BLOCK_M
-        own = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        first = parts_ptr + tile.to(tl.int64) * splits * stride
-        mine = first + part * stride
-        tl.store(mine + own, total)
-        if ACT != "":
-            tl.store(mine + size + own, up_total)
-        if NORM:
-            tl.store(mine + stride - BLOCK_M + m, squares)
-        tl.debug_barrier()  # every thread's part stands before one of them counts it
-        if tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") != splits - 1:
-            return
-        tl.store(counts_ptr + tile, 0)  # as the next launch wants it
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        squares = tl.zeros((BLOCK_M,), tl.float32)
-        for i in range(splits):
-            total += tl.load(first + i * stride + own, cache_modifier=".cg")
-            if ACT != "":
-                up_total += tl.load(first + i * stride + size + own, cache_modifier=".cg")
-            if NORM:
-                squares += tl.load(first + i * stride + stride - BLOCK_M + m, cache_modifier=".cg")
-    if NORM:
-        rstd = tl.rsqrt(squares / width + eps)[:, None]
-        total = total * rstd
-        up_total = up_total * rstd
-    write = (m < many)[:, None] & (n < outs)[None, :]
-    to = m.to(tl.int64)[:, None] * outs + n[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, n < outs, 0.0).to(tl.float32)[None, :]
-    if ACT != "":
-        if HAS_BIAS:
-            up_total += tl.load(bias_ptr + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
-        total = _act(total, ACT) * up_total
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
-    tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), write)
-
-
 @dataclass(frozen=True)
-class _Layer:
-    """One call: x [M, D], residual [M, F] or None, and what surrounds the product; weights come apart."""
+class Layer:
+    """One call, its weight apart (tuning runs it with copies): x [M, D], residual [M, F]; the rest as in the
+    op."""
 
     x: Tensor
     bias: Tensor | None
@@ -253,6 +47,10 @@ class _Layer:
     in_float: bool
     act: str | None
 
+    def outs(self, weight: Tensor) -> int:
+        """F."""
+        return weight.shape[0] // (1 if self.act is None else 2)
+
     def run(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
         """[M, F], computed the way that ``settings`` name."""
         path = settings["path"]
@@ -260,13 +58,13 @@ class _Layer:
             return self._library(weight)
         return self._by_rows(settings, weight) if path == "rows" else self._by_tiles(settings, weight)
 
-    def normed(self) -> Tensor:
+    def _normed(self) -> Tensor:
         if self.eps is None:
             return self.x
         return rmsnorm(self.x, self.norm_weight, self.eps, self.offset, self.in_float)
 
     def _library(self, weight: Tensor) -> Tensor:
-        x = self.normed()
+        x = self._normed()
         if self.residual is not None and self.bias is None and self.act is None:
             return torch.addmm(self.residual, x, weight.t())
         out = F.linear(x, weight, self.bias)
@@ -276,8 +74,7 @@ class _Layer:
 
     def _arguments(self, x: Tensor, weight: Tensor, norm: bool) -> tuple[Tensor, list[Any], dict[str, Any]]:
         """The output, and the arguments that both kernels have."""
-        outs = weight.shape[0] // (1 if self.act is None else 2)
-        out = x.new_empty((x.shape[0], outs))
+        out = x.new_empty((x.shape[0], self.outs(weight)))
         tensors = [self.bias, self.norm_weight, self.residual]
         pointers = [x, weight, *(x if t is None else t for t in tensors), out]
         flags = {
@@ -294,7 +91,7 @@ class _Layer:
         out, pointers, flags = self._arguments(self.x, weight, self.eps is not None)
         (many, outs), width = out.shape, weight.shape[1]
         block, warps = settings["BLOCK_N"], settings["num_warps"]
-        _rows[(triton.cdiv(outs, block),)](
+        rows_kernel[(triton.cdiv(outs, block),)](
             *pointers,
             many,
             width,
@@ -311,7 +108,7 @@ class _Layer:
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
         inline = self.eps is not None and settings["inline"]
-        x = self.x if inline else self.normed()
+        x = self.x if inline else self._normed()
         out, pointers, flags = self._arguments(x, weight, inline)
         (many, outs), width = out.shape, weight.shape[1]
         rows, block, split = _padded(many), settings["BLOCK_N"], settings["SPLIT"]
@@ -321,7 +118,7 @@ class _Layer:
             each = rows * block * (1 if self.act is None else 2) + rows
             parts = torch.empty(tiles * split * each, dtype=torch.float32, device=x.device)
             counts = _counts(x.device)
-        _tiles[(tiles, split)](
+        tiles_kernel[(tiles, split)](
             *pointers,
             parts,
             counts,
@@ -415,21 +212,26 @@ def fused_linear(
     x = input.reshape(-1, input.shape[-1]).contiguous()
     outs = weight.shape[0] // (1 if act is None else 2)
     other = None if residual is None else residual.reshape(-1, outs).contiguous()
-    layer = _Layer(x, bias, norm_weight, other, eps, weight_offset, weight_in_float, act)
-    return layer.run(_settings(layer, weight, outs), weight).view(*input.shape[:-1], outs)
+    layer = Layer(x, bias, norm_weight, other, eps, weight_offset, weight_in_float, act)
+    return layer.run(fastest(layer, weight), weight).view(*input.shape[:-1], outs)
 
 
-def _settings(layer: _Layer, weight: Tensor, outs: int) -> tuning.Settings:
+def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:
+    """The way to compute the layer that is fastest for so many rows, measured where it is not known."""
     rows = layer.x.shape[0]
     if not 0 < rows <= MOST_ROWS or not weight.is_contiguous():
         return LIBRARY
     ways = candidates(
-        triton.next_power_of_2(rows), outs, weight.shape[1], layer.eps is not None, weight.dtype
+        triton.next_power_of_2(rows),
+        layer.outs(weight),
+        weight.shape[1],
+        layer.eps is not None,
+        weight.dtype,
     )
     return tuning.best("linear", key(layer, weight), ways, layer.run, streamed=(weight,))
 
 
-def key(layer: _Layer, weight: Tensor) -> tuple[Any, ...]:
+def key(layer: Layer, weight: Tensor) -> tuple[Any, ...]:
     """What the fastest way depends on."""
     parts = {"norm": layer.eps is not None, "bias": layer.bias is not None, layer.act: layer.act is not None,
              "sum": layer.residual is not None}  # fmt: skip
