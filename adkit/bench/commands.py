@@ -1,4 +1,4 @@
-"""``adkit bench latency|throughput|prefill MODEL``: measure, print a line a row, write JSON and a picture."""
+"""``adkit bench latency|throughput|prefill|accuracy MODEL``: measure, print, write JSON and a picture."""
 
 from __future__ import annotations
 
@@ -112,6 +112,33 @@ def prefill(
         ),
         out, plot,
     )  # fmt: skip
+
+
+@app.command()
+def accuracy(
+    model: Model,
+    layers: Annotated[int | None, typer.Option(help="Keep only so many layers, with random weights")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to compare")] = 4,
+    prompt: Annotated[int, typer.Option(help="Tokens of each that go in at once")] = 192,
+    new: Annotated[int, typer.Option(help="Tokens of each that go in one by one")] = 64,
+    dtype: Annotated[str, typer.Option(help="The engine's dtype")] = "bfloat16",
+    tasks: Annotated[int | None, typer.Option(help="Most tasks of a kind for the demo model")] = None,
+    seed: Seed = 0,
+    overrides: Overrides = [],  # noqa: B006
+    config: Config = [],  # noqa: B006
+    random_weights: Random = False,
+    out: Out = None,
+) -> None:
+    """The engine's logits against a float32 reference; the demo model's answers too. Status 1 out of bounds."""
+    from adkit.bench.accuracy import measure
+
+    _check_files(out, None)
+    row = measure(
+        model, layers=layers, sequences=sequences, prompt=prompt, new=new, dtype=dtype, tasks=tasks, seed=seed,
+        overrides=overrides, config=config, random_weights=random_weights, command=_command(model),
+    )  # fmt: skip
+    _finish(row, out, None)
+    raise typer.Exit(0 if row["ok"] else 1)
 
 
 def _names(text: str) -> list[str]:

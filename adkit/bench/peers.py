@@ -37,9 +37,12 @@ def check(names: Sequence[str], known: Sequence[str] | None = None) -> list[str]
     return list(names)
 
 
-def load_model(factory: ModelFactory, device: torch.device) -> Any:
-    """The Hugging Face model with the same weights as adkit's."""
-    model = factory.build().to_empty(device=device)
+def load_model(factory: ModelFactory, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The Hugging Face model with the same weights as adkit's, widened to ``dtype`` where one is given."""
+    model = factory.build()
+    if dtype is not None and dtype != factory.dtype:
+        model = model.to(dtype)
+    model = model.to_empty(device=device)
     state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     state |= dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
