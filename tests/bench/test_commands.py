@@ -43,7 +43,7 @@ def test_latency_beside_peers(tmp_path):
         share /= data["ceilings"]["copy_bytes_per_second"]
         assert row["copy_bandwidth_share"] == pytest.approx(share, abs=2e-3)
     assert data["settings"]["max_batch_size"] == 4
-    assert data["command"].startswith("adkit ")
+    assert data["command"].startswith("adkit")
     assert str(tmp_path) not in out.read_text()
     assert len(result.stdout.splitlines()) == 6
     assert plot.read_text().count("hf-static-compile, batch 3") == 1
