@@ -29,6 +29,7 @@ from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 from adkit.progress import Bars
 
 if TYPE_CHECKING:
+    from adkit.playground import Playground
     from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
 
@@ -472,6 +473,12 @@ class Workbench:
             self._engine = (compiled, LiveModel(compiled, self._context.engine, self.factory.tokenizer()))
             self._served.append(weakref.ref(compiled.caches))
         return self._engine[1]
+
+    def play(self, **options: Any) -> Playground:
+        """A panel to generate with live (see :class:`adkit.playground.Playground`), over :meth:`llm`."""
+        from adkit.playground import Playground
+
+        return Playground(self.llm(), **{"name": f"{self.name} on {self.device}", **options})
 
     def report(self, path: str | Path, completions: Iterable[Any] = ()) -> Path:
         """Write one standalone HTML file that shows every step; returns its path."""

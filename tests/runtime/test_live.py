@@ -220,6 +220,19 @@ def test_bad_requests_are_refused_at_once_and_run_nothing(live, method, prompts,
     assert live.stats.requests == 0
 
 
+def test_submit_queues_without_running(lab, live, spoken):
+    handle = live.submit([1, 2, 3], IGNORE)
+    assert live.engine.has_work
+    assert (handle.num_output, live.stats.steps) == (0, 0)
+    while not handle.finished:
+        live.engine.step()
+    assert handle.output == lab.greedy_alone([1, 2, 3], 5, ignore_eos=True)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        live.submit("hello")
+    with pytest.raises(RequestError, match="chat template"):
+        spoken("hi").submit([{"role": "user", "content": "hello"}])
+
+
 def test_chat_goes_through_the_template(spoken, tokenizers):
     live = spoken("hi")
     tokenizer = live.tokenizer
