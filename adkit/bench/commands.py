@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,7 @@ def latency(
         measure(
             model, batches=batch, prompt=prompt, new=new, vs=_names(vs), seed=seed, peer_seconds=peer_seconds,
             overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def throughput(
         measure(
             model, requests=requests, prompt=prompt, new=new, vs=_names(vs), seed=seed,
             peer_seconds=peer_seconds, overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def prefill(
         measure(
             model, prompt=prompt, vs=_names(vs), seed=seed, overrides=overrides, config=config,
             random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -164,6 +165,13 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
         raise ConfigError(f"cannot write {str(out)!r}: its folder does not exist")
     if plot is not None:
         picture.check_path(plot)
+
+
+def _keep(out: Path | None) -> Callable[[dict[str, Any]], object]:
+    """Writes what there is so far, in case something later takes too long."""
+    from adkit.bench import results
+
+    return lambda result: out is not None and results.write(result, out)
 
 
 def _finish(result: dict[str, Any], out: Path | None, plot: Path | None) -> None:
