@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --tiny --out FOLDER  # the same code on tiny models, on a CPU: does it run?
 
 Files are ``<prefix>_<case>.json`` under ``benchmarks/results``, as ``adkit bench`` writes them, and
-``<prefix>_figures.svg`` shows all that there are. A case that fails says so in the table and the others go on. Extra settings after ``--`` go to
-every case: ``-- --set max_batch_size=256``.
+``<prefix>_figures.svg`` shows all that there are. A case that fails says so in the table and the others go on.
+Extra settings after ``--`` go to every case: ``-- --set max_batch_size=256``.
 """
 
 from __future__ import annotations
