@@ -2,10 +2,11 @@
 
 Logits: sequences of known tokens go through the compiled model as they would be served, a prompt whole and then token
 by token (launched one by one: replayed graphs give no logits away, and tests hold that they compute the same), and
-through the Hugging Face model with the same weights widened to float32. rmse ratio = rmse(engine - reference) / rms(reference) over all logits; agreement = share of positions
-after the prompt whose largest logit is the same token, of all and of those where the reference's two largest differ
-by more than the engine's dtype can hold. Hugging Face's own run in the engine's dtype stands beside it: what rounding
-alone does. The demo model must also answer its tasks, and in float32 generate what a CPU does.
+through the Hugging Face model with the same weights widened to float32. rmse ratio = rmse(engine - reference) /
+rms(reference) over all logits; agreement = share of positions after the prompt whose largest logit is the same token,
+of all and of those where the reference's two largest differ by more than the engine's dtype can hold. Hugging Face's
+own run in the engine's dtype stands beside it: what rounding alone does. The demo model must also answer its tasks,
+and in float32 generate what a CPU does.
 """
 
 from __future__ import annotations
