@@ -76,6 +76,64 @@ def test_swiglu_packed(dtype: torch.dtype, act: str) -> None:
     assert_same(pick("swiglu_packed", "triton")(x, act), pick("swiglu_packed", "torch")(x, act), dtype)
 
 
+def linear_case(rows: int, outs: int, width: int, dtype: torch.dtype, around: str) -> tuple[Any, ...]:
+    """Arguments of ``fused_linear``: what ``around`` names stands around the product."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    act = "silu" if "silu" in around else "gelu_tanh" if "gelu" in around else None
+    weight = (random(outs * (2 if act else 1), width).float() * width**-0.5).to(dtype)
+    return (
+        random(1, rows, width),
+        weight,
+        random(weight.shape[0]) if "bias" in around else None,
+        random(width) if "norm" in around and "free" not in around else None,
+        random(1, rows, outs) if "sum" in around else None,
+        1e-5 if "norm" in around else None,
+        1.0 if "offset" in around else 0.0,
+        "float" in around,
+        act,
+    )
+
+
+def assert_linear(got: torch.Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> None:
+    exact = pick("fused_linear", "torch")(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    assert_same(got, exact.to(dtype), dtype)
+
+
+AROUND = ["", "bias", "norm silu", "norm-free sum", "norm-float-offset bias gelu", "norm bias silu sum"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("around", AROUND)
+def test_fused_linear(dtype: torch.dtype, rows: int, around: str) -> None:
+    args = linear_case(rows, 70, 136, dtype, around)
+    assert_linear(pick("fused_linear", "triton")(*args), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize("around", ["sum", "norm silu"])
+def test_every_way_to_compute_a_linear(dtype: torch.dtype, rows: int, around: str) -> None:
+    """Whole blocks and rests, columns split over programs: all that tuning may choose, twice in a row."""
+    from adkit.ops.triton import linear
+
+    args = linear_case(rows, 40, 300, dtype, around)
+    for way in linear.candidates(rows, 40, 300, "norm" in around, dtype):
+        for _ in range(2):  # the count of finished programs starts from zero again
+            layer = linear._Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
+            assert_linear(layer.run(way, args[1])[None], args, dtype)
+
+
+def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:
+    args = list(linear_case(4, 16, 64, torch.float16, "norm"))
+    args[0], args[3] = args[0] * 1000, args[3] * 30
+    assert_linear(pick("fused_linear", "triton")(*args), tuple(args), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["rope_with_explicit_cos_sin", "rope_with_qk_interleaving"])
 @pytest.mark.parametrize(("head_dim", "rotary"), [(32, 32), (80, 80), (40, 12)])

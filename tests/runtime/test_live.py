@@ -12,7 +12,6 @@ import torch
 
 from adkit.contract import (
     Completion,
-    EngineConfig,
     EngineError,
     MemoryLimitError,
     RequestError,
@@ -34,7 +33,7 @@ def make(lab, tokenizer=None, num_pages=64, **config):
     compiled = model.compiled()
     if tokenizer is not None:
         compiled.vocab_size = len(tokenizer)
-    settings = EngineConfig(**{"max_seq_len": 64, "page_size": 4, "device": "cpu", **config})
+    settings = lab.config(page_size=4, **config)
     made = LiveModel(compiled, settings, tokenizer)
     made.fake = model
     return made
