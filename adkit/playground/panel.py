@@ -264,6 +264,7 @@ class Playground:
         return Controls(
             {k: self._settings[k] for k in _DEFAULTS},
             self._prompt,
+            heading=self.name,
             chat=self._chat and self.can_chat,
             can_chat=self.can_chat,
             on_generate=self._asked,
