@@ -10,7 +10,6 @@ import torch
 from adkit.contract import BatchLayout, HostBatch
 from adkit.runtime.sequence import Sequence
 
-
 #: The page table's width is a multiple of this, so that its stride seldom makes a kernel compile anew.
 _WIDTH = 16
 

@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adkit.ops.triton import attention, linear, mlp, norm, rope
+from adkit.ops.triton import attention, flash_decoding, flash_prefill, linear, mlp, norm, rope
+from adkit.ops.triton.attention_step import widths
 
 LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -26,12 +27,8 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, full: bool) -> None:
-    pointers = dict.fromkeys(
-        ("q_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "sinks_ptr", "slopes_ptr"), f"*{dtype}"
-    )
-    tables = dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr"), "*i32")
-    counts = dict.fromkeys(("sequences", "pages_stride", "q_token", "q_head", "out_token", "out_head"), "i32")
+def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> None:
+    """Both attention kernels with the settings that they start from."""
     constants = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim,
@@ -45,12 +42,31 @@ def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, fu
         "HAS_ALIBI": full,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "WIDE_DOT": False,
-        "BLOCK_R": 4,
-        **attention.blocks(head_dim, head_dim, 4, itemsize, decode),
+        **widths(head_dim, head_dim),
     }
-    types = {**pointers, **tables, **counts, "scale": "fp32", "softcap": "fp32"}
-    shared = compiled(attention._attend, types, constants, arch).metadata.shared
-    assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
+    for kernel, settings, own in (
+        (
+            flash_decoding.decode,
+            flash_decoding.settings_for(itemsize, **widths(head_dim, head_dim)),
+            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8},
+        ),
+        (
+            flash_prefill.prefill,
+            flash_prefill.settings_for(itemsize, **widths(head_dim, head_dim)),
+            {"FROM": 2, "DESCRIPTORS": False, "BLOCK_R": 256},
+        ),
+    ):
+        options = {n: settings[n] for n in ("num_warps", "num_stages")}
+        blocks = {n: v for n, v in settings.items() if n.isupper()}
+        names = [n for n in kernel.arg_names if not n.isupper()]
+        types = {n: f"*{dtype}" if n.endswith(("_ptr", "_tiles")) else "i32" for n in names}
+        types |= dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr", "counter_ptr"), "*i32")
+        types |= dict.fromkeys(("partial_ptr", "softmax_ptr"), "*fp32")
+        types |= {"scale": "fp32", "softcap": "fp32"}
+        types = {n: t for n, t in types.items() if n in names}
+        made = compiled(kernel, types, {**constants, **blocks, **own}, arch, options)
+        shared = made.metadata.shared
+        assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
 
 
 def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
@@ -74,11 +90,11 @@ def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str
 
 
 def main() -> None:
-    attend(64, "bf16", 2, False, 80, full=True)
-    attend(80, "bf16", 2, True, 80, full=False)
-    attend(256, "bf16", 2, False, 80, full=False)
-    attend(256, "fp32", 4, False, 80, full=False)
-    attend(128, "fp16", 2, True, 90, full=True)
+    attend(64, "bf16", 2, 80, full=True)
+    attend(80, "bf16", 2, 80, full=False)
+    attend(256, "bf16", 2, 80, full=False)
+    attend(256, "fp32", 4, 80, full=False)
+    attend(128, "fp16", 2, 90, full=True)
     write = dict.fromkeys(("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
     counts = dict.fromkeys(("k_width", "v_width", "key_token", "value_token"), "i32")
     compiled(attention._write_kv, {**write, **counts, "slot_ptr": "*i64"}, {"BLOCK": 1024}, 90)

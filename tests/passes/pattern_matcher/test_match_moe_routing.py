@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from adkit.models.export import export_model
 from tests.passes.graphs import check_values, logits, run_pass, tiny_graph
-from tests.zoo import meta_twin, tiny, tiny_config, with_weights_of
+from tests.zoo import meta_twin, tiny, with_weights_of
 
 TOPK = torch.ops.adkit.torch_moe_topk.default
 KEY = "match_moe_routing_pattern"
@@ -46,7 +46,9 @@ def test_routers_of_hugging_face_keep_their_bits(kind: str, dtype: torch.dtype) 
     before = logits(gm)
     info = run_pass(gm, KEY)
     assert not info.details
-    assert info.num_matches == len(routers(gm)) == sum("torch_moe." in str(n.target) for n in gm.graph.nodes) > 0
+    assert (
+        info.num_matches == len(routers(gm)) == sum("torch_moe." in str(n.target) for n in gm.graph.nodes) > 0
+    )
     wanted = {**options, **({"dtype": dtype} if rounds and dtype != torch.float32 else {})}
     assert [n.kwargs for n in routers(gm)] == [wanted] * len(routers(gm))
     assert torch.equal(logits(gm), before)
