@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def measure(
     for settings in candidates:
         try:
             run(settings, *streamed)
-            times.append(seconds([lambda c=c, s=settings: run(s, *c) for c in copies]))
+            times.append(seconds([partial(run, settings, *copy) for copy in copies]))
         except triton.errors.TritonError as error:
             failure = error
             times.append(math.inf)
