@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
 from adkit.ops.triton.attention_step import Step
 from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
 from adkit.ops.triton.tuning import Settings, best
@@ -129,12 +130,15 @@ def decode(
     LEAST: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tokens or sequences x KV_HEADS, parts).
 
     ALONE: the first axis counts tokens and every token is served. Otherwise it counts sequences, and those
     that bring one token are served. A part is at least LEAST keys long, or all there are.
     """
+    pdl.release(PDL)
+    pdl.wait(PDL)
     pair = tl.program_id(0)
     part = tl.program_id(1)
     index = pair // KV_HEADS
@@ -350,5 +354,6 @@ def run(step: Step, *, alone: bool, settings: Settings, parts: int | None = None
         BLOCK_M=max(16, padded),
         GROUP=padded,
         PARTS=max(1, min(8, 4096 // (padded * block_v))),
+        **pdl.launch(),
         **settings,
     )
