@@ -70,14 +70,15 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
 
 
 def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
-    kernel = linear.rows_kernel if way["path"] == "rows" else linear.tiles_kernel
+    in_registers = linear.row_kernel if rows == 1 else linear.rows_kernel
+    kernel = in_registers if way["path"] == "rows" else linear.tiles_kernel
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
              "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
-        flags["ROWS"], flags["BLOCK_K"] = rows, way["num_warps"] * 512 // itemsize
+        flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
     else:
         flags |= {"BLOCK_M": rows, "BLOCK_K": way["BLOCK_K"], "SPLIT": way["SPLIT"] > 1, "WIDE_DOT": False,
                   "AHEAD": 256, "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip
