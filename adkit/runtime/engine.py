@@ -235,9 +235,7 @@ class Engine:
             pages = seq.pages.tolist()
             self.scheduler.remove(seq, keep_pages=False)
             # A masked-out NaN still spoils a sum of 0 x NaN, so the pages' next holders must not find any.
-            dirty = [p for p in pages if not self.pages.holders(p)]
-            for cache in self.model.caches.tensors.values():
-                cache[dirty] = 0
+            self.model.caches.wipe([p for p in pages if not self.pages.holders(p)])
             seen = len(seq.text), seq.num_output
             seq.finish("error", error)
             deltas.append(seq.delta(seq.id, *seen))

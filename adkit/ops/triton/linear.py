@@ -180,7 +180,7 @@ def candidates(rows: int, outs: int, width: int, norm: bool, dtype: torch.dtype)
     for block, columns, stages, warps in _TILES:
         tiles = triton.cdiv(outs, block)
         most = min(16, triton.cdiv(width, columns))
-        fill = triton.next_power_of_2(triton.cdiv(132, tiles))  # a program for every SM of an H100, or two
+        fill = triton.next_power_of_2(triton.cdiv(90, tiles))  # programs for most SMs of an H100, or twice
         for split in dict.fromkeys((min(fill, most), min(2 * fill, most))):
             found += [
                 {
