@@ -175,15 +175,16 @@ def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence], previous: Ten
         return logits
     logits = logits.float()
     tokens = [np.asarray(sequences[i].tokens) for i in rows]
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[
-        _tensor(np.repeat(rows, [len(t) for t in tokens]), logits), _tensor(np.concatenate(tokens), logits)
-    ] = True
+    known = np.repeat(rows, [len(t) for t in tokens]) * logits.shape[1] + np.concatenate(tokens)
+    # Filled by flat index: assigning a Python value to rows and columns would wait for the device.
+    seen = torch.zeros(logits.numel(), dtype=torch.bool, device=logits.device)
+    seen.index_fill_(0, _tensor(known, logits), True)
     pending = [i for i in rows if sequences[i].num_pending]
     if pending:
         assert previous is not None, "a token is pending, and the step before was not given"
         last = previous[_tensor([sequences[i].row for i in pending], logits)].clamp_min(0)
-        seen[_tensor(pending, logits), last] = True
+        seen.index_fill_(0, _tensor(pending, logits) * logits.shape[1] + last, True)
+    seen = seen.view(logits.shape)
     penalty = _tensor([s.params.repetition_penalty for s in sequences], logits)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

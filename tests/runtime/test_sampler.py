@@ -193,7 +193,7 @@ def test_where_a_kernel_does_not_compile_torch_draws_the_same_tokens(monkeypatch
         asked.clear()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_packing_and_sampling_never_wait_and_give_the_cpus_tokens():
     params = [
         SamplingParams(logprobs=2),
