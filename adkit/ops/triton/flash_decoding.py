@@ -296,7 +296,7 @@ def typical(step: Step) -> Step:
     return replace(
         step,
         out=torch.empty_like(step.out),
-        cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+        cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32, device=device).clamp_(max=step.q.shape[0]),
         cache_lens=torch.full_like(step.cache_lens, min(1000, width * page_size - 1)),
         page_table=order.view(sequences, width),
     )

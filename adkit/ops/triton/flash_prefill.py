@@ -250,7 +250,7 @@ def _near(key, position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 def candidates(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> list[Settings]:
-    """Settings worth measuring; the first fits an A100's shared memory."""
+    """Settings worth measuring; the first fits an A100's shared memory, and two of it an H100's."""
     width = itemsize * max(BLOCK_H, BLOCK_V)
     if width > 512:
         tried = [(16, 16, 4, 2, 2)]
