@@ -48,7 +48,7 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         (
             flash_decoding.decode,
             flash_decoding.candidates(itemsize, **widths(head_dim, head_dim))[0],
-            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8, "PDL": arch >= 90},
+            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8, "RELEASE": full, "PDL": arch >= 90},
         ),
         (
             flash_prefill.prefill,

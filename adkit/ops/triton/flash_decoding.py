@@ -130,6 +130,7 @@ def decode(
     LEAST: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    RELEASE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (tokens or sequences x KV_HEADS, parts).
@@ -137,7 +138,8 @@ def decode(
     ALONE: the first axis counts tokens and every token is served. Otherwise it counts sequences, and those
     that bring one token are served. A part is at least LEAST keys long, or all there are.
     """
-    pdl.release(PDL)
+    if RELEASE:
+        pdl.release(PDL)
     pdl.wait(PDL)
     pair = tl.program_id(0)
     part = tl.program_id(1)
@@ -354,6 +356,9 @@ def run(step: Step, *, alone: bool, settings: Settings, parts: int | None = None
         BLOCK_M=max(16, padded),
         GROUP=padded,
         PARTS=max(1, min(8, 4096 // (padded * block_v))),
+        # The layers after it stream weights of few rows through the L1 cache, which is what this kernel's shared
+        # memory leaves: they are to start when it is gone. Tiles of more rows have large shared memory themselves.
+        RELEASE=step.sequences > 8,
         **pdl.launch(),
         **settings,
     )
