@@ -2,12 +2,7 @@
 
 category, picture -> what a picture shows, as data; dot -> the picture drawn; plots -> figures over steps and
 cost tables; html, times -> adkit's objects in a notebook (importing this package registers them); report -> one
-<<<<<<< HEAD
-standalone file; widgets -> a browser of steps; live -> an engine at work: cache
-pages, batches, answers.
-=======
 standalone file; widgets -> a browser of steps; live -> an engine at work: cache pages, batches, answers.
->>>>>>> main
 """
 
 from adkit.viz import html, times
