@@ -482,6 +482,15 @@ class Workbench:
 
         return save(self, path)
 
+    def record(self, path: str | Path, **options: Any) -> Path:
+        """Write the walk as one record, ``.json`` or ``.json.gz`` (see docs/record.md); returns its path.
+
+        Options as :func:`adkit.recording.write_record` takes (``overlays``, ``device``).
+        """
+        from adkit.recording import write_record
+
+        return write_record(self, path, **options)
+
     @staticmethod
     def load(path: str | Path) -> Any:
         """A saved record, to look at: its steps, diffs, graphs (see :class:`adkit.saving.SavedRun`)."""

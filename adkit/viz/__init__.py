@@ -8,5 +8,17 @@ standalone file; widgets -> a browser of steps.
 from adkit.viz import html
 from adkit.viz.dot import Drawing, draw, draw_rewrite
 from adkit.viz.picture import PictureTooLarge
+from adkit.viz.record import Record, RecordError, load_record
+from adkit.viz.record.overlays import overlay
 
-__all__ = ["Drawing", "PictureTooLarge", "draw", "draw_rewrite", "html"]
+__all__ = [
+    "Drawing",
+    "PictureTooLarge",
+    "Record",
+    "RecordError",
+    "draw",
+    "draw_rewrite",
+    "html",
+    "load_record",
+    "overlay",
+]

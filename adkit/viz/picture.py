@@ -35,7 +35,8 @@ class PictureTooLarge(ValueError):
 class Box:
     """One node of a picture.
 
-    ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context.
+    ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context; ``node``
+    is the id of the node it shows, -1 where it sums up several.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Box:
     cluster: tuple[str, ...] = ()
     mark: str = ""
     highlight: bool = False
+    node: int = -1
 
 
 @dataclass(slots=True)
@@ -424,6 +426,7 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
                 tip,
                 cluster,
                 mark,
+                node=n.id,
             )
         )
 
@@ -479,6 +482,7 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
                 tooltip(snapshot[u], symbols),
                 cluster,
                 "context",
+                node=u,
             )
         )
         for tail in tails:
