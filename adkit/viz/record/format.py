@@ -48,20 +48,20 @@ class Ragged(Part):
 class Modules(Part):
     """The module tree, a column each; entry 0 is the root. A parent stands before its children."""
 
-    parent: list[Maybe] = Field([], description="Index of the parent; -1 for the root.")
-    name: list[Index] = Field([], description="Last part of the dotted path (text).")
-    path: list[Index] = Field([], description="The dotted path (text).")
-    type: list[Index] = Field([], description="Class name (text); empty where no node told it.")
-    layer: list[Maybe] = Field([], description="Decoder layer that the module is or lies in.")
+    parent: list[Maybe] = Field(default=[], description="Index of the parent; -1 for the root.")
+    name: list[Index] = Field(default=[], description="Last part of the dotted path (text).")
+    path: list[Index] = Field(default=[], description="The dotted path (text).")
+    type: list[Index] = Field(default=[], description="Class name (text); empty where no node told it.")
+    layer: list[Maybe] = Field(default=[], description="Decoder layer that the module is or lies in.")
 
 
 class Sources(Part):
     """Lines of modelling code, a column each."""
 
-    file: list[Index] = Field([], description="File, as a path below its package (text).")
+    file: list[Index] = Field(default=[], description="File, as a path below its package (text).")
     line: list[int] = []
-    function: list[Index] = Field([], description="Function that the line is in (text).")
-    code: list[Index] = Field([], description="The line itself (text).")
+    function: list[Index] = Field(default=[], description="Function that the line is in (text).")
+    code: list[Index] = Field(default=[], description="The line itself (text).")
 
 
 class Value(Part):
@@ -85,28 +85,30 @@ class Nodes(Part):
     """Every node of the whole walk, a column each, ascending ids."""
 
     id: list[Index] = []
-    born: list[Index] = Field([], description="Step that made the node.")
-    gone: list[Maybe] = Field([], description="Step that erased it; -1 where it stands to the end.")
+    born: list[Index] = Field(default=[], description="Step that made the node.")
+    gone: list[Maybe] = Field(default=[], description="Step that erased it; -1 where it stands to the end.")
     origins: Ragged = Field(default_factory=Ragged, description="Ids of the nodes that it replaced.")
 
 
 class Rows(Part):
     """Every version of every node, a column each."""
 
-    node: list[Index] = Field([], description="Id of the node.")
-    name: list[Index] = Field([], description="FX name (text).")
-    op: list[Annotated[int, Field(ge=0, lt=len(OPS))]] = Field([], description=f"Index into {OPS}.")
-    target: list[Index] = Field([], description="Index into targets.")
-    call: list[Index] = Field([], description="Index into calls: the argument text around the inputs.")
+    node: list[Index] = Field(default=[], description="Id of the node.")
+    name: list[Index] = Field(default=[], description="FX name (text).")
+    op: list[Annotated[int, Field(ge=0, lt=len(OPS))]] = Field(default=[], description=f"Index into {OPS}.")
+    target: list[Index] = Field(default=[], description="Index into targets.")
+    call: list[Index] = Field(
+        default=[], description="Index into calls: the argument text around the inputs."
+    )
     inputs: Ragged = Field(
         default_factory=Ragged, description="Ids of the nodes read, in order, with repeats."
     )
-    value: list[Index] = Field([], description="Index into values.")
+    value: list[Index] = Field(default=[], description="Index into values.")
     module: list[Index] = Field(
         [], description="Index into modules; of a parameter, the module that owns it."
     )
-    source: list[Maybe] = Field([], description="Index into sources.")
-    category: list[Index] = Field([], description="Index into categories.")
+    source: list[Maybe] = Field(default=[], description="Index into sources.")
+    category: list[Index] = Field(default=[], description="Index into categories.")
 
 
 class Category(Part):
@@ -131,7 +133,7 @@ class Segment(Part):
     Blocks of one variant are equal: the k-th position of one stands for the k-th of every other.
     """
 
-    nodes: list[Index] = Field([], description="Positions as runs; empty for a loop.")
+    nodes: list[Index] = Field(default=[], description="Positions as runs; empty for a loop.")
     variants: list[list[Block]] = []
 
 
@@ -163,10 +165,10 @@ class Graph(Part):
     """One graph of the walk, told from graph ``base`` (-1: from nothing)."""
 
     size: Index
-    base: Maybe = Field(-1, description="Graph that the splices edit; always an earlier one.")
+    base: Maybe = Field(default=-1, description="Graph that the splices edit; always an earlier one.")
     splices: list[Splice] = []
-    symbols: dict[str, str] = Field({}, description="Readable names of open sizes: s31 -> B.")
-    view: View | None = Field(None, description="None only while a live record has not sent it.")
+    symbols: dict[str, str] = Field(default={}, description="Readable names of open sizes: s31 -> B.")
+    view: View | None = Field(default=None, description="None only while a live record has not sent it.")
 
 
 class Box(Part):
@@ -176,7 +178,7 @@ class Box(Part):
     side: Literal["before", "after"]
     title: str
     category: str
-    mark: Literal["", "erased", "created", "changed", "context"]
+    mark: str = Field(description="erased, created, changed, context (a neighbour), or empty.")
     detail: list[str] = []
     tooltip: str = ""
 
@@ -202,17 +204,17 @@ class Rewrite(Part):
     text: str = Field(
         description="The class in one line: 65 x [6 nodes: ...] -> torch_rmsnorm (layers 0-31)."
     )
-    label: str = Field("", description="What the pass calls it.")
+    label: str = Field(default="", description="What the pass calls it.")
     count: Index
     where: str
-    before: list[str] = Field([], description="Targets erased at each site, in execution order.")
-    after: list[str] = Field([], description="Targets created.")
-    changed: list[str] = Field([], description="Targets kept but changed.")
-    module: list[Index] = Field([], description="Of each site, where it is (module).")
+    before: list[str] = Field(default=[], description="Targets erased at each site, in execution order.")
+    after: list[str] = Field(default=[], description="Targets created.")
+    changed: list[str] = Field(default=[], description="Targets kept but changed.")
+    module: list[Index] = Field(default=[], description="Of each site, where it is (module).")
     erased_ids: Ragged = Field(default_factory=Ragged, description="Of each site, ids erased.")
     created_ids: Ragged = Field(default_factory=Ragged, description="Of each site, ids created.")
     changed_ids: Ragged = Field(default_factory=Ragged, description="Of each site, ids changed.")
-    picture: Picture | None = Field(None, description="The first site.")
+    picture: Picture | None = Field(default=None, description="The first site.")
 
 
 class PassSource(Part):
@@ -232,22 +234,26 @@ class Step(Part):
     doc: str = ""
     config: Plain = {}
     reason: str = ""
-    summary: str = Field("", description="The step in one line.")
+    summary: str = Field(default="", description="The step in one line.")
     matches: Index = 0
     details: Plain = {}
     log: list[str] = []
     seconds: float = 0.0
     record_seconds: float = 0.0
-    memory_bytes: int = Field(0, description="Change of tensor memory on the device.")
-    altered: list[str] = Field([], description="Tensors whose data the pass changed.")
-    before: Maybe = Field(-1, description="Graph before; -1 for none.")
-    after: Maybe = Field(-1, description="Graph after; the same index where nothing changed.")
-    created: Index = Field(0, description="How many nodes it made; which, nodes.born tells.")
-    erased: Index = Field(0, description="How many nodes it erased; which, nodes.gone tells.")
-    changed: list[Index] = Field([], description="Ids kept whose target or arguments changed.")
-    rewired: list[Index] = Field([], description="Ids kept that only read a replacement of what they read.")
-    moved: list[Index] = Field([], description="Ids kept whose place among the kept ones changed.")
-    rewrites: list[Rewrite] | None = Field([], description="None only while a live record has not sent them.")
+    memory_bytes: int = Field(default=0, description="Change of tensor memory on the device.")
+    altered: list[str] = Field(default=[], description="Tensors whose data the pass changed.")
+    before: Maybe = Field(default=-1, description="Graph before; -1 for none.")
+    after: Maybe = Field(default=-1, description="Graph after; the same index where nothing changed.")
+    created: Index = Field(default=0, description="How many nodes it made; which, nodes.born tells.")
+    erased: Index = Field(default=0, description="How many nodes it erased; which, nodes.gone tells.")
+    changed: list[Index] = Field(default=[], description="Ids kept whose target or arguments changed.")
+    rewired: list[Index] = Field(
+        default=[], description="Ids kept that only read a replacement of what they read."
+    )
+    moved: list[Index] = Field(default=[], description="Ids kept whose place among the kept ones changed.")
+    rewrites: list[Rewrite] | None = Field(
+        default=[], description="None only while a live record has not sent them."
+    )
     source: PassSource | None = None
 
 
@@ -269,11 +275,11 @@ class Overlay(Part):
     name: str
     unit: str = ""
     note: str = ""
-    step: Maybe = Field(-1, description="The step whose graph the values belong to; -1 for any.")
+    step: Maybe = Field(default=-1, description="The step whose graph the values belong to; -1 for any.")
     scale: Literal["linear", "log", "diverging", "words"] = "linear"
     ids: list[Index] = []
     values: list[float] = []
-    words: list[str] = Field([], description="With scale 'words', values index these.")
+    words: list[str] = Field(default=[], description="With scale 'words', values index these.")
 
 
 class Record(Part):
@@ -281,21 +287,27 @@ class Record(Part):
 
     adkit_record: Literal[1] = 1
     name: str
-    about: dict[str, str] = Field({}, description="Facts for the head: class, device, dtype, weights.")
+    about: dict[str, str] = Field(
+        default={}, description="Facts for the head: class, device, dtype, weights."
+    )
     versions: dict[str, str] = {}
-    config: str = Field("", description="The configuration as YAML.")
-    note: str = Field("", description="What the reader must know, as that matching was best-effort.")
+    config: str = Field(default="", description="The configuration as YAML.")
+    note: str = Field(default="", description="What the reader must know, as that matching was best-effort.")
     texts: list[str] = []
     modules: Modules = Field(default_factory=Modules)
     sources: Sources = Field(default_factory=Sources)
     values: list[Value] = []
     targets: list[Target] = []
-    calls: list[list[str]] = Field([], description="Pieces of argument text; inputs stand between them.")
+    calls: list[list[str]] = Field(
+        default=[], description="Pieces of argument text; inputs stand between them."
+    )
     categories: list[Category] = []
     nodes: Nodes = Field(default_factory=Nodes)
     rows: Rows = Field(default_factory=Rows)
     graphs: list[Graph] = []
     steps: list[Step] = []
-    weights: dict[str, list[str]] = Field({}, description="Fused weights: the names each was made of.")
+    weights: dict[str, list[str]] = Field(
+        default={}, description="Fused weights: the names each was made of."
+    )
     costs: list[Costs] = []
     overlays: list[Overlay] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -179,7 +180,7 @@ def _below(indices: Iterable[int], limit: int, of: str) -> None:
 
 def _ragged(r: Ragged) -> None:
     s = r.starts
-    if not s or s[0] != 0 or s[-1] != len(r.items) or any(a > b for a, b in zip(s, s[1:], strict=False)):
+    if not s or s[0] != 0 or s[-1] != len(r.items) or any(a > b for a, b in pairwise(s)):
         raise RecordError("the starts of a list of lists do not fit it")
 
 
