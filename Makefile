@@ -27,13 +27,13 @@ FIND_NOTEBOOKS := find notebooks cookbooks -name '*.ipynb' -not -path '*/.ipynb_
 
 # One thread a worker, and nothing fetched: a test that needs the network is a bug.
 test pytest nbval test-fast: export OMP_NUM_THREADS := 1
-test pytest nbval test-fast notebooks: export HF_HUB_OFFLINE := 1
-test pytest nbval test-fast notebooks: export TOKENIZERS_PARALLELISM := false
+test pytest nbval test-fast notebooks gpu-notebooks: export HF_HUB_OFFLINE := 1
+test pytest nbval test-fast notebooks gpu-notebooks: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks clean
+.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks gpu-notebooks clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # --- set up
 
@@ -89,13 +89,16 @@ format: venv ## Format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-notebooks: venv graphviz ## Re-execute every notebook in place, recording its outputs
+notebooks: venv graphviz ## Re-execute every notebook in place, recording its outputs (cells for a GPU keep theirs)
 	@for notebook in $$($(FIND_NOTEBOOKS) || true); do \
 		$(PY) -m jupyter nbconvert --to notebook --execute --inplace \
 			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.record_timing=False \
-			--ExecutePreprocessor.store_widget_state=False "$$notebook"; \
+			--ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.skip_cells_with_tag=gpu "$$notebook"; \
 		$(PY) -m jupyter nbconvert --to notebook --inplace --coalesce-streams "$$notebook"; \
 	done
+
+gpu-notebooks: venv ## Record the notebooks' cells that need a GPU, on a machine that has one
+	$(PY) scripts/gpu_notebooks.py
 
 clean: ## Remove .venv, caches and build products
 	rm -rf $(VENV) .make build dist *.egg-info walk.html

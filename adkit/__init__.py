@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adkit.graph.step import PassInfo, Step
     from adkit.llm import LLM
     from adkit.passes import Context, Pass, PassConfig, Stage, register
+    from adkit.playground import Playground
     from adkit.workbench import Workbench
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "Pass": "adkit.passes",
     "PassConfig": "adkit.passes",
     "PassInfo": "adkit.graph.step",
+    "Playground": "adkit.playground",
     "SamplingParams": "adkit.contract",
     "Stage": "adkit.passes",
     "Step": "adkit.graph.step",
@@ -40,6 +42,7 @@ __all__ = [
     "Pass",
     "PassConfig",
     "PassInfo",
+    "Playground",
     "SamplingParams",
     "Stage",
     "Step",

@@ -109,7 +109,7 @@ def check_step(
     if not len(step.before):
         raise AdkitError(f"step {step.name!r} has no graph before it to compare with")
     _one_of("how", how, ("auto", "whole", "sites"))
-    source = _weight_source(wb, weights)
+    source = weight_source(wb, weights)
     compiled = _compiled_by(wb, step)
     if not step.changed and not step.altered and compiled is None:
         limit = _limit(wb, tolerance, TOLERANCE)
@@ -120,14 +120,14 @@ def check_step(
     if how == "sites":
         return _check_sites(wb, step, _limit(wb, tolerance, SITE_TOLERANCE), seed)
     limit = _limit(wb, tolerance, TOLERANCE)
-    stamps = _stamps_around(wb, step)
-    before = logits(_runnable(wb, step.before, stamps[0], source, seed), step.before, wb, seed)
+    stamps = stamps_around(wb, step)
+    before = logits(runnable(wb, step.before, stamps[0], source, seed), step.before, wb, seed)
     try:
         if compiled is not None:
             after = _compiled_logits(compiled, wb, seed)
             source = "loaded"
         else:
-            after = logits(_runnable(wb, step.after, stamps[1], source, seed), step.after, wb, seed)
+            after = logits(runnable(wb, step.after, stamps[1], source, seed), step.after, wb, seed)
         max_abs, ratio = compare(torch.cat(before), torch.cat(after))
     except GraphFails as error:
         return CheckResult(
@@ -194,13 +194,13 @@ def first_bad_step(
     if not _runs_whole(steps[0].before):
         results = ((s, check_step(wb, s, how="sites", tolerance=tolerance, seed=seed)) for s in steps)
         return next((s for s, r in results if not r.ok and r.sites and not r.rmse_ratio <= r.tolerance), None)
-    source = _weight_source(wb, weights)
+    source = weight_source(wb, weights)
     limit = _limit(wb, tolerance, TOLERANCE)
 
     def run(snapshot: Snapshot, stamps: Stamps) -> Tensor:
-        return torch.cat(logits(_runnable(wb, snapshot, stamps, source, seed), snapshot, wb, seed))
+        return torch.cat(logits(runnable(wb, snapshot, stamps, source, seed), snapshot, wb, seed))
 
-    reference = run(steps[0].before, _stamps_around(wb, steps[0])[0])
+    reference = run(steps[0].before, stamps_around(wb, steps[0])[0])
     if not torch.isfinite(reference).all():
         raise AdkitError(
             f"the logits of {wb.name!r} are not finite as exported, with {source} weights, so no step can "
@@ -210,7 +210,7 @@ def first_bad_step(
 
     def good(s: Step) -> bool:
         try:
-            return compare(reference, run(s.after, _stamps_around(wb, s)[1]))[1] <= limit
+            return compare(reference, run(s.after, stamps_around(wb, s)[1]))[1] <= limit
         except GraphFails:
             return False
 
@@ -260,7 +260,8 @@ def _limit(wb: Workbench, tolerance: float | None, by_dtype: dict[torch.dtype, f
     return by_dtype.get(wb.factory.dtype, by_dtype[torch.bfloat16]) if tolerance is None else tolerance
 
 
-def _weight_source(wb: Workbench, weights: str) -> str:
+def weight_source(wb: Workbench, weights: str) -> str:
+    """Where weights come from, ``auto`` resolved: loaded, checkpoint or random; raises what cannot be."""
     _one_of("weights", weights, ("auto", "loaded", "checkpoint", "random"))
     if weights == "loaded" and not wb.loaded:
         raise AdkitError(
@@ -288,7 +289,7 @@ def _runs_whole(snapshot: Snapshot) -> bool:
     return sum(sizes.values()) <= WHOLE_LIMIT
 
 
-def _stamps_around(wb: Workbench, step: Step) -> tuple[Stamps, Stamps]:
+def stamps_around(wb: Workbench, step: Step) -> tuple[Stamps, Stamps]:
     """What data stood before and after a step; empty for a step that is no longer of the pipeline."""
     states = [*wb._history, wb._state]
     for i, s in enumerate(wb._done()):
@@ -306,7 +307,7 @@ def _compiled_by(wb: Workbench, step: Step) -> CompiledModel | None:
     return None
 
 
-def _runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, seed: int) -> GraphModule:
+def runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, seed: int) -> GraphModule:
     """``snapshot`` as a module with real weights on the Workbench's device; the Workbench's own stay as
     they are."""
     holder = torch.nn.Module()
@@ -373,7 +374,7 @@ def logits(gm: GraphModule, snapshot: Snapshot, wb: Workbench, seed: int = 0) ->
         with torch.inference_mode():
             if not set(inputs) & set(CACHE_INPUTS):
                 return [_whole(gm, inputs, p, n, wb.device) for p, n in zip(prompts, prefill, strict=True)]
-            pool = _scratch_pool(wb, inputs)
+            pool = scratch_pool(wb, inputs)
             return packed_logits(lambda **feed: gm(**feed)[0], inputs, pool, prompts, prefill, wb.device)
     except (AdkitError, torch.OutOfMemoryError):
         raise
@@ -407,7 +408,8 @@ def _whole(gm: GraphModule, inputs: list[str], tokens: Tensor, prompt: int, devi
     return out
 
 
-def _scratch_pool(wb: Workbench, inputs: Sequence[str]) -> CachePool:
+def scratch_pool(wb: Workbench, inputs: Sequence[str]) -> CachePool:
+    """A pool without memory yet for the caches that a graph with these inputs reads."""
     for state in (wb._state, *reversed(wb._history)):
         if state.caches is not None and {s.name for s in state.caches.specs} <= set(inputs):
             return replace(state.caches, tensors={}, num_pages=0)

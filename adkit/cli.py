@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable
@@ -11,10 +10,13 @@ from typing import Annotated
 
 import typer
 
+from adkit.bench.commands import app as bench
 from adkit.contract import AdkitError, Completion, ConfigError
 from adkit.graph.step import Step
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+app.add_typer(bench, name="bench")
 
 Set = Annotated[list[str], typer.Option("--set", help="Override, as transforms.fuse_gemms.enabled=false")]
 Config = Annotated[
@@ -133,29 +135,6 @@ def passes(key: Annotated[str | None, typer.Argument(help="A transform to explai
         default = cls.stage.value if name == "stage" else field.default
         kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
         print(f"  {name:<22} {kind} = {default!r}\n{'':25}{field.description}")
-
-
-@app.command()
-def bench(
-    kind: Annotated[str, typer.Argument(help="latency")],
-    model: Annotated[str, typer.Argument(help="A model, as for run")],
-    batch: Annotated[list[int], typer.Option(help="Batch size; repeatable")] = [1],  # noqa: B006
-    prompt: Annotated[int, typer.Option(help="Tokens in each prompt")] = 128,
-    new: Annotated[int, typer.Option(help="New tokens a request")] = 128,
-    vs: Annotated[str, typer.Option(help="Peers in the same process: hf,hf-static-compile")] = "",
-    overrides: Set = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON")] = None,
-) -> None:
-    """Measure decoding: tokens a second, time to the first token, share of the copy bandwidth."""
-    from adkit.bench.latency import measure
-    from adkit.saving import write_text
-
-    if kind != "latency":
-        raise ConfigError(f"no benchmark {kind!r}; known: latency")
-    peers = [p for p in vs.split(",") if p]
-    result = measure(model, batches=batch, prompt=prompt, new=new, peers=peers, overrides=overrides)
-    if out is not None:
-        write_text(out, json.dumps(result, indent=1) + "\n")
 
 
 @app.command("config")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,8 +26,11 @@ from adkit.passes import Context, Pass, Stage, get_pass
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
+from adkit.progress import Bars
 
 if TYPE_CHECKING:
+    from adkit.playground import Playground
+    from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
 
 
@@ -73,18 +75,17 @@ class Workbench:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        self.progress = progress
+        self.bars = Bars(progress)
         self._context = Context(
             factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights
         )
-        self._context.progress = self._bar
+        self._context.progress = self.bars.show
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
         self._history: list[State] = []  # the state before each step that ran, without its module
         self._steps: list[Step] = []
         self._engine: tuple[CompiledModel, LiveModel] | None = None
         self._served: list[weakref.ref[CachePool]] = []
-        self._bars: dict[str, Any] = {}
         self._bind()
 
     # --- looking
@@ -170,7 +171,7 @@ class Workbench:
         self._context.loaded = frozenset(n for n, stamp in self._state.tensors.items() if stamp.loadable)
         before = self._state
         try:
-            with self._progress():
+            with self.bars:
                 state, step = run_pass(p, before, self._context)
         except BaseException:
             self._mend()
@@ -198,8 +199,8 @@ class Workbench:
             state = State(gm, snapshot, caches)
             past = self._past_loading(i) and self.factory.weights != "none"
             if past:
-                with self._progress():
-                    load_graph_tensors(gm, self.factory, _on_meta(gm), self.device, self._loading)
+                with self.bars:
+                    load_graph_tensors(gm, self.factory, _on_meta(gm), self.device, self.bars.loading)
                 retarget_device(gm, self.device)
             state.tensors = take_stamps(gm, snapshot, {}, self.factory, past)
             for j in range(i + 1):
@@ -278,8 +279,8 @@ class Workbench:
             return
         gm = cast(GraphModule, self._state.module)
         try:
-            with self._progress():
-                load_graph_tensors(gm, self.factory, names, self.device, self._loading)
+            with self.bars:
+                load_graph_tensors(gm, self.factory, names, self.device, self.bars.loading)
         except BaseException:
             first = next(i for i, p in enumerate(self._passes) if p.loads and p.config.enabled)
             self._state = replace(
@@ -418,6 +419,12 @@ class Workbench:
 
         return draw(self.graph, layer=layer, **options)
 
+    def profile(self, step: str | int | Step | None = None, **options: Any) -> Profile:
+        """Time each node of the graph, or of what a step left; options as :func:`adkit.profiling.profile` takes."""
+        from adkit.profiling import profile
+
+        return profile(self, self.steps[step] if isinstance(step, (str, int)) else step, **options)
+
     # --- trusting
 
     def check(self, step: str | int | Step | None = None, **options: Any) -> CheckResult | Checks:
@@ -467,6 +474,12 @@ class Workbench:
             self._served.append(weakref.ref(compiled.caches))
         return self._engine[1]
 
+    def play(self, **options: Any) -> Playground:
+        """A panel to generate with live (see :class:`adkit.playground.Playground`), over :meth:`llm`."""
+        from adkit.playground import Playground
+
+        return Playground(self.llm(), **{"name": f"{self.name} on {self.device}", **options})
+
     def report(self, path: str | Path, completions: Iterable[Any] = ()) -> Path:
         """Write one standalone HTML file that shows every step; returns its path."""
         from adkit.viz.report import write_report
@@ -506,7 +519,7 @@ class Workbench:
                 pending_step(p) for p in self._passes[self.position :]
             ]
         for s in self._steps:
-            s._checker = self.check
+            s._checker, s._profiler = self.check, self.profile
 
     def _heading(self) -> list[str]:
         left = f"; next: {self._passes[self.position].key}" if self.position < len(self._passes) else ""
@@ -534,33 +547,6 @@ class Workbench:
         if html is not None:
             bundle["text/html"] = html
         return bundle
-
-    # --- progress
-
-    @contextmanager
-    def _progress(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for bar in self._bars.values():
-                bar.close()
-            self._bars = {}
-
-    def _loading(self, done: int, total: int) -> None:
-        self._bar(done, total, "loading")
-
-    def _bar(self, done: int, total: int, what: str) -> None:
-        if not self.progress:
-            return
-        from tqdm.auto import tqdm
-
-        if what not in self._bars:
-            big = total > 1 << 20
-            self._bars[what] = tqdm(
-                total=total, desc=what, unit="B" if big else "", unit_scale=big, leave=False, delay=2
-            )
-        bar = self._bars[what]
-        bar.update(done - bar.n)
 
 
 def _reads(state: State) -> list[str]:

@@ -189,6 +189,34 @@ def test_out_of_memory_for_the_weights(exported, monkeypatch):
     assert wb.llm().generate([5], SamplingParams(max_tokens=2), progress=False).token_ids
 
 
+@pytest.mark.parametrize(
+    ("target", "step", "message"),
+    [
+        (
+            "adkit.passes.weight_load.load_weights.load_graph_tensors",
+            "load_weights",
+            "to load the weights: use a smaller dtype.*3 GiB",
+        ),
+        (
+            "adkit.contract.CachePool.allocate",
+            "initialize_cache",
+            "for the cache: lower free_gpu_memory_fraction.*3 GiB",
+        ),
+    ],
+)
+def test_out_of_memory_that_no_estimate_foresaw(exported, monkeypatch, target, step, message):
+    def full(*args):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(target, full)
+    wb = exported()
+    with pytest.raises(MemoryLimitError, match=f"no memory left on cpu {message}"):
+        wb.llm()
+    assert wb.steps[wb.position].name == step
+    monkeypatch.undo()
+    assert wb.llm().generate([5], SamplingParams(max_tokens=2), progress=False).token_ids
+
+
 def test_out_of_memory_for_the_cache(exported, monkeypatch):
     wb = exported().run(until="insert_cached_attention")
     monkeypatch.setattr("adkit.models.memory.free_bytes", lambda device: 10_000)

@@ -34,6 +34,63 @@ def test_float32_greedy_equals_the_cpu(reference, backend):
         assert a.token_ids == b.token_ids
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "torch-cudagraph"])
+def test_overlap_and_graphs_change_nothing(reference, overlap, backend):
+    wb = adkit.Workbench(
+        "demo",
+        device="cuda",
+        dtype="float32",
+        overlap=overlap,
+        max_num_tokens=16,  # prompts in chunks, mixed with decodes
+        progress=False,
+        overrides=[f"transforms.compile_model.backend={backend}"],
+    )
+    got = wb.llm().generate(PROMPTS, adkit.SamplingParams(max_tokens=256, ignore_eos=True))
+    assert [c.token_ids for c in got] == [c.token_ids for c in reference]
+
+
+def test_steps_wait_for_nothing_but_their_tokens():
+    llm = adkit.Workbench("demo", device="cuda", max_num_tokens=24, progress=False).llm()
+    engine = llm.engine
+    kinds = [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}, {"repetition_penalty": 1.2}, {"logprobs": 2}]
+
+    def run():
+        for prompt in PROMPTS:
+            for kind in kinds:
+                engine.add(llm.tokenizer(prompt)["input_ids"], adkit.SamplingParams(max_tokens=40, **kind))
+        while engine.has_work:
+            engine.step()
+
+    run()
+    engine.reset()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.stats.requests == 2 * len(PROMPTS) * len(kinds)
+
+
+def test_not_finite_logits_end_one_request_and_no_other():
+    llm = adkit.Workbench("demo", device="cuda", dtype="float32", progress=False).llm()
+    params = adkit.SamplingParams(max_tokens=60, ignore_eos=True)
+    alone = llm.generate(PROMPTS[1], params)
+    engine = llm.engine
+    engine.reset()
+    bad, good = (engine.add(llm.tokenizer(p)["input_ids"], params) for p in PROMPTS[:2])
+    while bad.num_output < 20:
+        engine.step()
+    for cache in engine.model.caches.tensors.values():
+        cache[bad.pages[0]] = float("nan")
+    while engine.has_work:
+        engine.step()
+    assert (bad.finish_reason, good.finish_reason) == ("error", "length")
+    assert tuple(good.output) == alone.token_ids
+    assert all(cache[1:].isfinite().all() for cache in engine.model.caches.tensors.values())
+    assert engine.pages.held == 0
+
+
 def test_bfloat16_solves_the_tasks_and_every_step_checks():
     wb = adkit.Workbench("demo", device="cuda", progress=False)
     llm = wb.llm()

@@ -1,8 +1,8 @@
 """The data that rooms hand to each other: batches, caches, requests, engine settings, errors."""
 
-from adkit.contract.batch import CACHE_INPUTS, SequenceBatch
+from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
-from adkit.contract.engine import CompiledModel, EngineConfig
+from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -20,6 +20,7 @@ from adkit.contract.sampling import Completion, Completions, Delta, FinishReason
 __all__ = [
     "CACHE_INPUTS",
     "AdkitError",
+    "BatchLayout",
     "CachePool",
     "CacheSpec",
     "CheckpointError",
@@ -27,11 +28,13 @@ __all__ = [
     "Completion",
     "Completions",
     "ConfigError",
+    "DecodeReplay",
     "Delta",
     "EngineConfig",
     "EngineError",
     "ExportError",
     "FinishReason",
+    "HostBatch",
     "MemoryLimitError",
     "MixerDescriptor",
     "ModelError",

@@ -6,8 +6,12 @@ chunk of it, or one decode token. R sequences, T tokens, L rows of logits asked 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +47,96 @@ class SequenceBatch:
     def to(self, device: torch.device | str) -> SequenceBatch:
         """The batch on another device."""
         return SequenceBatch(**{n: getattr(self, n).to(device, non_blocking=True) for n in self.names()})
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where the fields of a packed batch lie in one buffer, so that one copy moves all of them.
+
+    For T ``tokens`` of R ``sequences``, a page table M ``pages`` wide and ``logits`` L rows asked for. ``input_ids``
+    comes first. One more field than :class:`SequenceBatch` has: ``sources`` int64 [T], where each token's id
+    stands among the tokens of the step before followed by ``input_ids``.
+    """
+
+    tokens: int
+    sequences: int
+    pages: int
+    logits: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole buffer."""
+        return _places(self)[1]
+
+    def arrays(self, buffer: Tensor) -> dict[str, np.ndarray]:
+        """Each field as a view of a buffer on the host (uint8)."""
+        raw = buffer.numpy()
+        return {
+            name: raw[at : at + size].view(_NUMPY[dtype]).reshape(shape)
+            for name, at, size, dtype, shape in _places(self)[0]
+        }
+
+    def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Each field as a view of a buffer on any device (uint8)."""
+        return {
+            name: buffer[at : at + size].view(dtype).view(shape)
+            for name, at, size, dtype, shape in _places(self)[0]
+        }
+
+    def _fields(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        t, r = self.tokens, self.sequences
+        yield "input_ids", torch.int64, (1, t)
+        yield "sources", torch.int64, (t,)
+        yield "position_ids", torch.int64, (1, t)
+        yield "rope_lengths", torch.int64, (1, t)
+        yield "slot_mapping", torch.int64, (t,)
+        yield "logits_indices", torch.int64, (self.logits,)
+        yield "cu_seqlens", torch.int32, (r + 1,)
+        yield "cache_lens", torch.int32, (r,)
+        yield "page_table", torch.int32, (r, self.pages)
+
+
+_ALIGNMENT = 16  # bytes; what vector loads in kernels like
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32}
+
+Place = tuple[str, int, int, torch.dtype, tuple[int, ...]]
+
+
+@lru_cache(maxsize=4096)
+def _places(layout: BatchLayout) -> tuple[list[Place], int]:
+    """(name, first byte, bytes, dtype, shape) of each field, and the bytes of all."""
+    places, at = [], 0
+    for name, dtype, shape in layout._fields():
+        size = math.prod(shape) * dtype.itemsize
+        places.append((name, at, size, dtype, shape))
+        at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return places, at
+
+
+@dataclass(slots=True)
+class HostBatch:
+    """A step's inputs as they leave the host: one buffer (uint8; pinned for a GPU), laid out by ``layout``.
+
+    ``continues``: some ids are not known on the host yet, because the step before is still running. Its tokens
+    [L'] are needed to complete the batch on the device.
+    """
+
+    layout: BatchLayout
+    buffer: Tensor
+    continues: bool = False
+
+    def to(self, device: torch.device | str, previous: Tensor | None = None) -> SequenceBatch:
+        """The batch on a device, without waiting for the copy; ids not known here come from ``previous`` [L'].
+
+        A row of ``previous`` that is negative (its logits were not finite) counts as token 0.
+        """
+        given = self.layout.tensors(self.buffer.to(device, non_blocking=True))
+        sources = given.pop("sources")
+        if self.continues:
+            assert previous is not None, "the batch continues a step whose tokens were not given"
+            ids = given["input_ids"]
+            given["input_ids"] = torch.cat([previous.clamp_min(0), ids[0]])[sources][None]
+        return SequenceBatch(**given)
 
 
 #: Inputs that only a packed, cached graph has.

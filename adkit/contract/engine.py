@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from adkit.contract.batch import SequenceBatch
+from adkit.contract.batch import BatchLayout, HostBatch, SequenceBatch
 from adkit.contract.cache import CachePool
 
 
@@ -30,6 +30,11 @@ class EngineConfig(BaseModel):
         "auto", description="Weights' dtype; auto: the checkpoint's on GPU, float32 on CPU"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    overlap: Literal["auto"] | bool = Field(
+        "auto",
+        description="Launch a step before the tokens of the one before have come back, so that the host's work "
+        "hides behind the device's; auto: on CUDA. Outputs do not depend on it",
+    )
 
     def resolved_device(self) -> torch.device:
         """The device meant: CUDA where there is one, else the CPU."""
@@ -38,13 +43,32 @@ class EngineConfig(BaseModel):
         return torch.device(self.device)
 
 
+class DecodeReplay(Protocol):
+    """Runs decode steps (one token a sequence, each sampled from) in some faster way than ``forward`` does."""
+
+    #: Where ``sources`` starts counting ``input_ids``: rows there are for the tokens of the step before.
+    num_previous: int
+
+    def layout(self, sequences: int) -> BatchLayout | None:
+        """How to lay out a decode step of R sequences, padded where R is not a size that it has; None: it cannot."""
+        ...
+
+    def __call__(self, host: HostBatch, previous: Tensor | None) -> Tensor:
+        """Logits [>= R, V] of a batch in such a layout, valid until the next call; waits for nothing.
+
+        ``previous`` [L'] are the tokens of the step before, if the batch continues it.
+        """
+        ...
+
+
 @dataclass
 class CompiledModel:
     """A packed, cached graph ready to run: what the pipeline hands to the runtime.
 
     ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
     does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
-    ``max_positions`` bounds a sequence where positions are looked up in a learned table.
+    ``max_positions`` bounds a sequence where positions are looked up in a learned table. ``decode`` is there
+    where the backend can replay decode steps.
     """
 
     forward: Callable[..., Tensor]
@@ -54,6 +78,7 @@ class CompiledModel:
     device: torch.device
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
+    decode: DecodeReplay | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:

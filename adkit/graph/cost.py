@@ -402,8 +402,8 @@ def total_cost(costs: Iterable[NodeCost]) -> NodeCost:
 
 
 def cost_table(snapshot: Snapshot, device: Device | str, symbols: Mapping[str, int]) -> Any:
-    """The costs as a pandas DataFrame, one row a call node; totals in ``.attrs["total"]`` (a
-    :class:`NodeCost`).
+    """The costs as a pandas DataFrame, one row a call node; in ``.attrs`` the ``total`` (a :class:`NodeCost`) and the
+    ``device`` (a :class:`Device`).
 
     Columns: name, target, layer, module, flops, bytes, seconds, bound; index: node id.
     """
@@ -427,7 +427,7 @@ def cost_table(snapshot: Snapshot, device: Device | str, symbols: Mapping[str, i
     columns = ["id", "name", "target", "layer", "module", "flops", "bytes", "seconds", "bound"]
     table = pd.DataFrame(rows, columns=columns).set_index("id")
     table["layer"] = table["layer"].astype("Int64")
-    table.attrs["total"] = total_cost(costs.values())
+    table.attrs |= {"total": total_cost(costs.values()), "device": device_named(device)}
     return table
 
 

@@ -55,6 +55,7 @@ class Step:
     altered: tuple[str, ...] = ()
     _diff: Diff | None = field(default=None, repr=False)
     _checker: Callable[..., Any] | None = field(default=None, repr=False)
+    _profiler: Callable[..., Any] | None = field(default=None, repr=False)
 
     @property
     def diff(self) -> Diff:
@@ -75,13 +76,19 @@ class Step:
 
     def check(self, **options: Any) -> Any:
         """Compare the graph before and after on the same inputs and weights; see ``Workbench.check``."""
-        if self._checker is None:
+        return self._live(self._checker)(self, **options)
+
+    def profile(self, **options: Any) -> Any:
+        """Time each node of the graph that the step left; see ``Workbench.profile``."""
+        return self._live(self._profiler)(self, **options)
+
+    def _live(self, run: Callable[..., Any] | None) -> Callable[..., Any]:
+        if run is None:
             raise RuntimeError(
                 f"step {self.name!r} is not part of a live Workbench (loaded from a file?), so it cannot "
-                "be run; "
-                "build a Workbench for the model and check the step there"
+                "be run; build a Workbench for the model and look at its step there"
             )
-        return self._checker(self, **options)
+        return run
 
     def explain(self) -> str:
         """What the pass does and why, what it did here, in prose."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,15 @@ def _kv_numbers(config: Any) -> int:
     key_dim = nope + rope if nope is not None and rope is not None else head_dim
     value_dim = getattr(config, "v_head_dim", None) or head_dim
     return int(kv_heads * (key_dim + value_dim))
+
+
+@contextmanager
+def limited(what: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Say what ran out of memory and what helps: MemoryLimitError for a device's own error inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(f"no memory left on {device} {what}: {advice}. {error}") from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 Importing this package defines every op; it needs neither triton nor CUDA.
 """
 
-from adkit.ops import attention, cached_attention, linear, mlp, moe, norm, rope, triton
+from adkit.ops import attention, cached_attention, linear, mlp, moe, norm, rope, rope_cache, triton
 from adkit.ops.backends import pick
 from adkit.ops.mixers import MIXERS
 from adkit.ops.registry import OPS, OpInfo, define, info_of
@@ -22,5 +22,6 @@ __all__ = [
     "norm",
     "pick",
     "rope",
+    "rope_cache",
     "triton",
 ]

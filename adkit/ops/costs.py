@@ -10,6 +10,12 @@ def linear(call: Call) -> tuple[float, float]:
     return matmul(call, call["input"])
 
 
+def fused_linear(call: Call) -> tuple[float, float]:
+    """2 M N K; the norm, the gate and the sum around the product are lost beside it."""
+    x, weight = call["input"], call["weight"]
+    return 2.0 * x.numel * weight.shape[0], call.traffic
+
+
 def per_element(operations: float) -> CostFn:
     """So many operations for each element of the outputs' largest."""
 
@@ -22,6 +28,18 @@ def per_element(operations: float) -> CostFn:
 def rope(call: Call) -> tuple[float, float]:
     """Two products and a sum for each rotated element."""
     return 3.0 * sum(t.numel for t in call.outputs), call.traffic
+
+
+def rope_kv_cache(call: Call) -> tuple[float, float]:
+    """As ``rope``, four operations more for each element that is normalised; of the caches, only what is
+    written moves.
+    """
+    q, k, v = call["query"], call["key"], call["value"]
+    caches = {"k_cache": k, "v_cache": v}
+    flops = 3.0 * (q.numel + k.numel)
+    flops += sum(4.0 * t.numel for t, eps in ((q, "q_eps"), (k, "k_eps")) if call.get(eps) is not None)
+    written = sum(t.numel * call[name].dtype.itemsize for name, t in caches.items())
+    return flops, call.traffic - sum(call[name].bytes for name in caches) + written
 
 
 def attention(call: Call) -> tuple[float, float]:
@@ -40,7 +58,8 @@ def cached_attention(call: Call) -> tuple[float, float]:
     all.
 
     Reads the history that the window or chunk reaches once a sequence, and writes this step's keys and
-    values. Without ``context`` nothing was cached before.
+    values unless (``slot_mapping`` None) they stand in the cache already. Without ``context`` nothing was
+    cached before.
     """
     q, v = call["query"], call["value"]
     tokens, heads = q.shape[1], q.shape[2]
@@ -57,7 +76,8 @@ def cached_attention(call: Call) -> tuple[float, float]:
     small = [t for t in call.inputs if t is not k_cache and t is not v_cache]
     moved = sum(t.bytes for t in small) + sum(t.numel * t.dtype.itemsize for t in call.outputs)
     flops = 2.0 * heads * pairs * (q.shape[-1] + v.shape[-1])
-    return flops, float(moved + per_token * (tokens + sequences * reach))
+    written = 0 if call.get("slot_mapping") is None else tokens
+    return flops, float(moved + per_token * (written + sequences * reach))
 
 
 def moe(call: Call) -> tuple[float, float]:

@@ -1,6 +1,8 @@
-"""Canonical mixture of experts."""
+"""Canonical mixture of experts: routing, and the experts themselves."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +78,65 @@ def torch_moe(
             y = y + down_bias[e]
         out.index_add_(0, token, (y * topk_weights[token, slot, None]).to(out.dtype))
     return out
+
+
+def _topk_shapes(logits: Tensor, k: int, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
+    shape = (*logits.shape[:-1], k)
+    return logits.new_empty(shape, dtype=dtype or _wide(logits)), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+@define(
+    'torch_moe_topk(Tensor logits, int k, Tensor? bias=None, *, str score="softmax", int groups=1, '
+    "int top_groups=1, bool normalize=False, float eps=0.0, float floor=0.0, float scale=1.0, "
+    "ScalarType? dtype=None) -> (Tensor, Tensor)",
+    category="moe",
+    token_local=True,
+    fake=_topk_shapes,
+)
+def torch_moe_topk(
+    logits: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    score: str = "softmax",
+    groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = False,
+    eps: float = 0.0,
+    floor: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids of the k experts with the highest scores, in float32 at least.
+
+    logits [..., E] -> weights [..., k] in ``dtype`` (None: float32), ids int64 [..., k]; highest first.
+    ``score``: ``softmax`` or ``sigmoid`` of the logits; ``topk_softmax`` is the softmax over the k chosen logits.
+    ``bias`` [E] counts for the choice alone. With ``groups`` only experts of the ``top_groups`` best groups can
+    be chosen, a group being as good as its two best experts (DeepSeek-V3, arXiv 2412.19437). ``normalize``
+    divides by max(sum + ``eps``, ``floor``); then weights are multiplied by ``scale``.
+    """
+    wide = logits.to(_wide(logits))
+    scores = {"softmax": lambda: wide.softmax(-1), "sigmoid": wide.sigmoid, "topk_softmax": lambda: wide}[
+        score
+    ]()
+    choice = scores if bias is None else scores + bias
+    if top_groups < groups:
+        grouped = choice.unflatten(-1, (groups, -1))
+        strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        kept = torch.zeros_like(strength, dtype=torch.bool)
+        kept = kept.scatter(-1, strength.topk(top_groups, -1).indices, True)
+        choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+    ids = choice.topk(k, -1).indices
+    weights = scores.gather(-1, ids)
+    if score == "topk_softmax":
+        weights = weights.softmax(-1)
+    if normalize:
+        total = weights.sum(-1, keepdim=True) + eps
+        weights = weights / (total.clamp(min=floor) if floor else total)
+    if scale != 1.0:
+        weights = weights * scale
+    return weights.to(dtype or weights.dtype), ids

@@ -7,64 +7,82 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from adkit.contract import SequenceBatch
+from adkit.contract import BatchLayout, HostBatch
 from adkit.runtime.sequence import Sequence
 
-_ALIGNMENT = 16  # bytes; what vector loads in kernels like
+#: The page table's width is a multiple of this, so that its stride seldom makes a kernel compile anew.
+_WIDTH = 16
 
 
-def build_batch(sequences: Seq[Sequence], page_size: int, device: torch.device) -> SequenceBatch:
-    """Pack the scheduled tokens of R sequences into one row of T, with one copy to the device.
+def build_batch(
+    sequences: Seq[Sequence],
+    page_size: int,
+    *,
+    num_previous: int = 0,
+    padded: BatchLayout | None = None,
+    pinned: bool = False,
+) -> HostBatch:
+    """Pack the scheduled tokens of R sequences into one row of T, in one buffer.
 
     Logits are asked for only of the last token of each sequence that samples in this step; when none does, of
-    one token all the same, because a graph need not be able to run with no rows.
+    one token all the same, because a graph need not be able to run with no rows. A sequence whose last token
+    is still being sampled takes it from its row of the step before, which sampled ``num_previous`` tokens.
+    ``padded`` is the layout of a larger decode step to fill (every sequence brings one token and samples):
+    rows beyond R are sequences of one token in page 0. ``pinned`` memory comes from torch's cache of it,
+    which does not hand a buffer out again before the copies from it are done.
     """
+    r = len(sequences)
     starts = np.array([s.num_cached for s in sequences], dtype=np.int64)
-    counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
     prompt_lens = np.array([s.prompt_len for s in sequences], dtype=np.int64)
-    samples = np.array([s.samples for s in sequences])
-    samples[-1] |= not samples.any()
-    cu_seqlens = np.concatenate(([0], np.cumsum(counts)))
+    if padded is None:
+        counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
+        samples = np.array([s.samples for s in sequences])
+        samples[-1] |= not samples.any()
+        ends = np.cumsum(counts)
+        width = -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
+        layout = BatchLayout(int(ends[-1]), r, width, int(samples.sum()))
+        row_of_token = np.repeat(np.arange(r), counts)
+        positions = np.arange(layout.tokens) + (starts - ends + counts)[row_of_token]
+        prompt_lens = prompt_lens[row_of_token]
+        wanted = ends[samples] - 1
+    else:
+        layout, positions = padded, starts
+        wanted = np.arange(layout.logits)
+        row_of_token, ends = wanted[:r], wanted + 1
 
-    page_table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), dtype=np.int32)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+    fields = layout.arrays(buffer)
+    fields["cu_seqlens"][1:] = ends
+    fields["cache_lens"][:r] = starts
+    fields["logits_indices"][:] = wanted
+    _fill_ids(fields["input_ids"][0], fields["sources"], sequences, ends, num_previous)
+    t = len(positions)
+    fields["position_ids"][0, :t] = positions
+    # A prompt token sees the whole prompt's length, a generated one its own; never less than position + 1.
+    fields["rope_lengths"][0, t:] = 1
+    np.maximum(positions + 1, prompt_lens, out=fields["rope_lengths"][0, :t])
+    table = fields["page_table"]
     for row, seq in enumerate(sequences):
-        page_table[row, : len(seq.pages)] = seq.pages
-
-    input_ids = np.concatenate([s.tokens[s.num_cached : s.num_cached + s.num_scheduled] for s in sequences])
-    row_of_token = np.repeat(np.arange(len(sequences)), counts)
-    positions = np.arange(len(input_ids)) + (starts - cu_seqlens[:-1])[row_of_token]
-    pages = page_table[row_of_token, positions // page_size].astype(np.int64)
-    return _to_device(
-        {
-            "input_ids": input_ids[None],
-            "position_ids": positions[None],
-            # A prompt token sees the whole prompt's length, a generated one its own; never less than position
-            # + 1.
-            "rope_lengths": np.maximum(positions + 1, prompt_lens[row_of_token])[None],
-            "cu_seqlens": cu_seqlens.astype(np.int32),
-            "cache_lens": starts.astype(np.int32),
-            "page_table": page_table,
-            "slot_mapping": pages * page_size + positions % page_size,
-            "logits_indices": cu_seqlens[1:][samples] - 1,
-        },
-        device,
-    )
+        table[row, : len(seq.pages)] = seq.pages
+    pages = table[row_of_token, positions // page_size].astype(np.int64)
+    fields["slot_mapping"][:t] = pages * page_size + positions % page_size
+    return HostBatch(layout, buffer, continues=any(s.num_pending for s in sequences))
 
 
-def _to_device(fields: dict[str, np.ndarray], device: torch.device) -> SequenceBatch:
-    """Lay the fields out in one buffer: one transfer instead of eight, asynchronous on a GPU."""
-    offsets = np.cumsum([0] + [-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in fields.values()]).tolist()
-    buffer = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    raw = buffer.numpy()
-    for at, array in zip(offsets, fields.values(), strict=False):
-        raw[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    buffer = buffer.to(device, non_blocking=True)
-    return SequenceBatch(
-        **{
-            name: buffer[at : at + array.nbytes].view(_TORCH_DTYPE[array.dtype]).view(array.shape)
-            for at, (name, array) in zip(offsets, fields.items(), strict=False)
-        }
-    )
+def _fill_ids(
+    ids: np.ndarray, sources: np.ndarray, sequences: Seq[Sequence], ends: np.ndarray, num_previous: int
+) -> None:
+    """Write the ids that the host knows, and for each token where its id is to be found.
 
-
-_TORCH_DTYPE = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
+    A sequence with a pending token brings that one and no other: all before it are cached.
+    """
+    sources[:] = np.arange(num_previous, num_previous + len(sources))
+    last = (ends - 1).tolist()
+    for seq, at in zip(sequences, last, strict=False):  # rows that pad the batch come after
+        if seq.num_pending:
+            sources[at] = seq.row
+        elif seq.num_scheduled == 1:
+            ids[at] = seq.tokens[seq.num_cached]
+        else:
+            first = at + 1 - seq.num_scheduled
+            ids[first : at + 1] = seq.tokens[seq.num_cached : seq.num_cached + seq.num_scheduled]

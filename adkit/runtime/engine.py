@@ -1,4 +1,8 @@
-"""The loop: schedule, run the graph, sample, advance."""
+"""The loop: schedule a step, launch it, collect the one before.
+
+With overlap (``EngineConfig.overlap``) a step's tokens are collected after the next step was launched, so that the
+device never waits for the host; without, at once. Everything else is the same.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import threading
 import time
 from array import array
 from collections.abc import Iterable
-from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +23,10 @@ from adkit.contract import (
     MemoryLimitError,
     RequestError,
     SamplingParams,
-    TokenLogprob,
 )
-from adkit.runtime.batch import build_batch
 from adkit.runtime.detokenizer import Detokenizer, TokenDecoder
+from adkit.runtime.launch import InFlight, launch
 from adkit.runtime.pages import PageAllocator
-from adkit.runtime.sampler import sample
 from adkit.runtime.scheduler import Scheduler
 from adkit.runtime.sequence import Sequence
 from adkit.runtime.stats import EngineStats
@@ -53,12 +54,15 @@ class Engine:
         eos = getattr(tokenizer, "eos_token_id", None)
         #: Tokens that end a request unless it ignores them: the model's and the tokenizer's.
         self.eos_token_ids = frozenset(model.eos_token_ids) | ({eos} if eos is not None else set())
+        #: Whether a step is launched before the one before it is collected.
+        self.overlaps = model.device.type == "cuda" if config.overlap == "auto" else config.overlap
         self._counts = EngineStats()
         self._next_id = 0
         self._lock = threading.RLock()
         self._start_empty()
 
     def _start_empty(self) -> None:
+        self._in_flight: InFlight | None = None
         self.pages = PageAllocator(self.model.caches.num_pages, self.model.caches.page_size)
         self.scheduler = Scheduler(
             self.config, self.pages, lengths_matter="rope_lengths" in self.model.inputs
@@ -143,20 +147,13 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one step; returns what each request gained (``index`` is the handle's ``id``).
 
-        Exceptions of the model do not leave this method: they end the step's requests, see
-        ``Sequence.error``.
+        Where steps overlap that is what they gained in the step before, nothing at first. Exceptions of the model do
+        not leave this method: they end the step's requests, see ``Sequence.error``.
         """
         with self._lock:
             start = time.perf_counter()
             try:
-                batch = self.scheduler.schedule()
-                if not batch:
-                    return []
-                try:
-                    results = self._run(batch)
-                except Exception as error:
-                    return self._fail(batch, _explain(error, batch))
-                return self._advance(batch, results)
+                return self._step()
             except BaseException:
                 # An interrupt can strike anywhere, so nothing half-done is trusted.
                 self.reset()
@@ -164,41 +161,70 @@ class Engine:
             finally:
                 self._counts.seconds += time.perf_counter() - start
 
-    @torch.no_grad()
-    def _run(self, batch: Seq[Sequence]) -> list[tuple[int, TokenLogprob | None]]:
-        """Run the graph on the scheduled tokens; a token for each sequence that samples."""
+    def _step(self) -> list[Delta]:
+        deltas = []
+        batch = self.scheduler.schedule()
+        if batch is None:
+            deltas += self._collect()
+            batch = self.scheduler.schedule()
+        launched = failure = None
+        if batch:
+            try:
+                launched = self._launch(batch)
+            except Exception as error:
+                failure = _explain(error, sum(s.num_scheduled for s in batch), len(batch))
+        deltas += self._collect()
+        self._in_flight = launched
+        if failure is not None:
+            deltas += self._fail([s for s in batch or [] if not s.finished], failure)
+        if not self.overlaps:
+            deltas += self._collect()
+        return deltas
+
+    def _launch(self, batch: list[Sequence]) -> InFlight:
+        """Start a step, behind the one in flight."""
         self._counts.steps += 1
         self._counts.step_sequences += len(batch)
-        self._counts.computed_tokens += sum(s.num_scheduled for s in batch)
-        logits = self.model(build_batch(batch, self.pages.page_size, self.model.device))
-        sampling = [s for s in batch if s.samples]
-        if not sampling:
-            return []
-        return sample(logits, sampling).to_host([s.params for s in sampling])
+        self._counts.computed_tokens += sum([s.num_scheduled for s in batch])
+        return launch(self.model, batch, self.pages.page_size, self._in_flight)
 
-    def _advance(self, batch: Seq[Sequence], results: list[tuple[int, TokenLogprob | None]]) -> list[Delta]:
-        """Write a step's results into its sequences, and let the finished ones go."""
+    def _collect(self) -> list[Delta]:
+        """Write the results of the step in flight, if any, into its sequences, and let the finished ones go."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return []
+        unfinished = [s for s in step.sequences if s.finish_reason is None]
+        if not unfinished:  # all have ended without it, so nobody waits for it either
+            return []
+        try:
+            results = step.wait()
+        except Exception as error:
+            return self._fail(unfinished, _explain(error, step.num_tokens, len(step.sequences)))
         deltas = []
-        remaining = iter(results)
-        for seq in batch:
-            if not seq.samples:
-                self.scheduler.advance(seq)
+        answers = zip(step.sampling, results, strict=True)
+        owner, answer = next(answers, (None, None))
+        for seq, computed in zip(step.sequences, step.computed, strict=True):
+            found = None
+            if seq is owner:
+                found = answer
+                owner, answer = next(answers, (None, None))
+                seq.num_pending -= 1
+            if seq.finish_reason is not None:  # its token was computed in vain
                 continue
-            token, logprob = next(remaining)
-            if token < 0:
-                error = EngineError(
+            if found is not None and found[0] < 0:
+                bad = EngineError(
                     "The model's logits were not finite (NaN or infinite) "
                     f"after {len(seq.tokens)} tokens of this request"
                 )
-                deltas += self._fail([seq], error)
+                deltas += self._fail([seq], bad)
                 continue
-            self.scheduler.advance(seq)
-            seen = len(seq.text), seq.num_output
-            seq.append(token, logprob)
+            self.scheduler.publish(seq, computed)
+            if found is None:
+                continue
+            deltas.append(seq.append(*found))
             self._counts.output_tokens += 1
-            if seq.finished:
+            if seq.finish_reason is not None:
                 self.scheduler.remove(seq)
-            deltas.append(seq.delta(seq.id, *seen))
         return deltas
 
     def _fail(self, batch: Iterable[Sequence], error: Exception) -> list[Delta]:
@@ -238,9 +264,9 @@ class Engine:
         return f"Engine({running} running, {waiting} waiting, {pages}; {self.stats!r})"
 
 
-def _explain(error: Exception, batch: Seq[Sequence]) -> Exception:
+def _explain(error: Exception, tokens: int, sequences: int) -> Exception:
     """The error of a failed step, saying how large the step was and what can be done."""
-    size = f"a step of {sum(s.num_scheduled for s in batch)} tokens in {len(batch)} sequences"
+    size = f"a step of {tokens} tokens in {sequences} sequences"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         explained: Exception = MemoryLimitError(
             f"Out of memory in {size}. Lower max_num_tokens or max_batch_size, or leave the cache less "

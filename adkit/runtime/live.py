@@ -35,7 +35,7 @@ _A_MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class LiveModel:
-    """A compiled model that generates: ``generate``, ``stream``, ``chat``.
+    """A compiled model that generates: ``generate``, ``stream``, ``chat``; ``submit`` for those who run it themselves.
 
     A prompt is a string or a list of token ids (the only kind for a model without a tokenizer; its answers
     have token ids and no text). One prompt gives one ``Completion``, a list of prompts a list of them in the
@@ -115,6 +115,16 @@ class LiveModel:
         """
         texts, _ = self._one_or_many(prompts)
         return self._stream(self._requests([self._encode(t, i) for i, t in enumerate(texts)], params))
+
+    def submit(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Sequence:
+        """Queue one prompt, or one conversation, and return its handle without running anything.
+
+        The handle fills as ``engine.step()`` is called, by whichever thread; ``engine.cancel(handle)`` ends it.
+        Raises RequestError for a request that cannot be served as given.
+        """
+        talk = isinstance(prompt, (list, tuple)) and any(isinstance(m, Mapping) for m in prompt)
+        tokens = self._apply_chat_template(prompt, 0) if talk else self._encode(prompt, 0)
+        return self.engine.add(tokens, params)
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         with self._in_flight(requests) as handles:

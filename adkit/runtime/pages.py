@@ -9,9 +9,22 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from enum import IntEnum
 from hashlib import blake2b
 
+import numpy as np
+
 Digest = bytes
+
+
+class PageState(IntEnum):
+    """Where a page is, as ``PageAllocator.states`` tells it."""
+
+    PADDING = 0  #: page 0, never handed out
+    FREE = 1
+    IDLE = 2  #: held by nobody, its content still findable
+    HELD = 3
+    SHARED = 4  #: held by several sequences that begin alike
 
 
 def page_digest(parent: Digest, content: bytes) -> Digest:
@@ -53,6 +66,20 @@ class PageAllocator:
     def holders(self, page: int) -> int:
         """How many sequences hold a page."""
         return self._holders[page]
+
+    def states(self) -> np.ndarray:
+        """The ``PageState`` of every page, uint8 [P].
+
+        Only looks, at whole copies, so another thread may ask while the engine runs: what it gets may then be
+        a step behind, page by page, which a picture can bear.
+        """
+        holders = np.array(self._holders.copy())
+        states = np.minimum(holders + PageState.IDLE, PageState.SHARED).astype(np.uint8)
+        states[holders == 0] = PageState.FREE
+        named = np.array(list(self._digest), dtype=np.int64)
+        states[named[holders[named] == 0]] = PageState.IDLE
+        states[0] = PageState.PADDING
+        return states
 
     def find(self, digests: Iterable[Digest]) -> list[int]:
         """Pages of the longest run of digests, from the first, whose content is still in the cache."""

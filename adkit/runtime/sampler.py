@@ -1,5 +1,8 @@
 """Logits to tokens, for all sequences of a step at once, without waiting for the device.
 
+Where Triton kernels run they choose the tokens (:mod:`adkit.ops.triton.sampling`); what is here is their
+reference, and does it elsewhere.
+
 Each row depends on nothing but its own logits, parameters and random numbers, so a request gets the same
 tokens whatever shares its batch. Filters apply in transformers' order: repetition penalty, temperature,
 top-k, top-p, min-p.
@@ -10,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adkit.contract import SamplingParams, TokenLogprob
+from adkit.ops.triton.ops import attempt, kernels_can_run
 from adkit.runtime.sequence import Sequence
 
 
@@ -33,6 +37,21 @@ class Sampled:
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
 
+    def fetch(self) -> Sampled:
+        """The same on the host, without waiting: to be read once the device's work so far is done.
+
+        The pinned memory comes from torch's cache of it.
+        """
+        if self.token_ids.device.type != "cuda":
+            return self
+
+        def copy(t: Tensor | None) -> Tensor | None:
+            return None if t is None else torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, True)
+
+        tokens = copy(self.token_ids)
+        assert tokens is not None
+        return Sampled(tokens, copy(self.logprobs), copy(self.top_ids), copy(self.top_logprobs))
+
     def to_host(self, params: Seq[SamplingParams]) -> list[tuple[int, TokenLogprob | None]]:
         """Wait for the device; each row's token, and the log-probabilities its request asked for."""
         tokens = self.token_ids.tolist()
@@ -46,33 +65,60 @@ class Sampled:
         return rows
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+def sample(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Sampled:
     """Choose the next token of L sequences from logits [L, V].
 
+    ``previous`` [L'] are the tokens of the step before, where it is still running: a sequence with a pending
+    token has it in its ``row``.
     Log-probabilities are the model's own: those of the logits before any penalty, temperature or filter.
     """
     params = [s.params for s in sequences]
-    logits = logits.float()
-    scores = _penalise_repetition(logits, sequences)
-    best = scores.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
-    tokens = best.indices
-
-    rows = [i for i, p in enumerate(params) if not p.greedy]
-    if rows:
-        index = _tensor(rows, logits)
-        drawn = _draw(
-            filter_scores(scores[index], [params[i] for i in rows]),
-            _tensor([sequences[i].uniform() for i in rows], logits, torch.float64),
-        )
-        tokens = tokens.index_copy(0, index, drawn)
-
-    sampled = Sampled(torch.where(best.values.isfinite(), tokens, -1))
+    scores = _penalise_repetition(logits, sequences, previous)
+    sampled = Sampled(_choose(scores, sequences))
     wanted = [p.logprobs for p in params if p.logprobs is not None]
     if wanted:
-        logprobs = logits.log_softmax(dim=-1)
-        sampled.logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
+        logprobs = logits.float().log_softmax(dim=-1)
+        chosen = sampled.token_ids.clamp(min=0)  # a row that is not finite has no token
+        sampled.logprobs = logprobs.gather(1, chosen[:, None])[:, 0]
         sampled.top_logprobs, sampled.top_ids = logprobs.topk(min(max(wanted), logits.shape[-1]))
     return sampled
+
+
+def _choose(scores: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """The next tokens [L] by kernels where they run, else by torch; -1 where scores [L, V] are not finite."""
+    params = [s.params for s in sequences]
+    uniform = [0.0 if s.params.greedy else s.uniform() for s in sequences]
+    if kernels_can_run(scores.is_cuda):
+        tokens = _launch(scores, params, uniform)
+        if tokens is not NotImplemented:
+            return cast(Tensor, tokens)
+    scores = scores.float()
+    best = scores.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
+    tokens = best.indices
+    rows = [i for i, p in enumerate(params) if not p.greedy]
+    if rows:
+        index = _tensor(rows, scores)
+        drawn = _draw(
+            filter_scores(scores[index], [params[i] for i in rows]),
+            _tensor([uniform[i] for i in rows], scores, torch.float64),
+        )
+        tokens = tokens.index_copy(0, index, drawn)
+    return torch.where(best.values.isfinite(), tokens, -1)
+
+
+def _launch(scores: Tensor, params: Seq[SamplingParams], uniform: list[float]) -> Any:
+    """Tokens [L] from the kernels; NotImplemented where they do not compile."""
+    if all(p.greedy for p in params):
+        return attempt("greedy", "sampling", (scores,), {})
+    settings = [
+        [p.temperature for p in params],
+        [p.top_k or math.inf for p in params],
+        [p.top_p if p.top_p < 1 else math.inf for p in params],
+        [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params],
+        uniform,
+    ]
+    filters = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
+    return attempt("draw", "sampling", (scores, _tensor(settings, scores, torch.float64), *filters), {})
 
 
 def filter_scores(scores: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -117,16 +163,22 @@ def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
-def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Tensor:
     """Lower the scores of tokens that stand in a sequence's prompt or output, where it asks for that."""
     rows = [i for i, s in enumerate(sequences) if s.params.repetition_penalty != 1]
     if not rows:
         return logits
+    logits = logits.float()
     tokens = [np.asarray(sequences[i].tokens) for i in rows]
     seen = torch.zeros_like(logits, dtype=torch.bool)
     seen[
         _tensor(np.repeat(rows, [len(t) for t in tokens]), logits), _tensor(np.concatenate(tokens), logits)
     ] = True
+    pending = [i for i in rows if sequences[i].num_pending]
+    if pending:
+        assert previous is not None, "a token is pending, and the step before was not given"
+        last = previous[_tensor([sequences[i].row for i in pending], logits)].clamp_min(0)
+        seen[_tensor(pending, logits), last] = True
     penalty = _tensor([s.params.repetition_penalty for s in sequences], logits)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -17,9 +17,11 @@ from adkit.runtime.pages import Digest, page_digest
 class Sequence:
     """A request being served: its tokens, the cache pages it holds, and how it samples.
 
-    ``tokens`` is prompt and output together; the keys and values of the first ``num_cached`` are in
-    ``pages``, and the current step computes the next ``num_scheduled``. ``max_len`` bounds ``tokens``. Tokens
-    and pages are stdlib arrays because numpy copies slices of those without a Python loop.
+    ``tokens`` is prompt and output together, as far as the host knows them; ``num_pending`` more are being sampled
+    by steps in flight, the last of them in ``row`` of the latest. The keys and values of the first ``num_cached``
+    are in ``pages`` (or will be before anything launched later runs), and the step being scheduled computes the next
+    ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds ``tokens``.
+    Tokens and pages are stdlib arrays because numpy copies slices of those without a Python loop.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class Sequence:
         self.digests: list[Digest] = []
         self.num_cached = 0
         self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_published = 0
+        self.row = 0
         self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.detokenizer = detokenizer
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -70,13 +75,13 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the cache yet."""
-        return len(self.tokens) - self.num_cached
+        """Tokens, pending ones included, whose keys and values are not in the cache yet."""
+        return len(self.tokens) + self.num_pending - self.num_cached
 
     @property
     def samples(self) -> bool:
         """True when the scheduled tokens reach the end, so that this step's logits give the next token."""
-        return self.num_scheduled == self.num_uncomputed
+        return self.num_scheduled == len(self.tokens) + self.num_pending - self.num_cached
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own stream, whatever device or batch it runs in."""
@@ -96,8 +101,9 @@ class Sequence:
                 self.digests.append(page_digest(self.digests[-1] if n else parent, content))
             yield self.digests[n]
 
-    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+    def append(self, token: int, logprob: TokenLogprob | None) -> Delta:
         """Take a sampled token; finish when it ends the request (an ending token gives no text)."""
+        seen = len(self.detokenizer.text) if self.detokenizer else 0
         self.tokens.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
@@ -105,6 +111,9 @@ class Sequence:
             self.finish("stop")
         elif len(self.tokens) >= self.max_len:
             self.finish("length")
+        text = self.detokenizer.text[seen:] if self.detokenizer else ""
+        logprobs = None if self.logprobs is None or logprob is None else (logprob,)
+        return Delta(self.id, text, (token,), self.finish_reason, logprobs)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request and release the text held back."""

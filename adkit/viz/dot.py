@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -111,18 +111,20 @@ def draw(
     shapes: bool = True,
     title: str = "",
     history: History | None = None,
+    times: Mapping[int, float] | None = None,
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
     ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested
     deeper (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over
     a node shows its module and source line (all the lines it stands for, given the ``history`` of the steps).
+    ``times`` (seconds by node id) are written into the boxes and colour them instead: the hotter the longer.
     Raises PictureTooLarge beyond 400 boxes, saying how to see less.
     """
     return Drawing(
         picture_of(
             snapshot, layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
-            parameters=parameters, shapes=shapes, title=title, history=history,
+            parameters=parameters, shapes=shapes, title=title, history=history, times=times,
         )
     )  # fmt: skip
 
@@ -201,10 +203,13 @@ def _cluster(
 
 def _box(b: Box) -> str:
     fill, border = _MARKS[b.mark] if b.mark else COLOURS[b.category]
+    if b.heat is not None and not b.mark:
+        fill, border = heat_colour(b.heat), "#b08968"
     title = escape(b.title)
     strong = b.mark != "context" and (b.category in _STRONG or "_" in b.title)
     rows = [f"<b>{title}</b>" if strong else title]
-    rows += [f'<font point-size="8" color="#5b6270">{escape(d)}</font>' for d in b.detail]
+    ink = "#5b6270" if b.heat is None else "#1f2430"
+    rows += [f'<font point-size="8" color="{ink}">{escape(d)}</font>' for d in b.detail]
     attributes = [f"label=<{'<br/>'.join(rows)}>", f'fillcolor="{fill}"', f'color="{border}"']
     if b.mark == "context":
         attributes += ["fontsize=9", 'fontcolor="#6b7280"', "height=0.2"]
@@ -217,6 +222,15 @@ def _box(b: Box) -> str:
     return f"{_quote(b.key)} [{', '.join(attributes)}];"
 
 
+def heat_colour(share: float) -> str:
+    """From near white (0) to orange (1): lighter is always less, whatever hues a reader tells apart."""
+    stops = ((255, 251, 245), (253, 208, 162), (253, 174, 97), (247, 126, 50))
+    at = max(0.0, min(1.0, share)) * (len(stops) - 1)
+    k = min(int(at), len(stops) - 2)
+    mixed = (round(a + (b - a) * (at - k)) for a, b in zip(stops[k], stops[k + 1], strict=True))
+    return "#" + "".join(f"{c:02x}" for c in mixed)
+
+
 def _caption(picture: Picture) -> str:
     rows = []
     if picture.title:
@@ -224,7 +238,18 @@ def _caption(picture: Picture) -> str:
             '<tr><td colspan="24" align="left">'
             f'<font point-size="10">{escape(picture.title)}</font></td></tr>'
         )
-    if picture.legend:
+    if picture.legend and any(b.heat is not None for b in picture.boxes):
+        steps = "".join(
+            f'<td bgcolor="{heat_colour(k / 4)}" border="1" color="#b08968" width="14" height="9" '
+            'fixedsize="true"></td>'
+            for k in range(5)
+        )
+        rows.append(
+            '<tr><td colspan="24" align="left"><table border="0" cellborder="0" cellspacing="2"><tr>'
+            f'<td><font point-size="9">no time</font></td>{steps}'
+            '<td><font point-size="9">the slowest box</font></td></tr></table></td></tr>'
+        )
+    elif picture.legend:
         cells = "".join(
             f'<td bgcolor="{COLOURS[c][0]}" border="1" color="{COLOURS[c][1]}" '
             'width="9" height="9" fixedsize="true"></td>'

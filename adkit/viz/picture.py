@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from adkit.graph.history import History
 from adkit.graph.provenance import Source, layer_of, without_layer
 from adkit.graph.snapshot import NodeRecord, Snapshot
 from adkit.graph.step import Step
+from adkit.graph.times import duration
 from adkit.viz.category import category_of, category_of_module
 
 MOST_NODES = 400  # dot takes 0.3 s for 448 nodes, 12.8 s for 1,792
@@ -35,8 +36,9 @@ class PictureTooLarge(ValueError):
 class Box:
     """One node of a picture.
 
-    ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context; ``node``
-    is the id of the node it shows, -1 where it sums up several.
+    ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context; ``heat`` is
+    its share of the hottest box's time, where times were given; ``node`` is the id of the node it shows, -1
+    where it sums up several.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Box:
     cluster: tuple[str, ...] = ()
     mark: str = ""
     highlight: bool = False
+    heat: float | None = None
     node: int = -1
 
 
@@ -130,15 +133,31 @@ def picture_of(
     shapes: bool = True,
     title: str = "",
     history: History | None = None,
+    times: Mapping[int, float] | None = None,
 ) -> Picture:
     """The picture of a snapshot or of one layer of it.
 
     ``depth``: modules nested deeper than this (below the layer) become one box; 0 leaves the layers' own
-    children. Raises PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
+    children. ``times`` (seconds by node id) give each box its time, summed over all that it stands for, and the
+    share of the whole. Raises PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
     """
-    return _Maker(snapshot, set(highlight), depth, parameters, shapes, history).make(
-        layer, fold_layers, title
-    )
+    maker = _Maker(snapshot, set(highlight), depth, parameters, shapes, history)
+    picture = maker.make(layer, fold_layers, title)
+    if times is not None:
+        _heat(picture, maker.stands_for, times)
+    return picture
+
+
+def _heat(picture: Picture, stands_for: Mapping[str, Iterable[int]], times: Mapping[int, float]) -> None:
+    """Write into each box how long all that it stands for took."""
+    whole = sum(times.values()) or 1.0
+    each = {b.key: sum(times.get(i, 0.0) for i in stands_for.get(b.key, ())) for b in picture.boxes}
+    hottest = max(each.values(), default=0.0) or 1.0
+    for b in picture.boxes:
+        seconds = each[b.key]
+        b.heat = seconds / hottest
+        if seconds >= whole / 2000:
+            b.detail = (f"{duration(seconds)}  {seconds / whole:.1%}", *b.detail)
 
 
 class _Maker:
@@ -161,6 +180,7 @@ class _Maker:
         self.picture = Picture()
         self.key: dict[int, str] = {}
         self.groups: dict[str, list[int]] = {}
+        self.stands_for: dict[str, list[int]] = {}  # nodes of each box, those of folded layers included
 
     def make(self, layer: int | None, fold_layers: bool, title: str) -> Picture:
         self.picture.title = title
@@ -223,12 +243,15 @@ class _Maker:
             if inner:
                 key = f"m{'_'.join(base)}.{inner}"
                 self.key[i] = key
+                self.stands_for.setdefault(key, []).extend(same.get(i, (i,)))
                 groups.setdefault(key, []).append(i)
                 if len(groups[key]) == 1:
                     self.picture.boxes.append(Box(key, inner.rsplit(".", 1)[-1], "view", cluster=base))
                 continue
             key = f"n{i}"
             self.key[i] = key
+            if not (context and i in context):
+                self.stands_for[key] = list(same[i])
             cluster = (*base, *self.clusters(n, base)) if not (context and i in context) else ()
             title = n.target_name if n.op == "placeholder" else op_text(n)
             folded = same[i]

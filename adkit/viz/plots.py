@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from adkit.graph.cost import Device, device_named
 from adkit.graph.step import Step
 
 INK = "#808792"
@@ -23,7 +24,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
-_TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
+TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
 
 
 class Plot(Figure):
@@ -32,7 +33,7 @@ class Plot(Figure):
     def svg(self) -> str:
         """The figure as an SVG element."""
         buffer = io.StringIO()
-        with rc_context(_TEXT):
+        with rc_context(TEXT):
             self.savefig(
                 buffer,
                 format="svg",
@@ -50,7 +51,7 @@ class Plot(Figure):
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Plot, Axes]:
-    with rc_context(_TEXT):
+    with rc_context(TEXT):
         figure = Plot(figsize=(width, height))
         axes: Axes = figure.add_subplot()
     figure.patch.set_alpha(0)
@@ -132,15 +133,29 @@ def memory(steps: Iterable[Step]) -> Plot:
     return figure
 
 
-def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "device") -> Plot:
-    """Where the operations lie under a device's roof.
+def roofline(
+    costs: Any,
+    device: Device | str | None = None,
+    *,
+    dtype: str = "bfloat16",
+    peak_flops: float | None = None,
+    bandwidth: float | None = None,
+) -> Plot:
+    """Where the operations lie under a device's roof, and how far below it where they were measured.
 
     ``costs`` is a DataFrame, one row an operation, with columns ``flops`` and ``bytes`` and, where present,
-    ``category`` (or ``op``) to colour by. ``peak_flops`` in FLOP/s, ``bandwidth`` in bytes/s. The roof is
-    min(peak, intensity x bandwidth) (Williams et al., CACM 2009). A dot's area is its share of the time.
+    ``category`` (or ``op``, ``target``) to colour by and ``measured_us``; ``Snapshot.cost`` and ``Profile.table`` make
+    them. ``device`` is a :class:`Device`, the name of a known one, or left out where the table knows it; its peak is
+    that of ``dtype``. ``peak_flops`` (FLOP/s) and ``bandwidth`` (bytes/s) go before the device's, which is then a
+    name alone. The roof is min(peak, intensity x bandwidth) (Williams et al., CACM 2009). A dot's area is its
+    share of the time. Raises ValueError for a device that is not known.
     """
-    figure, axes = _figure(7.2, 4.2, f"Roofline on {device}")
+    peak_flops, bandwidth, name = _roof(costs, device, dtype, peak_flops, bandwidth)
+    figure, axes = _figure(7.2, 4.2, f"Roofline on {name}")
     rows = costs[(costs["flops"] > 0) & (costs["bytes"] > 0)]
+    measured = "measured_us" in rows
+    if measured:
+        rows = rows[rows["measured_us"] > 0]
     by = next((c for c in ("category", "op", "target") if c in rows), None)
     ridge = peak_flops / bandwidth
     intensity = rows["flops"] / rows["bytes"]
@@ -148,7 +163,10 @@ def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "
     high = max([ridge * 20, *intensity]) * 2
     axes.plot([low, ridge, high], [low * bandwidth, peak_flops, peak_flops], color=INK, linewidth=1.6)
     axes.axvline(ridge, color=GRID, linestyle=":", linewidth=1)
-    seconds = (rows["flops"] / peak_flops).combine(rows["bytes"] / bandwidth, max)
+    if measured:
+        seconds = rows["measured_us"] * 1e-6
+    else:
+        seconds = (rows["flops"] / peak_flops).combine(rows["bytes"] / bandwidth, max)
     whole = float(seconds.sum()) or 1.0
     groups = list(rows.groupby(by, sort=False)) if by else [("operations", rows)]
     groups.sort(key=lambda g: -float(seconds[g[1].index].sum()))
@@ -165,7 +183,7 @@ def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "
     axes.minorticks_off()
     axes.set_xlim(low, high)
     axes.set_xlabel("arithmetic intensity (FLOP/byte)", color=INK, fontsize=9)
-    axes.set_ylabel("attainable FLOP/s", color=INK, fontsize=9)
+    axes.set_ylabel("measured FLOP/s" if measured else "attainable FLOP/s", color=INK, fontsize=9)
     axes.grid(True, which="major", color=GRID, linewidth=0.5)
     axes.text(
         high, peak_flops * 1.12, f"{_si(peak_flops)}FLOP/s", ha="right", va="bottom", fontsize=8.5, color=INK
@@ -188,6 +206,20 @@ def roofline(costs: Any, *, peak_flops: float, bandwidth: float, device: str = "
         if handle is not None:
             handle.set(sizes=[36])
     return figure
+
+
+def _roof(
+    costs: Any, device: Device | str | None, dtype: str, peak_flops: float | None, bandwidth: float | None
+) -> tuple[float, float, str]:
+    """(peak FLOP/s, bandwidth bytes/s, name)."""
+    if peak_flops is not None and bandwidth is not None:
+        return peak_flops, bandwidth, str(getattr(device, "name", device or "device"))
+    device = costs.attrs.get("device") if device is None else device
+    if device is None:
+        raise ValueError("roofline() needs a device: a name such as 'H100 SXM', or a Device")
+    known = device_named(device)
+    peak = known.flops.get(dtype, known.flops["float32"])
+    return peak_flops or peak, bandwidth or known.bandwidth, f"{known.name}, {dtype}"
 
 
 def _legend(axes: Axes, colours: dict[str, str]) -> None:

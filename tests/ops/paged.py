@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.ops.cached_attention import write_slots
+
 
 @dataclass
 class Case:
@@ -24,6 +26,8 @@ class Case:
     sinks: bool = False
     alibi: bool = False
     padding: int = 0
+    table_width: int = 0  # pages that a row of the page table has room for, at least
+    written: bool = False  # an op before this one has written the step's keys and values
     seed: int = 0
     device: str = field(default_factory=lambda: str(torch.get_default_device()))
 
@@ -77,7 +81,7 @@ def serve(case: Case, op: Any, poison: float = 1e4) -> Served:
     num_pages = 1 + sum(need) + 2
     g = torch.Generator("cpu").manual_seed(case.seed + 1)
     free = (torch.randperm(num_pages - 1, generator=g, device="cpu") + 1).tolist()
-    table = torch.zeros(len(need), max(need) + 1, dtype=torch.int32)
+    table = torch.zeros(len(need), max(max(need) + 1, case.table_width), dtype=torch.int32)
     for r, n in enumerate(need):
         table[r, :n] = torch.tensor([free.pop() for _ in range(n)])
     k_cache = torch.full(
@@ -103,6 +107,9 @@ def serve(case: Case, op: Any, poison: float = 1e4) -> Served:
             pad = [x.new_ones(1, case.padding, *x.shape[2:]) for x in packed]
             packed = [torch.cat((x, p), 1) for x, p in zip(packed, pad, strict=True)]
             slots = torch.cat((slots, torch.zeros(case.padding, dtype=slots.dtype)))
+        if case.written:
+            for cache, new in zip((k_cache, v_cache), packed[1:], strict=True):
+                write_slots(cache, slots.to(case.device), new[0])
         ends = torch.tensor([0] + [b - a for _, a, b in spans]).cumsum(0).int()
         out = op(
             *packed,
@@ -112,7 +119,7 @@ def serve(case: Case, op: Any, poison: float = 1e4) -> Served:
             ends.to(case.device),
             torch.tensor([a for _, a, _ in spans], dtype=torch.int32, device=case.device),
             table[live].to(case.device),
-            slots.to(case.device),
+            None if case.written else slots.to(case.device),
             k_cache,
             v_cache,
             **case.options,

@@ -40,6 +40,10 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "attention_repeat_kv": [(heads[1], 2, 2)],
         "linear_simple": [(r(2, 5, 8), r(6, 8), r(6)), (r(5, 2, 8).transpose(0, 1), r(6, 8))],
+        "fused_linear": [
+            (r(2, 5, 8), r(6, 8), r(6), r(8), r(2, 5, 6), 1e-6, 1.0, True),
+            (r(5, 2, 8).transpose(0, 1), r(12, 8), {"eps": 1e-6, "act": "silu", "residual": r(2, 5, 6)}),
+        ],
         "swiglu": [(r(2, 5, 8), r(2, 5, 8)), (r(8, 5).t(), r(8, 5).t(), "gelu_tanh")],
         "swiglu_packed": [(r(2, 5, 8), "gelu"), (r(8, 5).t(), "silu")],
         "moe": [
@@ -53,6 +57,11 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
                 {"transposed": True, "interleaved": True, "alpha": 1.7},
             ),
             (*experts, r(4, 6, 8), r(4, 8, 6), {"gated": False, "act": "relu2"}),
+        ],
+        "moe_topk": [
+            (r(2, 5, 8), 3, {"normalize": True, "dtype": dtype}),
+            (r(5, 2, 8).transpose(0, 1), 2, rand(8), {"score": "sigmoid", "groups": 4, "top_groups": 2}),
+            (r(5, 8), 8, {"score": "topk_softmax", "scale": 2.0}),
         ],
         "rmsnorm": [
             (r(2, 5, 8), r(8), 1e-6),
@@ -77,7 +86,9 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-CANONICAL = sorted(n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and "paged_cache" not in n)
+CANONICAL = sorted(
+    n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and not n.endswith("_cache")
+)
 
 
 def calls(name: str, dtype: torch.dtype) -> Any:
@@ -242,8 +253,8 @@ def test_pick_by_backend_and_device() -> None:
     assert pick("rmsnorm", "triton") is torch.ops.adkit.triton_rmsnorm.default
     assert pick("rmsnorm", "auto", "cpu") is torch.ops.adkit.torch_rmsnorm.default
     assert pick("rmsnorm", "auto", "cuda:0") is torch.ops.adkit.triton_rmsnorm.default
-    assert pick("moe", "auto", "cuda") is torch.ops.adkit.torch_moe.default
+    assert pick("moe", "auto", "cuda") is torch.ops.adkit.triton_moe.default
     with pytest.raises(ValueError, match="no op is called 'rmsnrm'; did you mean 'rmsnorm'"):
         pick("rmsnrm")
-    with pytest.raises(ValueError, match="op 'moe' has no backend 'triton'"):
-        pick("moe", "triton")
+    with pytest.raises(ValueError, match="op 'l2norm' has no backend 'triton'"):
+        pick("l2norm", "triton")

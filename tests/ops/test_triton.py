@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -72,6 +73,34 @@ def test_without_a_gpu_an_op_runs_its_reference_and_says_so_once(monkeypatch: py
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pick("rmsnorm", "triton")(x, weight, 1e-6)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_compile_runs_as_its_reference_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton.errors import TritonError
+
+    calls = []
+
+    def rmsnorm(*args: object) -> None:
+        calls.append(args)
+        raise TritonError("out of resource: shared memory")
+
+    monkeypatch.setitem(sys.modules, "adkit.ops.triton.norm", types.SimpleNamespace(rmsnorm=rmsnorm))
+    monkeypatch.setattr(ops, "kernels_can_run", lambda on_cuda: True)
+    monkeypatch.setattr(ops, "_refused", {})
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    expected = pick("rmsnorm", "torch")(x, weight, 1e-6)
+    with pytest.warns(RuntimeWarning, match=r"triton_rmsnorm did not compile for .*\[3, 8\].*shared memory"):
+        assert torch.equal(pick("rmsnorm", "triton")(x, weight, 1e-6), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(pick("rmsnorm", "triton")(x, weight, 1e-6), expected)
+        assert len(calls) == 1, "the same kind is not compiled again"
+        pick("rmsnorm", "triton")(torch.randn(2, 16), torch.randn(16), 1e-6)
+    assert len(calls) == 2, "another width may compile"
+    assert ops.fallen_back() == {"triton_rmsnorm"}
 
 
 def test_every_triton_op_has_its_twins_schema() -> None:

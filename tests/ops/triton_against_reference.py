@@ -76,6 +76,64 @@ def test_swiglu_packed(dtype: torch.dtype, act: str) -> None:
     assert_same(pick("swiglu_packed", "triton")(x, act), pick("swiglu_packed", "torch")(x, act), dtype)
 
 
+def linear_case(rows: int, outs: int, width: int, dtype: torch.dtype, around: str) -> tuple[Any, ...]:
+    """Arguments of ``fused_linear``: what ``around`` names stands around the product."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    act = "silu" if "silu" in around else "gelu_tanh" if "gelu" in around else None
+    weight = (random(outs * (2 if act else 1), width).float() * width**-0.5).to(dtype)
+    return (
+        random(1, rows, width),
+        weight,
+        random(weight.shape[0]) if "bias" in around else None,
+        random(width) if "norm" in around and "free" not in around else None,
+        random(1, rows, outs) if "sum" in around else None,
+        1e-5 if "norm" in around else None,
+        1.0 if "offset" in around else 0.0,
+        "float" in around,
+        act,
+    )
+
+
+def assert_linear(got: torch.Tensor, args: tuple[Any, ...], dtype: torch.dtype) -> None:
+    exact = pick("fused_linear", "torch")(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    assert_same(got, exact.to(dtype), dtype)
+
+
+AROUND = ["", "bias", "norm silu", "norm-free sum", "norm-float-offset bias gelu", "norm bias silu sum"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("around", AROUND)
+def test_fused_linear(dtype: torch.dtype, rows: int, around: str) -> None:
+    args = linear_case(rows, 70, 136, dtype, around)
+    assert_linear(pick("fused_linear", "triton")(*args), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize("around", ["sum", "norm silu"])
+def test_every_way_to_compute_a_linear(dtype: torch.dtype, rows: int, around: str) -> None:
+    """Whole blocks and rests, columns split over programs: all that tuning may choose, twice in a row."""
+    from adkit.ops.triton import linear
+
+    args = linear_case(rows, 40, 300, dtype, around)
+    for way in linear.candidates(rows, 40, 300, "norm" in around, dtype):
+        for _ in range(2):  # the count of finished programs starts from zero again
+            layer = linear._Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
+            assert_linear(layer.run(way, args[1])[None], args, dtype)
+
+
+def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:
+    args = list(linear_case(4, 16, 64, torch.float16, "norm"))
+    args[0], args[3] = args[0] * 1000, args[3] * 30
+    assert_linear(pick("fused_linear", "triton")(*args), tuple(args), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["rope_with_explicit_cos_sin", "rope_with_qk_interleaving"])
 @pytest.mark.parametrize(("head_dim", "rotary"), [(32, 32), (80, 80), (40, 12)])
@@ -115,6 +173,65 @@ def test_attention_over_many_blocks_of_queries_and_keys() -> None:
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 150}, {"chunk": 128}, {"softcap": 3.0, "scale": -0.4}])
+def test_decode_cuts_long_histories_and_leaves_short_ones_whole(options: dict[str, Any]) -> None:
+    chunks = [[n, 1, 1] for n in (400, 1, 64, 63, 130, 257)]
+    assert_attention(
+        Case(
+            chunks, page_size=16, table_width=80, options=options, sinks=True, alibi=True, dtype=torch.float16
+        )
+    )
+
+
+def test_prompts_histories_and_decodes_in_one_batch() -> None:
+    chunks = [[150, 1, 1], [1, 140, 1], [1, 1, 3], [30, 100, 60], [2, 1, 129], [70, 2, 1]]
+    assert_attention(Case(chunks, heads=6, page_size=16, table_width=30, padding=3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_keys_that_an_earlier_op_has_written(window: int | None) -> None:
+    assert_attention(Case([[9, 1, 1], [1, 20], [3, 30, 1]], written=True, options={"window": window}))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1, 1, 0], [2, 0], [5, 0, 1], [0, 0, 7]])
+def test_sequences_without_tokens(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    ends = torch.tensor([0, *counts]).cumsum(0).int()
+    args = [
+        torch.randn(1, sum(counts) + (3 in counts), 4, 16),
+        *torch.randn(2, 1, sum(counts) + (3 in counts), 2, 16),
+        None,
+        None,
+        None,
+        ends,
+        torch.arange(len(counts), dtype=torch.int32) * 5,
+        torch.arange(len(counts) * 8, dtype=torch.int32).view(-1, 8),
+        None,
+        *torch.randn(2, len(counts) * 8, 4, 2, 16),
+    ]
+    for r, count in enumerate(counts):
+        for i in range(count):
+            for cache, new in zip(args[-2:], args[1:3], strict=True):
+                cache[r * 8 + (5 * r + i) // 4, (5 * r + i) % 4] = new[0, int(ends[r]) + i]
+    want = pick("attention_with_paged_cache", "torch")(*args)
+    assert_same(pick("attention_with_paged_cache", "triton")(*args), want, torch.float32)
+
+
+def test_a_neighbours_nan_stays_its_own() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 40, 4, 16), torch.randn(1, 40, 2, 16), torch.randn(1, 40, 2, 16)
+    v[:, 35:] = float("nan")
+    caches = torch.stack((torch.zeros(4, 16, 2, 16), torch.full((4, 16, 2, 16), float("nan"))))
+    slots = torch.cat((torch.arange(16, 51), torch.arange(5)))
+    ends, cached = torch.tensor([0, 35, 40]).int(), torch.zeros(2, dtype=torch.int32)
+    table = torch.tensor([[1, 2, 3], [0, 0, 0]]).int()
+    out = pick("attention_with_paged_cache", "triton")(
+        q, k, v, None, None, None, ends, cached, table, slots, *caches
+    )
+    assert out[:, :35].isfinite().all()
+    assert out[:, 35:].isnan().all()
+
+
 @st.composite
 def cases(draw: Any) -> Case:
     kv_heads = draw(st.sampled_from([1, 2]))
@@ -132,6 +249,7 @@ def cases(draw: Any) -> Case:
         sinks=draw(st.booleans()),
         alibi=draw(st.booleans()),
         padding=draw(st.sampled_from([0, 2])),
+        written=draw(st.booleans()),
         seed=draw(st.integers(0, 100)),
     )
 

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adkit.ops.triton import attention, mlp, norm, rope
+from adkit.ops.triton import attention, flash_decoding, flash_prefill, linear, mlp, norm, rope
+from adkit.ops.triton.attention_step import widths
 
 LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: Any = None
+) -> Any:
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, full: bool) -> None:
-    pointers = dict.fromkeys(
-        ("q_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "sinks_ptr", "slopes_ptr"), f"*{dtype}"
-    )
-    tables = dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr"), "*i32")
-    counts = dict.fromkeys(("sequences", "pages_stride", "q_token", "q_head", "out_token", "out_head"), "i32")
+def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> None:
+    """Both attention kernels with the settings that they start from."""
     constants = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": head_dim,
@@ -42,20 +42,59 @@ def attend(head_dim: int, dtype: str, itemsize: int, decode: bool, arch: int, fu
         "HAS_ALIBI": full,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "WIDE_DOT": False,
-        "BLOCK_R": 4,
-        **attention.blocks(head_dim, head_dim, 4, itemsize, decode),
+        **widths(head_dim, head_dim),
     }
-    types = {**pointers, **tables, **counts, "scale": "fp32", "softcap": "fp32"}
-    shared = compiled(attention._attend, types, constants, arch).metadata.shared
-    assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
+    for kernel, settings, own in (
+        (
+            flash_decoding.decode,
+            flash_decoding.settings_for(itemsize, **widths(head_dim, head_dim)),
+            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8},
+        ),
+        (
+            flash_prefill.prefill,
+            flash_prefill.settings_for(itemsize, **widths(head_dim, head_dim)),
+            {"FROM": 2, "DESCRIPTORS": False, "BLOCK_R": 256},
+        ),
+    ):
+        options = {n: settings[n] for n in ("num_warps", "num_stages")}
+        blocks = {n: v for n, v in settings.items() if n.isupper()}
+        names = [n for n in kernel.arg_names if not n.isupper()]
+        types = {n: f"*{dtype}" if n.endswith(("_ptr", "_tiles")) else "i32" for n in names}
+        types |= dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr", "counter_ptr"), "*i32")
+        types |= dict.fromkeys(("partial_ptr", "softmax_ptr"), "*fp32")
+        types |= {"scale": "fp32", "softcap": "fp32"}
+        types = {n: t for n, t in types.items() if n in names}
+        made = compiled(kernel, types, {**constants, **blocks, **own}, arch, options)
+        shared = made.metadata.shared
+        assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
+
+
+def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
+    kernel = linear._row if way["path"] == "row" else linear._tiles
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
+    types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
+    types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
+    flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
+             "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
+    if way["path"] == "row":
+        flags["BLOCK_K"] = way["num_warps"] * 512 // itemsize
+    else:
+        flags |= {"BLOCK_M": rows, "BLOCK_K": way["BLOCK_K"], "SPLIT": way["SPLIT"] > 1, "WIDE_DOT": False,
+                  "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip
+    types = {n: t for n, t in types.items() if n in kernel.arg_names}
+    options = {n: way[n] for n in ("num_warps", "num_stages") if n in way}
+    made = compiled(kernel, types, flags, arch, options)
+    assert made.metadata.shared <= LIMIT[arch], f"{way} {rows} {dtype} sm_{arch}"
+    waits = "griddepcontrol.wait" in made.asm["ptx"]
+    assert waits == (arch >= 90)
 
 
 def main() -> None:
-    attend(64, "bf16", 2, False, 80, full=True)
-    attend(80, "bf16", 2, True, 80, full=False)
-    attend(256, "bf16", 2, False, 80, full=False)
-    attend(256, "fp32", 4, False, 80, full=False)
-    attend(128, "fp16", 2, True, 90, full=True)
+    attend(64, "bf16", 2, 80, full=True)
+    attend(80, "bf16", 2, 80, full=False)
+    attend(256, "bf16", 2, 80, full=False)
+    attend(256, "fp32", 4, 80, full=False)
+    attend(128, "fp16", 2, 90, full=True)
     write = dict.fromkeys(("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
     counts = dict.fromkeys(("k_width", "v_width", "key_token", "value_token"), "i32")
     compiled(attention._write_kv, {**write, **counts, "slot_ptr": "*i64"}, {"BLOCK": 1024}, 90)
@@ -70,6 +109,11 @@ def main() -> None:
         names = [n for n in rope._rotate.arg_names if not n.isupper()]
         types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in names}
         compiled(rope._rotate, types, {"INTERLEAVED": interleaved, "HEADS": 32, "PAIRS": 64, "REST": 16}, 90)
+    row, first, *_ = (linear.candidates(n, 4096, 4096, True, torch.bfloat16)[0] for n in (1, 64))
+    multiply(row, 1, "bf16", 2, "silu", 90)
+    multiply(row, 1, "fp32", 4, "", 80)
+    multiply(first, 64, "bf16", 2, "silu", 90)
+    multiply(linear.candidates(16, 1024, 2048, False, torch.float32)[0], 16, "fp32", 4, "", 80)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adkit.contract import CachePool, CacheSpec, CompiledModel, EngineConfig
+from adkit.contract import CachePool, CacheSpec, CompiledModel, Delta, EngineConfig
+from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
 from adkit.runtime import Engine
 
 VOCAB = 31
@@ -43,17 +44,32 @@ class HashModel:
         self.pool = CachePool((spec,), page_size)
         self.pool.allocate(num_pages, "cpu")
         self.pool.tensors["record_cache"] -= 1
+        self.steps = 0
         self.shapes: list[tuple[int, int, int]] = []
         self.fault: Callable[[HashModel], None] = lambda model: None
         self.poison: int | None = None  # a token that, anywhere in a history, makes its logits NaN
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         assert set(inputs) == set(INPUTS)
+        assert bool(((inputs["input_ids"] >= 0) & (inputs["input_ids"] < VOCAB)).all()), "no such token"
         cache = inputs["record_cache"].view(-1, 3)
         slots = inputs["slot_mapping"]
+        held = inputs["page_table"][:, 0] > 0  # the other rows only pad the batch
+        if not held.all():
+            assert len(held) == len(slots), "only decode steps are padded"
+            assert not slots[~held].any(), "padding went to somebody's page"
+            rows = int(held.sum())
+            assert held[:rows].all(), "padding comes last"
+            inputs |= {n: inputs[n][:, :rows] for n in ("input_ids", "position_ids", "rope_lengths")}
+            inputs |= {
+                n: inputs[n][:rows] for n in ("cache_lens", "page_table", "slot_mapping", "logits_indices")
+            }
+            inputs["cu_seqlens"] = inputs["cu_seqlens"][: rows + 1]
+            slots = inputs["slot_mapping"]
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         assert bool((slots >= self.page_size).all()), "a token went to the padding page"
         self.fault(self)
+        self.steps += 1
         cache[slots] = torch.stack(
             [inputs["input_ids"][0], inputs["position_ids"][0], inputs["rope_lengths"][0]], dim=-1
         )
@@ -76,29 +92,49 @@ class HashModel:
 class Lab:
     """What the runtime's tests share."""
 
+    OVERLAP = REPLAY = False
     VOCAB = VOCAB
     EOS = EOS
     HashModel = HashModel
     history_of = staticmethod(history_of)
     logits_of = staticmethod(logits_of)
 
-    @staticmethod
+    @classmethod
+    def config(cls, **config: int) -> EngineConfig:
+        return EngineConfig(**{"max_seq_len": 64, "device": "cpu", "overlap": cls.OVERLAP, **config})
+
+    @classmethod
     def engine(
-        num_pages: int = 64, page_size: int = 4, tokenizer: object = None, **config: int
+        cls, num_pages: int = 64, page_size: int = 4, tokenizer: object = None, **config: int
     ) -> tuple[Engine, HashModel]:
         model = HashModel(num_pages, page_size)
-        settings = EngineConfig(**{"max_seq_len": 64, "page_size": page_size, "device": "cpu", **config})
-        return Engine(model.compiled(), settings, tokenizer), model
+        settings = cls.config(page_size=page_size, **config)
+        compiled = model.compiled()
+        if cls.REPLAY:
+            compiled.decode = DecodeGraphs(
+                compiled.forward,
+                INPUTS,
+                model.pool,
+                ladder(settings.max_batch_size),
+                -(-settings.max_seq_len // page_size),
+                settings.max_batch_size,
+                compiled.device,
+            )
+        return Engine(compiled, settings, tokenizer), model
 
     @staticmethod
     def greedy_alone(
-        prompt: list[int], max_tokens: int, max_len: int = 10**9, ignore_eos: bool = False
+        prompt: list[int],
+        max_tokens: int,
+        max_len: int = 10**9,
+        ignore_eos: bool = False,
+        stop: tuple[int, ...] = (),
     ) -> list[int]:
         """The right greedy answer, by the plainest loop there is."""
         tokens = list(prompt)
         while len(tokens) < min(len(prompt) + max_tokens, max_len):
             tokens.append(int(logits_of(history_of(tokens, len(prompt))).argmax()))
-            if tokens[-1] == EOS and not ignore_eos:
+            if tokens[-1] in stop or (tokens[-1] == EOS and not ignore_eos):
                 break
         return tokens[len(prompt) :]
 
@@ -109,10 +145,28 @@ class Lab:
             engine.pages.check(s.pages for s in engine.scheduler)
         assert engine.pages.held == 0, "pages leaked"
 
+    @staticmethod
+    def answered(engine: Engine) -> list[Delta]:
+        """Step until a request gains something."""
+        while not (deltas := engine.step()):
+            assert engine.has_work, "nobody gained anything"
+        return deltas
+
 
 @pytest.fixture(scope="session")
-def lab() -> type[Lab]:
-    return Lab
+def modes() -> dict[str, type[Lab]]:
+    """A step collected at once; after the next was launched; and with decode steps run from the buffers that CUDA
+    graphs replay (without the graphs)."""
+    return {
+        "in_turn": Lab,
+        "overlapped": type("Overlapped", (Lab,), {"OVERLAP": True}),
+        "replayed": type("Replayed", (Lab,), {"OVERLAP": True, "REPLAY": True}),
+    }
+
+
+@pytest.fixture(scope="session", params=["in_turn", "overlapped", "replayed"])
+def lab(modes: dict[str, type[Lab]], request: pytest.FixtureRequest) -> type[Lab]:
+    return modes[request.param]
 
 
 TEXT = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adkit.contract import SamplingParams
+from adkit.contract import BatchLayout, SamplingParams
 from adkit.runtime.batch import build_batch
 from adkit.runtime.sequence import Sequence
 
@@ -27,15 +27,14 @@ def test_decode_chunk_and_recompute_in_one_batch():
             sequence([30, 31, 32], 2, [9, 8], cached=0, scheduled=3),  # all anew after a preemption
         ],
         page_size=2,
-        device=torch.device("cpu"),
-    )
+    ).to("cpu")
     expected = {
         "input_ids": [[14, 21, 22, 23, 30, 31, 32]],
         "position_ids": [[4, 1, 2, 3, 0, 1, 2]],
         "rope_lengths": [[5, 6, 6, 6, 2, 2, 3]],
         "cu_seqlens": [0, 1, 4, 7],
         "cache_lens": [4, 1, 0],
-        "page_table": [[7, 2, 5], [3, 1, 4], [9, 8, 0]],
+        "page_table": [[*pages, *[0] * 13] for pages in ([7, 2, 5], [3, 1, 4], [9, 8, 0])],
         "slot_mapping": [10, 7, 2, 3, 18, 19, 16],
         "logits_indices": [0, 6],
     }
@@ -47,5 +46,36 @@ def test_decode_chunk_and_recompute_in_one_batch():
 
 
 def test_a_batch_in_which_nobody_samples_still_asks_for_one_row():
-    batch = build_batch([sequence([1, 2, 3], 3, [1, 2], 0, 2)], 2, torch.device("cpu"))
+    batch = build_batch([sequence([1, 2, 3], 3, [1, 2], 0, 2)], 2).to("cpu")
     assert batch.logits_indices.tolist() == [1]
+
+
+def test_a_pending_token_is_taken_from_its_row_of_the_step_before():
+    known = sequence([10, 11], 2, [3], cached=1, scheduled=1)
+    pending = sequence([20, 21], 2, [4, 5], cached=2, scheduled=1)
+    pending.num_pending, pending.row = 1, 2
+    host = build_batch([pending, known], 2, num_previous=3)
+    assert host.continues
+    batch = host.to("cpu", previous=torch.tensor([7, 8, 9]))
+    assert batch.input_ids.tolist() == [[9, 11]]
+    assert (batch.position_ids.tolist(), batch.slot_mapping.tolist()) == ([[2, 1]], [10, 7])
+    not_finite = host.to("cpu", previous=torch.tensor([7, 8, -1]))
+    assert not_finite.input_ids.tolist() == [[0, 11]]
+
+
+def test_a_decode_step_is_padded_with_sequences_of_page_0():
+    rows = [sequence([10, 11, 12], 1, [3, 6], cached=2, scheduled=1), sequence([20], 1, [4], 0, 1)]
+    host = build_batch(rows, 2, num_previous=8, padded=BatchLayout(4, 4, 3, 4))
+    fields = host.layout.arrays(host.buffer)
+    expected = {
+        "input_ids": [[12, 20, 0, 0]],
+        "sources": [8, 9, 10, 11],
+        "position_ids": [[2, 0, 0, 0]],
+        "rope_lengths": [[3, 1, 1, 1]],
+        "slot_mapping": [12, 8, 0, 0],
+        "logits_indices": [0, 1, 2, 3],
+        "cu_seqlens": [0, 1, 2, 3, 4],
+        "cache_lens": [2, 0, 0, 0],
+        "page_table": [[3, 6, 0], [4, 0, 0], [0, 0, 0], [0, 0, 0]],
+    }
+    assert {name: array.tolist() for name, array in fields.items()} == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,3 +95,16 @@ def test_unfinished_character_comes_out_at_the_end(tokenizers):
     tokenizer = tokenizers["byte_level"]
     ids = tokenizer("a🙂")["input_ids"][:-1]
     assert "".join(stream(Detokenizer(TokenDecoder(tokenizer)), ids)) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_with_decoding_of_its_own_is_asked_for_it(tokenizers):
+    tokenizer = copy.copy(tokenizers["byte_level"])
+
+    class Loud(type(tokenizer)):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    ids = tokenizer("the fox")["input_ids"]
+    assert "".join(stream(Detokenizer(TokenDecoder(tokenizer)), ids)) == "the fox"
+    tokenizer.__class__ = Loud
+    assert "".join(stream(Detokenizer(TokenDecoder(tokenizer)), ids)) == "THE FOX"

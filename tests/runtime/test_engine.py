@@ -17,6 +17,7 @@ requests = st.lists(
         st.integers(1, 12),  # max_tokens
         st.integers(0, 8),  # arrives at this step
         st.none() | st.integers(0, 12),  # is cancelled at this step
+        st.lists(st.integers(0, 30), max_size=3).map(tuple),  # stop tokens
     ),
     min_size=1,
     max_size=8,
@@ -39,12 +40,11 @@ def test_every_output_equals_running_alone(
     )
     handles, step, refused = {}, 0, 0
     while engine.has_work or len(handles) + refused < len(requests):
-        for i, (prompt, max_tokens, arrival, _) in enumerate(requests):
+        for i, (prompt, max_tokens, arrival, _, stop) in enumerate(requests):
             if arrival == step:
                 try:
-                    handles[i] = engine.add(
-                        prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=i % 2 == 0)
-                    )
+                    params = SamplingParams(max_tokens=max_tokens, ignore_eos=i % 2 == 0, stop_token_ids=stop)
+                    handles[i] = engine.add(prompt, params)
                 except RequestError:
                     assert len(prompt) > engine.capacity
                     refused += 1
@@ -59,16 +59,21 @@ def test_every_output_equals_running_alone(
         step += 1
         assert step < 3000, "no progress"
     assert engine.pages.held == 0
+    assert (
+        engine._in_flight is None or not lab.OVERLAP or all(s.finished for s in engine._in_flight.sequences)
+    )
     assert all(tokens <= max_num_tokens and rows <= max_batch_size for rows, tokens, _ in model.shapes)
 
     for i, handle in handles.items():
-        prompt, max_tokens, _, _ = requests[i]
-        expected = lab.greedy_alone(prompt, max_tokens, min(32, engine.capacity + 1), ignore_eos=i % 2 == 0)
+        prompt, max_tokens, _, _, stop = requests[i]
+        most = min(32, engine.capacity + 1)
+        expected = lab.greedy_alone(prompt, max_tokens, most, ignore_eos=i % 2 == 0, stop=stop)
         got = handle.completion()
         assert list(got.token_ids) == expected[: len(got.token_ids)]
         if got.finish_reason != "cancelled":
             assert list(got.token_ids) == expected
-            assert got.finish_reason == ("stop" if expected[-1] == lab.EOS and i % 2 else "length")
+            stopped = expected[-1] in stop or (expected[-1] == lab.EOS and i % 2)
+            assert got.finish_reason == ("stop" if stopped else "length")
 
 
 @FAST
@@ -138,7 +143,7 @@ def test_long_prompt_is_chunked_while_others_decode(lab):
     assert model.shapes[-1] == (2, 8, 1), (
         "one decode token and seven of the prompt, logits for the decode only"
     )
-    assert (short.num_output, long.num_cached, long.num_output) == (2, 7, 0)
+    assert (short.num_output + short.num_pending, long.num_cached, long.num_output) == (2, 7, 0)
     lab.drain(engine)
     assert long.output == lab.greedy_alone(list(range(1, 31)), 2, ignore_eos=True)
 
@@ -205,7 +210,7 @@ def test_pages_of_a_failed_request_are_wiped_and_not_found_again(lab):
 def test_interrupt_cancels_everything_and_leaves_the_engine_usable(lab):
     engine, model = lab.engine(16, 4, max_batch_size=2)
     handles = [engine.add([i + 1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True)) for i in range(3)]
-    engine.step()
+    lab.answered(engine)
 
     def interrupt(model):
         model.fault = lambda model: None

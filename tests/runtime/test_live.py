@@ -12,7 +12,6 @@ import torch
 
 from adkit.contract import (
     Completion,
-    EngineConfig,
     EngineError,
     MemoryLimitError,
     RequestError,
@@ -34,7 +33,7 @@ def make(lab, tokenizer=None, num_pages=64, **config):
     compiled = model.compiled()
     if tokenizer is not None:
         compiled.vocab_size = len(tokenizer)
-    settings = EngineConfig(**{"max_seq_len": 64, "page_size": 4, "device": "cpu", **config})
+    settings = lab.config(page_size=4, **config)
     made = LiveModel(compiled, settings, tokenizer)
     made.fake = model
     return made
@@ -219,6 +218,19 @@ def test_bad_requests_are_refused_at_once_and_run_nothing(live, method, prompts,
     with pytest.raises(RequestError, match=message):
         getattr(live, method)(prompts, params)
     assert live.stats.requests == 0
+
+
+def test_submit_queues_without_running(lab, live, spoken):
+    handle = live.submit([1, 2, 3], IGNORE)
+    assert live.engine.has_work
+    assert (handle.num_output, live.stats.steps) == (0, 0)
+    while not handle.finished:
+        live.engine.step()
+    assert handle.output == lab.greedy_alone([1, 2, 3], 5, ignore_eos=True)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        live.submit("hello")
+    with pytest.raises(RequestError, match="chat template"):
+        spoken("hi").submit([{"role": "user", "content": "hello"}])
 
 
 def test_chat_goes_through_the_template(spoken, tokenizers):

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adkit.runtime.pages import PageAllocator, page_digest
+from adkit.runtime.pages import PageAllocator, PageState, page_digest
 
 
 class Books(RuleBasedStateMachine):
@@ -48,6 +48,17 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def balanced(self):
         self.pages.check(self.owners)
+
+    @invariant()
+    def pictured(self):
+        states = self.pages.states().tolist()
+        assert len(states) == self.pages.num_pages
+        for page, state in enumerate(states[1:], start=1):
+            holders = sum(page in owner for owner in self.owners)
+            known = page in self.pages.find([self.content[page]]) if page in self.content else False
+            by_hand = {0: PageState.IDLE if known else PageState.FREE, 1: PageState.HELD}
+            assert state == by_hand.get(holders, PageState.SHARED), f"page {page}"
+        assert states[0] == PageState.PADDING
 
 
 Books.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)

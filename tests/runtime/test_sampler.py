@@ -9,6 +9,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from adkit.contract import SamplingParams
+from adkit.runtime import sampler
 from adkit.runtime.batch import build_batch
 from adkit.runtime.sampler import _draw, _penalise_repetition, filter_scores, sample
 from adkit.runtime.sequence import Sequence
@@ -167,6 +168,28 @@ def test_logprobs_are_the_models_own():
     assert list(logprob1.top.values()) == pytest.approx(best.values.tolist())
 
 
+def test_where_a_kernel_does_not_compile_torch_draws_the_same_tokens(monkeypatch):
+    asked = []
+
+    def refuse(launcher, module, args, kwargs):
+        asked.append(launcher)
+        return NotImplemented
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8))
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=3)
+    for p, kernel in ((params, "draw"), (SamplingParams(), "greedy")):
+        monkeypatch.setattr(sampler, "kernels_can_run", lambda on_cuda: False)
+        sequences = [request(p) for _ in range(3)]
+        want = [sample(logits, sequences) for _ in range(2)]
+        monkeypatch.setattr(sampler, "kernels_can_run", lambda on_cuda: True)
+        monkeypatch.setattr(sampler, "attempt", refuse)
+        sequences = [request(p) for _ in range(3)]
+        got = [sample(logits, sequences) for _ in range(2)]
+        assert asked == [kernel] * 2
+        assert [g.token_ids.tolist() for g in got] == [w.token_ids.tolist() for w in want]
+        asked.clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_packing_and_sampling_never_wait_and_give_the_cpus_tokens():
     params = [
@@ -182,10 +205,11 @@ def test_on_a_gpu_packing_and_sampling_never_wait_and_give_the_cpus_tokens():
         sequence.num_scheduled = 3
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = build_batch(sequences, 16, on_gpu.device)
-        sampled = sample(on_gpu, sequences)
+        batch = build_batch(sequences, 16, pinned=True).to(on_gpu.device)
+        sampled = sample(on_gpu, sequences).fetch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
     assert batch.input_ids.tolist() == [[1, 2, 3] * 3]
     ours, theirs = sampled.to_host(params), sample(logits, [request(p) for p in params]).to_host(params)
     assert [token for token, _ in ours] == [token for token, _ in theirs]

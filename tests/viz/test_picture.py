@@ -32,6 +32,35 @@ def test_every_arrow_joins_two_boxes() -> None:
         assert all(a.tail in keys and a.head in keys for a in picture.arrows)
 
 
+def test_times_are_summed_over_what_a_box_stands_for() -> None:
+    graph = snapshot("llama")
+    times = {n.id: 2.0 if "attention" in n.target_name else 0.5 for n in graph if n.op == "call_function"}
+    whole = sum(times.values())
+    picture = draw(graph, times=times).picture
+    attention = next(b for b in picture.boxes if b.title == "torch_attention")
+    assert attention.detail[0] == f"8 s  {8 / whole:.1%}"  # four layers
+    assert attention.heat == 1.0
+    for b in picture.boxes:
+        if b.category == "linear" and b.cluster:
+            assert b.heat == 4 * 0.5 / 8
+            assert b.detail[0].startswith("2 s ")
+    one = draw(graph, layer=2, times=times).picture
+    assert next(b for b in one.boxes if b.title == "torch_attention").detail[0] == f"2 s  {2 / whole:.1%}"
+    modules = draw(graph, depth=0, times=times).picture
+    inside = sum(s for i, s in times.items() if ".self_attn" in graph[i].module_path)
+    assert next(b for b in modules.boxes if b.title == "self_attn").detail[0].startswith(f"{inside:.3g} s ")
+    assert all(b.heat is None for b in draw(graph).picture.boxes)
+
+
+def test_heat_gets_darker_and_never_too_dark_to_read() -> None:
+    steps = [dot.heat_colour(k / 10) for k in range(11)]
+    light = [0.2126 * int(c[1:3], 16) + 0.7152 * int(c[3:5], 16) + 0.0722 * int(c[5:7], 16) for c in steps]
+    assert light == sorted(light, reverse=True)
+    assert light[-1] > 130
+    assert dot.heat_colour(-1) == steps[0]
+    assert dot.heat_colour(2) == steps[-1]
+
+
 def test_depth_collapses_modules() -> None:
     picture = draw(snapshot("llama"), depth=0).picture
     assert {"self_attn", "mlp", "input_layernorm"} <= {b.title for b in picture.boxes}

@@ -40,7 +40,7 @@ def _kind(launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return (f"triton_{launcher}", kinds, repr(kwargs))
 
 
-def _kernel(launcher: str, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def attempt(launcher: str, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the kernel gives; NotImplemented where it does not compile for arguments of this kind."""
     from triton.errors import TritonError
 
@@ -68,7 +68,7 @@ def _twin(reference: str, module: str) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kernels_can_run(any(isinstance(a, Tensor) and a.is_cuda for a in args)):
-            result = _kernel(launcher, module, args, kwargs)
+            result = attempt(launcher, module, args, kwargs)
             return info.reference(*args, **kwargs) if result is NotImplemented else result
         if launcher not in _warned:
             _warned.add(launcher)
@@ -91,4 +91,8 @@ _twin("torch_fused_add_rmsnorm", "norm")
 _twin("torch_swiglu_packed", "mlp")
 _twin("torch_rope_with_explicit_cos_sin", "rope")
 _twin("torch_rope_with_qk_interleaving", "rope")
+_twin("torch_rope_kv_cache", "rope_cache")
 _twin("torch_attention_with_paged_cache", "attention")
+_twin("torch_moe", "moe")
+_twin("torch_moe_topk", "moe_topk")
+_twin("torch_fused_linear", "linear")

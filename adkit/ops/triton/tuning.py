@@ -3,12 +3,17 @@
 Settings are plain dicts, block sizes with ``num_warps`` and ``num_stages``. Where nothing can be measured (the
 interpreter, a CUDA graph being captured) and nothing is remembered, the first candidate runs: put the one
 that is best in general there. Results measured on some devices come with adkit (``tuned/``); what is measured
-here is kept in ``$ADKIT_CACHE_DIR`` (default ``~/.cache/adkit``) and goes before them.
+here is kept in ``$ADKIT_CACHE_DIR`` (default ``~/.cache/adkit``) and goes before them. To ship what one machine has
+found, copy its file from there to ``tuned/``.
+
+Kernels of a few microseconds cannot be timed one launch at a time, and not with their data in cache: many
+launches are captured in a CUDA graph, over copies of what would come from memory (``streamed``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
@@ -18,64 +23,129 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 Settings = dict[str, Any]
+
+_LAUNCHES, _REPLAYS = 24, 4
 
 _found: dict[tuple[str, tuple[Hashable, ...]], Settings] = {}
 
 
 def best(
-    kernel: str, key: tuple[Hashable, ...], candidates: Sequence[Settings], run: Callable[[Settings], Any]
+    kernel: str,
+    key: tuple[Hashable, ...],
+    candidates: Sequence[Settings],
+    run: Callable[..., Any],
+    streamed: Sequence[Tensor] = (),
 ) -> Settings:
     """The settings among ``candidates`` that run ``kernel`` fastest for ``key``.
 
     ``key`` is all that the choice depends on: widths, dtypes as strings, and open sizes rounded up to a power
-    of two, so that few are measured. ``run`` launches once with given settings and can be called again and
-    again; settings that do not compile are left out. Raises the last one's error when none does.
+    of two, so that few are measured. ``run(settings, *streamed)`` launches once and can be called again and
+    again, on copies of ``streamed`` too: weights, which other layers drive out of the cache between two uses.
+    Settings that do not compile are left out. Raises the last one's error when none does.
     """
     known = _found.get((kernel, key))
     if known is None:
-        known = _find(kernel, key, list(candidates), run)
+        known = _find(kernel, key, list(candidates), run, streamed)
     return known
 
 
 def _find(
-    kernel: str, key: tuple[Hashable, ...], candidates: list[Settings], run: Callable[[Settings], Any]
+    kernel: str,
+    key: tuple[Hashable, ...],
+    candidates: list[Settings],
+    run: Callable[..., Any],
+    streamed: Sequence[Tensor],
 ) -> Settings:
     if triton.knobs.runtime.interpret or len(candidates) == 1:
         return _found.setdefault((kernel, key), candidates[0])
-    name = f"{kernel} {' '.join(map(str, key))}"
+    name = _name(kernel, key)
     for remembered in (_read(_local_file()), _read(_packaged_file())):
         if remembered.get(name) in candidates:
             return _found.setdefault((kernel, key), remembered[name])
     if torch.cuda.is_current_stream_capturing():
         return candidates[0]
-    chosen = _measure(candidates, run)
-    _found[kernel, key] = chosen
-    _remember(name, chosen)
+    times = measure(candidates, run, streamed)
+    chosen = candidates[min(range(len(candidates)), key=times.__getitem__)]
+    keep(kernel, key, chosen)
     return chosen
 
 
-def _measure(candidates: list[Settings], run: Callable[[Settings], Any]) -> Settings:
-    times: list[tuple[float, int]] = []
+def keep(kernel: str, key: tuple[Hashable, ...], chosen: Settings) -> None:
+    """Use these settings from here on, and in later processes on this machine."""
+    _found[kernel, key] = chosen
+    _remember(_name(kernel, key), chosen)
+
+
+def _name(kernel: str, key: tuple[Hashable, ...]) -> str:
+    return f"{kernel} {' '.join(map(str, key))}"
+
+
+def measure(
+    candidates: Sequence[Settings], run: Callable[..., Any], streamed: Sequence[Tensor] = ()
+) -> list[float]:
+    """Seconds of one launch with each of the settings; infinite for those that do not compile.
+
+    Raises the last one's error when none does.
+    """
+    copies = _copies(streamed)
+    times: list[float] = []
     failure: Exception | None = None
-    for i, settings in enumerate(candidates):
+    for settings in candidates:
         try:
-            run(settings)
-            times.append(
-                (
-                    triton.testing.do_bench(
-                        lambda s=settings: run(s), warmup=3, rep=15, return_mode="median"
-                    ),
-                    i,
-                )
-            )
+            run(settings, *streamed)
+            times.append(seconds([lambda c=c, s=settings: run(s, *c) for c in copies]))
         except triton.errors.TritonError as error:
             failure = error
-    if not times:
-        assert failure is not None
+            times.append(math.inf)
+    if failure is not None and min(times) == math.inf:
         raise failure
-    return candidates[min(times)[1]]
+    return times
+
+
+def _copies(streamed: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Enough of them, the originals first, that using all in turn leaves none in cache; fewer where memory
+    lacks."""
+    copies = [list(streamed)]
+    size = sum(t.nbytes for t in streamed)
+    wanted = math.ceil(2 * _cache_bytes() / size) if size else 1
+    try:
+        while len(copies) < min(wanted, _LAUNCHES):
+            copies.append([torch.clone(t) for t in streamed])
+    except torch.cuda.OutOfMemoryError:
+        pass
+    return copies
+
+
+def seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    """Device seconds of one call, the calls made in turn, as often as it takes for a CUDA graph of several."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        calls[0]()  # libraries settle on workspaces
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for i in range(_LAUNCHES):
+                calls[i % len(calls)]()
+        finally:
+            graph.capture_end()
+        times = []
+        for _ in range(_REPLAYS):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    current.wait_stream(stream)
+    return min(times) / 1000 / _LAUNCHES
+
+
+def _cache_bytes() -> int:
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 
 
 def _device() -> str:
@@ -95,9 +165,10 @@ def _packaged_file() -> Path:
 @lru_cache
 def _read(path: Path) -> dict[str, Settings]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):  # absent, or cut short by a crash: measured again
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _remember(name: str, settings: Settings) -> None:

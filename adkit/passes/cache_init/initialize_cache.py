@@ -14,6 +14,8 @@ from adkit.models import memory
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 
+_SMALLER_CACHE = "lower free_gpu_memory_fraction, max_batch_size or max_seq_len"
+
 
 def wanted_pages(ctx: Context) -> int:
     """Pages for ``max_batch_size`` sequences of ``max_seq_len`` tokens, and page 0, which takes padding."""
@@ -78,7 +80,8 @@ class InitializeCache(Pass):
             pages = min(pages_for_one(ctx), wanted_pages(ctx))
         else:
             pages = fitting_pages(pool, ctx, free_bytes(device))
-        pool.allocate(pages, device)
+        with memory.limited("for the cache", device, _SMALLER_CACHE):
+            pool.allocate(pages, device)
         ctx.caches = pool
         return PassInfo(
             num_matches=len(pool.specs),
@@ -123,7 +126,8 @@ class ResizeKVCache(Pass):
         torch.cuda.reset_peak_memory_stats(ctx.device)
         before = torch.cuda.memory_allocated(ctx.device)
         names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
-        with torch.inference_mode():
+        step = f"for a step of max_num_tokens={ctx.engine.max_num_tokens}"
+        with torch.inference_mode(), memory.limited(step, ctx.device, "lower max_num_tokens"):
             gm(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in names})
         torch.cuda.synchronize(ctx.device)
         activations = torch.cuda.max_memory_allocated(ctx.device) - before
@@ -134,7 +138,8 @@ class ResizeKVCache(Pass):
         pool.tensors = {}  # the small cache makes room; going back to it allocates it anew
         torch.cuda.empty_cache()
         try:
-            new.allocate(pages, ctx.device)
+            with memory.limited("for the cache", ctx.device, _SMALLER_CACHE):
+                new.allocate(pages, ctx.device)
         except BaseException:
             new.tensors = {}
             pool.allocate(pool.num_pages, ctx.device)

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
-from adkit.contract import CachePool, CompiledModel, MemoryLimitError, PassError, SequenceBatch
+from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
-from adkit.ops.registry import info_of
+from adkit.models.memory import limited
+from adkit.ops.registry import OPS, info_of
+from adkit.ops.triton.ops import fallen_back
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
 from adkit.passes.registry import register
@@ -28,7 +30,8 @@ class CompileModelConfig(PassConfig):
     )
     cuda_graph_batch_sizes: list[int] | None = Field(
         None,
-        description="Batch sizes to capture; null: powers of two to 8, then multiples of 8 to max_batch_size",
+        description="Batch sizes to capture; null: powers of two to 8, then in steps of 8 to 64 that grow with the "
+        "size, to max_batch_size or 512. Larger batches run eagerly",
     )
 
 
@@ -68,13 +71,18 @@ class CompileModel(Pass):
         run: Callable[..., Any] = torch.compile(gm, dynamic=True) if backend == "torch-compile" else gm
         forward: Callable[..., Any] = lambda **feed: run(**feed)[0]  # noqa: E731
         details: dict[str, Any] = {"backend": backend, "inputs": len(inputs)}
+        decode = None
         if backend == "torch-cudagraph":
-            forward = self._capture(forward, inputs, ctx)
-            details |= {
-                "batch sizes": forward.sizes,
-                "capture seconds": round(forward.seconds, 2),
-                "capture bytes": forward.bytes,
-            }
+            decode, why = self._capture(gm, forward, inputs, ctx)
+            if decode is None:
+                details["backend"] = "eager"
+                ctx.report(why)
+            else:
+                details |= {
+                    "batch sizes": decode.sizes,
+                    "capture seconds": round(decode.seconds, 2),
+                    "capture bytes": decode.bytes,
+                }
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         logits = output.args[0][0]
         ctx.compiled = CompiledModel(
@@ -85,6 +93,7 @@ class CompileModel(Pass):
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
             max_positions=learned_positions(gm),
+            decode=decode,
         )
         return PassInfo(num_matches=1, details=details)
 
@@ -100,30 +109,44 @@ class CompileModel(Pass):
                 if wish == "auto"
                 else f"CUDA graphs need weights on a GPU, not {ctx.device}: eager instead",
             )
-        infos = (info_of(n.target) for n in gm.graph.nodes)
-        syncing = sorted({i.name for i in infos if i is not None and i.syncs})
-        if syncing:
-            return (
-                "eager",
-                f"{', '.join(syncing)} reads values on the host, which a CUDA graph cannot hold: eager "
-                "instead",
-            )
-        return "torch-cudagraph", ""
+        why = _uncapturable(gm)
+        return ("eager", f"{why}: eager instead") if why else ("torch-cudagraph", "")
 
-    def _capture(self, forward: Callable[..., Any], inputs: tuple[str, ...], ctx: Context) -> DecodeGraphs:
+    def _capture(
+        self, gm: GraphModule, forward: Callable[..., Any], inputs: tuple[str, ...], ctx: Context
+    ) -> tuple[DecodeGraphs | None, str]:
+        """Captured decode steps; None, and why, where warming up shows that they cannot be captured."""
         assert ctx.caches is not None
-        sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(ctx.engine.max_batch_size))
+        most = ctx.engine.max_batch_size
+        sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(most))
         pages = math.ceil(ctx.engine.max_seq_len / ctx.caches.page_size)
-        graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, ctx.device)
-        try:
+        for_graphs = f"to capture CUDA graphs for batch sizes up to {sizes[-1]}"
+        advice = "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
+        with limited(for_graphs, ctx.device, advice):
+            graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, most, ctx.device)
+            graphs.warm_up(ctx.progress)
+            why = _uncapturable(gm)
+            if why:
+                return None, f"{why}: eager instead"
             graphs.capture(ctx.progress)
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                f"no memory left on {ctx.device} to capture CUDA graphs for batch sizes up to {sizes[-1]}: "
-                "lower "
-                "free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
-            ) from error
-        return graphs
+        return graphs, ""
+
+
+def _uncapturable(gm: GraphModule) -> str:
+    """Why a CUDA graph cannot hold this graph as it runs: an op reads values on the host, or has fallen back to a
+    reference that does. Empty where it can."""
+    ran, fallen = (info_of(n.target) for n in gm.graph.nodes), fallen_back()
+    syncing = set()
+    for info in ran:
+        if info is None:
+            continue
+        if info.syncs:
+            syncing.add(info.name)
+        elif info.name in fallen and OPS[info.name.replace("triton_", "torch_", 1)].syncs:
+            syncing.add(f"{info.name} (its kernel did not compile)")
+    if not syncing:
+        return ""
+    return f"{', '.join(sorted(syncing))} reads values on the host, which a CUDA graph cannot hold"
 
 
 def learned_positions(gm: GraphModule) -> int | None:

@@ -1,9 +1,11 @@
-"""Decode steps replayed from CUDA graphs: one capture a batch size, inputs copied into place.
+"""Decode steps replayed from CUDA graphs: one capture a batch size, one copy to fill its inputs.
 
 A decode step launches hundreds of small kernels, and launching them from Python takes longer than running
 them. A CUDA graph replays all of them at once. Graphs fix every address and shape, so there is one a size
 of the ladder; a batch is padded up to the next size with sequences of one token that write to page 0 and
-that nobody reads.
+that nobody reads. All sizes share one buffer of inputs: the tokens of the step before, then the batch as
+:class:`~adkit.contract.BatchLayout` lays it out, so that the host's part is a single copy. Which of those ids go in is
+decided by ``sources``, inside the graph.
 """
 
 from __future__ import annotations
@@ -13,27 +15,37 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adkit.contract import CachePool
+from adkit.contract import BatchLayout, CachePool, HostBatch
 
 Forward = Callable[..., Tensor]
+Progress = Callable[[int, int, str], None]
+
+#: The largest size captured. Beyond it the device has so much to do that launching is not what takes time.
+LARGEST = 512
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes to capture: powers of two to 8, then multiples of 8, up to ``most`` (which is always
-    in)."""
-    sizes = [n for n in (1, 2, 4) if n < most] + list(range(8, most, 8))
-    return [*sizes, most]
+    """Batch sizes to capture, up to ``most`` or 512: the last one is ``most`` itself where it is not larger.
+
+    Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512: padding costs little, and the
+    logits of every size stay allocated.
+    """
+    steps = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST + 1, 64))
+    sizes = [n for n in (1, 2, 4, *steps) if n < most]
+    return [*sizes, most] if most <= LARGEST else sizes
 
 
 @dataclass
 class DecodeGraphs:
-    """``forward`` with decode steps replayed; any other step goes through unchanged.
+    """A :class:`~adkit.contract.DecodeReplay`: decode steps of ``forward`` over ``caches``, in place.
 
-    ``inputs`` are the graph's placeholders, ``max_pages`` the width of the page table, ``sizes`` the ladder.
-    After :meth:`capture`, ``seconds`` and ``bytes`` say what capturing took.
+    ``inputs`` are the graph's placeholders, ``max_pages`` the width of the page table, ``num_previous`` the most tokens
+    that a step samples, ``sizes`` the ladder, ascending. Until :meth:`capture` it runs ``forward`` itself on the same
+    buffers, on any device. ``seconds`` and ``bytes`` say what warming up and capturing took.
     """
 
     forward: Forward
@@ -41,87 +53,85 @@ class DecodeGraphs:
     caches: CachePool
     sizes: list[int]
     max_pages: int
+    num_previous: int
     device: torch.device
     seconds: float = 0.0
     bytes: int = 0
-    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = field(default_factory=dict, repr=False)
-    _static: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def capture(self, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> None:
-        """Warm up and capture every size, largest first so that smaller ones reuse its memory."""
+    def __post_init__(self) -> None:
+        self._layouts = [BatchLayout(n, n, self.max_pages, n) for n in self.sizes]
+        self.num_previous += self.num_previous % 2  # what follows it stays aligned to 16 bytes
+        ahead = 8 * self.num_previous
+        self._buffer = torch.zeros(ahead + self._layouts[-1].nbytes, dtype=torch.uint8, device=self.device)
+        self._previous = self._buffer[:ahead].view(torch.int64)
+        self._batch = self._buffer[ahead:]
+        # Warming up where capturing happens: libraries keep a workspace a stream.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def layout(self, sequences: int) -> BatchLayout | None:
+        """The layout of the next size of the ladder."""
+        at = bisect.bisect_left(self.sizes, sequences)
+        return self._layouts[at] if at < len(self.sizes) else None
+
+    def __call__(self, host: HostBatch, previous: Tensor | None) -> Tensor:
+        """Logits [size, V]; the rows that pad the batch are meaningless."""
+        self._batch[: host.layout.nbytes].copy_(host.buffer, non_blocking=True)
+        if host.continues:
+            assert previous is not None, "the batch continues a step whose tokens were not given"
+            torch.clamp_min(previous, 0, out=self._previous[: len(previous)])
+        captured = self._graphs.get(host.layout.sequences)
+        if captured is None:
+            return self._run(host.layout)
+        graph, logits = captured
+        graph.replay()
+        return logits
+
+    def warm_up(self, progress: Progress = lambda done, total, what: None) -> None:
+        """Run every size twice: kernels compile, and libraries settle on their workspaces."""
         began = time.perf_counter()
-        most = max(self.sizes)
-        self._static = self._buffers(most)
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            for done, layout in enumerate(reversed(self._layouts)):
+                self._idle(layout)
+                for _ in range(2):
+                    self._run(layout)
+                progress(done + 1, len(self.sizes), "warming up decode steps")
+        torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - began
+
+    def capture(self, progress: Progress = lambda done, total, what: None) -> None:
+        """Capture every size, largest first so that smaller ones reuse its memory. To be warmed up before."""
+        began = time.perf_counter()
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.device)
-        for done, size in enumerate(sorted(self.sizes, reverse=True)):
-            feed = self._feed(size)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream), torch.inference_mode():
-                for _ in range(2):  # kernels compile and libraries settle on their workspaces
-                    self.forward(**feed)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+        for done, layout in enumerate(reversed(self._layouts)):
+            self._idle(layout)
             graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(), torch.cuda.graph(graph, pool=pool, stream=stream):
-                out = self.forward(**feed)
-            self._graphs[size] = (graph, out)
+            with torch.inference_mode(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                logits = self._run(layout)
+            self._graphs[layout.sequences] = (graph, logits)
             progress(done + 1, len(self.sizes), "capturing CUDA graphs")
         torch.cuda.synchronize(self.device)
         self.bytes = free - torch.cuda.mem_get_info(self.device)[0]
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
 
-    def __call__(self, **feed: Tensor) -> Tensor:
-        """Logits [1, L, V] of one packed step."""
-        rows = feed["cu_seqlens"].shape[0] - 1
-        cache = next(n for n in self.inputs if n in self.caches.tensors)
-        own = (
-            feed[cache] is self.caches.tensors[cache]
-        )  # a graph reads and writes the caches it was captured with
-        if not own or feed["input_ids"].shape[1] != rows or rows > self.sizes[-1]:
-            return self.forward(**feed)
-        graph, out = self._graphs[self.sizes[bisect.bisect_left(self.sizes, rows)]]
-        for name, static in self._static.items():
-            given = feed[name]
-            if name == "page_table":
-                static[:rows, : given.shape[1]].copy_(given)
-            elif name in ("input_ids", "position_ids", "rope_lengths"):
-                static[:, :rows].copy_(given)
-            elif name not in ("cu_seqlens", "logits_indices"):
-                static[:rows].copy_(given)
-        self._pad(rows)
-        graph.replay()
-        wanted = feed.get("logits_indices")
-        return out[:, :rows].clone() if wanted is None else out.index_select(1, wanted)
+    def _run(self, layout: BatchLayout) -> Tensor:
+        """``forward`` on the buffer as it stands; logits [size, V]."""
+        given = layout.tensors(self._batch)
+        known = self._buffer[: 8 * (self.num_previous + layout.tokens)].view(torch.int64)
+        given["input_ids"] = known.index_select(0, given["sources"])[None]
+        feed = {n: self.caches.tensors[n] if n in self.caches.tensors else given[n] for n in self.inputs}
+        return self.forward(**feed)[0]
 
-    def _pad(self, rows: int) -> None:
-        """Rows beyond the batch hold what an earlier, larger one left: they must not write to its pages."""
-        if "slot_mapping" in self._static:
-            self._static["slot_mapping"][rows:].zero_()
-        if "cache_lens" in self._static:
-            self._static["cache_lens"][rows:].zero_()
-
-    def _buffers(self, most: int) -> dict[str, Tensor]:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        made = {
-            "input_ids": zeros(1, most),
-            "position_ids": zeros(1, most),
-            "rope_lengths": zeros(1, most) + 1,
-            "cu_seqlens": torch.arange(most + 1, dtype=torch.int32, device=self.device),
-            "cache_lens": zeros(most, dtype=torch.int32),
-            "page_table": zeros(most, self.max_pages, dtype=torch.int32),
-            "slot_mapping": zeros(most),
-            "logits_indices": torch.arange(most, device=self.device),
-        }
-        return {name: made[name] for name in self.inputs if name in made}
-
-    def _feed(self, size: int) -> dict[str, Tensor]:
-        cut: dict[str, Tensor] = {}
-        for name, static in self._static.items():
-            if name in ("input_ids", "position_ids", "rope_lengths"):
-                cut[name] = static[:, :size]
-            else:
-                cut[name] = static[: size + 1] if name == "cu_seqlens" else static[:size]
-        return cut | {n: self.caches.tensors[n] for n in self.inputs if n in self.caches.tensors}
+    def _idle(self, layout: BatchLayout) -> None:
+        """Fill the buffer with a batch of nothing but padding."""
+        empty = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        fields = layout.arrays(empty)
+        fields["rope_lengths"][:] = 1
+        fields["cu_seqlens"][:] = np.arange(layout.sequences + 1)
+        fields["logits_indices"][:] = np.arange(layout.sequences)
+        self._batch[: layout.nbytes].copy_(empty)

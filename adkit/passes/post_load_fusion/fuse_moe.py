@@ -8,14 +8,15 @@ from adkit.passes.registry import register
 
 @register
 class FuseMoE(SwapBackend):
-    """Run the experts of a layer as grouped kernels.
+    """Run routing and experts of a layer as kernels.
 
-    The reference loops over experts in Python, which waits for the device at each; a backend sorts tokens by
-    expert and runs all experts in a few launches. Without such a backend the reference stays.
+    The reference loops over experts in Python, which waits for the device at each. The kernels read ids on the
+    device: a few tokens read their experts' weights as they are, many are sorted by expert and go through one
+    matrix product a block. So a CUDA graph can hold the step. Routing is one launch of its own.
 
-        before: torch_moe(hidden, ids, weights, gate_up, down)
-        after:  triton_moe(hidden, ids, weights, gate_up, down)
+        before: w, ids = torch_moe_topk(logits, 8); torch_moe(hidden, ids, w, gate_up, down)
+        after:  w, ids = triton_moe_topk(logits, 8); triton_moe(hidden, ids, w, gate_up, down)
     """
 
     key = "fuse_moe"
-    ops = ("moe",)
+    ops = ("moe_topk", "moe")

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from adkit.graph.step import PassInfo
 from adkit.models.factory import ModelFactory
 from adkit.models.loading import graph_tensor_names, load_graph_tensors
-from adkit.models.memory import human
+from adkit.models.memory import human, limited
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 
@@ -59,9 +59,10 @@ class LoadWeights(Pass):
             here = sum(factory.tensors[n].nbytes for n in ctx.loaded if n in factory.tensors)
             replace(estimate, free=estimate.free + here).require()
         names = [n for n in graph_tensor_names(gm) if n not in ctx.loaded]
-        loaded = load_graph_tensors(
-            gm, factory, names, ctx.device, lambda done, total: ctx.progress(done, total, "loading")
-        )
+        with limited("to load the weights", ctx.device, "use a smaller dtype or another device"):
+            loaded = load_graph_tensors(
+                gm, factory, names, ctx.device, lambda done, total: ctx.progress(done, total, "loading")
+            )
         if ctx.loaded:
             ctx.report(f"{len(ctx.loaded)} tensors were loaded before and not changed since")
         ctx.report(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adkit.contract import ConfigError
+from adkit.ops import info_of
 from tests.passes.graphs import check_values, count, logits, rmse_ratio, run_pass, tiny_graph
 
 MATCHERS = ("match_rope_pattern", "match_rmsnorm_pattern", "match_swiglu_pattern", "match_linear")
@@ -90,11 +91,24 @@ def test_residual_sums_fuse_with_a_backends_norms_too() -> None:
 
 
 def test_a_backend_without_the_op_is_refused_only_where_the_op_is() -> None:
-    gm = tiny_graph("mixtral")
-    assert not run_pass(gm, "fuse_l2norm", backend="triton").skipped
-    if count(gm, "torch_moe") and not hasattr(torch.ops.adkit, "triton_moe"):
-        with pytest.raises(ConfigError, match="triton"):
-            run_pass(gm, "fuse_moe", backend="triton")
+    assert not run_pass(tiny_graph("mixtral"), "fuse_l2norm", backend="triton").skipped
+    x = torch.randn(2, 3, 8)
+    gm = make_fx(lambda x: (torch.ops.adkit.torch_l2norm(x, 1e-6),), tracing_mode="fake")(x)
+    with pytest.raises(ConfigError, match="op 'l2norm' has no backend 'triton'"):
+        run_pass(gm, "fuse_l2norm", backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:triton_")
+def test_routing_and_experts_become_ops_that_a_cuda_graph_can_hold() -> None:
+    gm = tiny_graph("qwen3_moe")
+    before = logits(gm)
+    assert run_pass(gm, "match_moe_routing_pattern").num_matches == 2
+    assert run_pass(gm, "fuse_moe").skipped  # on a CPU
+    assert run_pass(gm, "fuse_moe", backend="triton").num_matches == 4
+    assert (count(gm, "triton_moe"), count(gm, "triton_moe_topk"), count(gm, "torch_moe")) == (2, 2, 0)
+    assert not [info for n in gm.graph.nodes if (info := info_of(n.target)) is not None and info.syncs]
+    assert torch.equal(logits(gm), before)
+    check_values(gm)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "cohere2", "gpt2", "gpt_neox", "phi"])

@@ -1,0 +1,111 @@
+"""adkit's own engine as the subject of a measurement: built, driven, and let go of."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from adkit.bench import machine
+from adkit.bench.timeline import Timeline
+from adkit.bench.work import Work, work_of
+from adkit.bench.workload import Workload
+from adkit.config import Fragment
+from adkit.contract import ConfigError, EngineError, SamplingParams
+from adkit.models import ModelFactory
+from adkit.runtime.stats import EngineStats
+from adkit.workbench import Workbench
+
+
+class Subject:
+    """A model's engine for one benchmark: ``run`` a workload as often as needed, then ``close``.
+
+    ``defaults`` are the engine settings that the benchmark would choose; ``config`` and ``overrides`` go over them. A
+    bundled config gets seeded random weights, and so does any model with ``random_weights``. The machine's
+    ceilings are measured before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        defaults: Mapping[str, Any],
+        *,
+        config: Sequence[Fragment] = (),
+        overrides: Sequence[str] = (),
+        random_weights: bool = False,
+    ) -> None:
+        settings: dict[str, Any] = {"config": [defaults, *config], "overrides": overrides}
+        wb = Workbench(model, random_weights=random_weights, **settings)
+        if wb.factory.weights == "none":
+            wb = Workbench(model, random_weights=True, **settings)
+        self.factory: ModelFactory = wb.factory
+        self.device: torch.device = wb.device
+        self._wb: Workbench | None = wb
+
+    def build(self) -> None:
+        """Measure the machine, then run the pipeline; after this there are ``ceilings``, ``work`` and ``llm``."""
+        assert self._wb is not None
+        self.ceilings = machine.ceilings(self.device, self.factory.dtype)
+        machine.reset_peak(self.device)
+        self.llm = self._wb.llm()
+        self.work: Work = work_of(self._wb)
+        self.settings = {
+            k: v for k, v in self._wb.config.model_dump(mode="json").items() if k != "transforms"
+        }
+        self.settings |= {"cache_tokens": self.llm.engine.capacity}
+        self.settings |= {"compile": self._wb.steps["compile_model"].info.details}
+
+    @property
+    def vocab(self) -> int:
+        """Tokens to draw prompts from."""
+        return int(self.factory.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def cache_limit(self) -> int:
+        """Tokens whose keys and values fit the device beside the weights, nothing else there; no limit on a CPU."""
+        if self.device.type != "cuda" or not self.work.cache_token_bytes:
+            return sys.maxsize
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return int(total - self.work.weight_bytes(sys.maxsize)) // self.work.cache_token_bytes
+
+    def run(self, load: Workload, *, progress: bool = False) -> tuple[Timeline, EngineStats]:
+        """Serve the requests, all submitted at once, to the last token; nothing is remembered from earlier runs.
+
+        Raises EngineError when a request fails, ConfigError when one is cut short by the engine's sizes.
+        """
+        engine = self.llm.engine
+        engine.reset()  # forget cached prefixes: every run does the same work
+        before = engine.stats
+        machine.sync(self.device)
+        with tqdm(total=load.new_tokens, desc="adkit", unit=" tokens", delay=2, disable=not progress) as bar:
+            start = time.perf_counter()
+            handles = [
+                engine.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))
+                for prompt, new in zip(load.prompts, load.news, strict=True)
+            ]
+            stamps: dict[int, list[float]] = {h.id: [] for h in handles}
+            while engine.has_work:
+                deltas = engine.step()
+                now = time.perf_counter()
+                for delta in deltas:  # a step may return what an earlier one computed: arrival is what counts
+                    if delta.error is not None:
+                        raise EngineError(f"request {delta.index} failed: {delta.error}")
+                    stamps[delta.index] += [now] * len(delta.token_ids)
+                bar.update(sum(len(d.token_ids) for d in deltas))
+        made = Timeline(start, list(stamps.values()))
+        if made.tokens != load.new_tokens:
+            raise ConfigError(
+                f"{load.new_tokens} new tokens were asked for and {made.tokens} came: requests ended at "
+                f"max_seq_len {engine.config.max_seq_len} or at the cache's {engine.capacity} tokens. Raise them"
+            )
+        return made, engine.stats - before
+
+    def close(self) -> None:
+        """Free the engine, its cache and the weights; the factory stays."""
+        self._wb = None
+        del self.llm
+        machine.free(self.device)

@@ -1,0 +1,136 @@
+"""`adkit bench` on small models: every figure is there, peers included, and bad input is one clear error."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adkit import cli
+from adkit.bench import peers, prefill, throughput
+from adkit.bench.timeline import throughput_figures
+from adkit.bench.workload import Lengths, make_workload
+from adkit.contract import ConfigError
+from adkit.models import resolve
+
+QUIET = {"progress": False, "show": lambda line: None}
+
+
+def call(*args):
+    result = CliRunner().invoke(cli.app, ["bench", *map(str, args)])
+    return result, "" if result.exception is None else str(result.exception)
+
+
+@pytest.mark.slow
+def test_latency_beside_peers(tmp_path):
+    out, plot = tmp_path / "x.json", tmp_path / "x.svg"
+    result, _ = call(
+        "latency", "demo", "--batch", 1, "--batch", 3, "--prompt", 8, "--new", 6, "--vs", "hf, hf-static-compile",
+        "--set", "max_batch_size=4", "--out", out, "--plot", plot,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    found = [(r["engine"], r["requests"]) for r in data["rows"]]
+    assert found == [(e, b) for e in ("adkit", "hf", "hf-static-compile") for b in (1, 3)]
+    for row in data["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(row["steps_per_second"] * row["requests"], rel=0.01)
+        assert 0 < row["first_token_seconds"]["p50"] <= row["first_token_seconds"]["p99"]
+        assert 0 < row["inter_token_seconds"]["p50"] <= row["inter_token_seconds"]["p99"]
+        share = row["steps_per_second"] * data["work"]["weight_bytes_one_token"]
+        share /= data["ceilings"]["copy_bytes_per_second"]
+        assert row["copy_bandwidth_share"] == pytest.approx(share, abs=2e-3)
+    assert data["settings"]["max_batch_size"] == 4
+    assert data["command"].startswith("adkit ")
+    assert str(tmp_path) not in out.read_text()
+    assert len(result.stdout.splitlines()) == 6
+    assert plot.read_text().count("hf-static-compile, batch 3") == 1
+
+
+@pytest.mark.slow
+def test_throughput_drains_every_request(tmp_path):
+    result = throughput.measure("demo", requests=9, prompt="4-20", new="2-12", vs=["hf"], **QUIET)
+    ours, theirs = result["rows"]
+    assert ours["output_tokens"] == theirs["output_tokens"] == result["workload"]["new_tokens"]
+    assert result["settings"]["max_batch_size"] == 9
+    assert ours["preemptions"] == 0
+    assert 1 < ours["batch_occupancy"] <= 9
+    rate = ours["output_tokens_per_second"]
+    assert ours["limit_share"] == pytest.approx(rate / result["limit_output_tokens_per_second"], abs=1e-3)
+    total = result["workload"]["prompt_tokens"] + result["workload"]["new_tokens"]
+    assert ours["total_tokens_per_second"] == pytest.approx(total / ours["seconds"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "cut"), [(60.0, False), (0.2, True)])
+def test_continuous_batching_is_a_peer_and_can_be_stopped(limit, cut):
+    load = make_workload(4, Lengths(6, 9), Lengths(100, 120), 300, seed=0)
+
+    def figures(run, load):
+        return throughput_figures(run(load), [len(p) for p in load.prompts])
+
+    [row] = peers.measure(
+        ["hf-continuous"], resolve("demo", device="cpu"), torch.device("cpu"), [load], figures, limit=limit,
+        progress=False, show=lambda row: None,
+    )  # fmt: skip
+    assert "error" not in row
+    assert row.get("cut", False) is cut
+    assert 0 < row["output_tokens"] <= load.new_tokens
+    assert (row["output_tokens"] == load.new_tokens) is not cut
+
+
+def test_prefill_counts_the_models_own_work():
+    result = prefill.measure("demo", prompt=32, vs=["hf"], **QUIET)
+    for row in result["rows"]:
+        flops = row["flops_per_second"] * row["seconds"]
+        assert flops == pytest.approx(result["workload"]["model_flops"], rel=0.01)
+    assert [r["engine"] for r in result["rows"]] == ["adkit", "hf"]
+
+
+def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(monkeypatch):
+    @contextmanager
+    def broken(model, load, limit, progress):
+        raise RuntimeError("no such kernel")
+        yield
+
+    monkeypatch.setitem(peers.PEERS, "hf-continuous", broken)
+    lines = []
+    result = throughput.measure(
+        "demo", requests=2, prompt=4, new=2, vs=["hf-continuous", "hf"], progress=False, show=lines.append
+    )
+    assert result["rows"][1]["error"] == "RuntimeError: no such kernel"
+    assert result["rows"][2]["output_tokens"] == 4
+    assert "failed: RuntimeError: no such kernel" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["throughput", "demo", "--requests", "0"], "requests is 0"),
+        (["throughput", "demo", "--prompt", "20-10"], "20 is more than 10"),
+        (["throughput", "demo", "--new", "some"], "new is 'some'"),
+        (["throughput", "demo", "--vs", "hf-continous"], "did you mean 'hf-continuous'"),
+        (["latency", "demo", "--batch", "0"], "batch is"),
+        (["latency", "demo", "--new", "1"], "a rate needs"),
+        (["latency", "demo", "--prompt", "100000"], "100000 and 128 new tokens make 100128 positions; demo has"),
+        (["throughput", "demo", "--prompt", "10-100000"], "positions; demo has"),
+        (["prefill", "demo", "--prompt", "100000"], "positions; demo has"),
+        (["prefill", "demo", "--vs", "hf-continuous"], "no peer 'hf-continuous'"),
+        (["latency", "demo", "--set", "max_batch_sice=3"], "did you mean 'max_batch_size'"),
+        (["latency", "demo", "--plot", "x.gif"], "the extension must be"),
+        (["latency", "demo", "--out", "no/such/folder/x.json"], "its folder does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_error(args, why):
+    result, error = call(*args)
+    assert isinstance(result.exception, ConfigError), result.output
+    assert why in error
+    assert "\n" not in error
+
+
+@pytest.mark.slow
+def test_settings_that_cut_answers_short_are_refused():
+    with pytest.raises(ConfigError, match="16 new tokens were asked for and 8 came"):
+        throughput.measure("demo", requests=2, prompt=4, new=12, overrides=["max_seq_len=8"], **QUIET)

@@ -1,0 +1,159 @@
+"""Settings are measured once, remembered on disk, and never a reason to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.errors import TritonError
+
+from adkit.ops.triton import tuning
+
+WAYS = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
+FILE = "A_GPU-triton_3.6.json"
+
+
+class Machine:
+    """A stand-in for a GPU on which larger blocks are faster; ``runs`` counts measured launches."""
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+
+    def run(self, settings: dict[str, Any], *streamed: torch.Tensor) -> None:
+        self.runs.append(settings)
+
+    def seconds(self, calls: Any) -> float:
+        calls[0]()
+        return 1 / float(self.runs[-1]["BLOCK"])
+
+    def best(self, *key: Any, ways: Any = WAYS, **options: Any) -> dict[str, Any]:
+        return tuning.best("kernel", key, ways, self.run, **options)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    made = Machine()
+    monkeypatch.setenv("ADKIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_device", lambda: FILE)
+    monkeypatch.setattr(tuning, "seconds", made.seconds)
+    monkeypatch.setattr(tuning, "_cache_bytes", lambda: 100)
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    forget(monkeypatch)
+    return made
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(tuning, "_found", {})
+    tuning._read.cache_clear()
+
+
+def test_the_fastest_is_measured_once(machine: Machine) -> None:
+    assert machine.best(64, "bfloat16") == {"BLOCK": 64}
+    measured = len(machine.runs)
+    assert machine.best(64, "bfloat16") == {"BLOCK": 64}
+    assert len(machine.runs) == measured
+    machine.best(128, "bfloat16")
+    assert len(machine.runs) == 2 * measured
+
+
+def test_a_new_process_reads_what_the_last_one_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine.best(64)
+    assert json.loads((tmp_path / "tuned" / FILE).read_text()) == {"kernel 64": {"BLOCK": 64}}
+    forget(monkeypatch)
+    machine.runs.clear()
+    assert machine.best(64) == {"BLOCK": 64}
+    assert machine.runs == []
+
+
+def test_settings_that_are_no_candidates_any_more_are_measured_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.best(64)
+    forget(monkeypatch)
+    assert machine.best(64, ways=WAYS[:2]) == {"BLOCK": 32}
+
+
+def test_what_comes_with_adkit_needs_no_measuring(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(json.dumps({"kernel 64": {"BLOCK": 16}}))
+    monkeypatch.setattr(tuning, "_packaged_file", lambda: shipped)
+    assert machine.best(64) == {"BLOCK": 16}
+    assert machine.runs == []
+
+
+def test_the_interpreter_takes_the_first(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", True)
+    assert machine.best(64) == WAYS[0]
+    assert machine.runs == []
+
+
+def test_while_a_graph_is_captured_nothing_is_measured_or_kept(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert machine.best(64) == WAYS[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert machine.best(64) == {"BLOCK": 64}
+
+
+@pytest.mark.parametrize("content", ["", '{"kernel 64": {"BLO', "[1]", '{"kernel 64": 3}'])
+def test_a_damaged_file_is_written_anew(machine: Machine, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tuned" / FILE
+    file.parent.mkdir()
+    file.write_text(content)
+    assert machine.best(64) == {"BLOCK": 64}
+    assert json.loads(file.read_text())["kernel 64"] == {"BLOCK": 64}
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    monkeypatch.setenv("ADKIT_CACHE_DIR", str(in_the_way))
+    assert machine.best(64) == {"BLOCK": 64}
+
+
+def test_settings_that_do_not_compile_are_left_out(machine: Machine) -> None:
+    def run(settings: dict[str, Any]) -> None:
+        if settings["BLOCK"] > limit:
+            raise TritonError("too large")
+        machine.run(settings)
+
+    limit = 32
+    assert tuning.measure(WAYS, run) == [1 / 16, 1 / 32, math.inf]
+    assert tuning.best("kernel", (1,), WAYS, run) == {"BLOCK": 32}
+    limit = 0
+    with pytest.raises(TritonError, match="too large"):
+        tuning.best("kernel", (2,), WAYS, run)
+
+
+def test_timed_calls_go_round_copies_that_no_cache_holds(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.arange(10, dtype=torch.int8)
+    seen: list[int] = []
+
+    def run(settings: dict[str, Any], given: torch.Tensor) -> None:
+        assert torch.equal(given, weight)
+        seen.append(given.data_ptr())
+
+    monkeypatch.setattr(tuning, "seconds", lambda calls: float(len([c() for c in calls])))
+    assert tuning.measure(WAYS[:1], run, (weight,)) == [20]  # twice the cache of 100 bytes
+    assert len(set(seen)) == 20
+    assert seen[0] == weight.data_ptr()
+    large = torch.zeros(1000, dtype=torch.int8)
+    weight = large
+    assert tuning.measure(WAYS[:1], run, (large,)) == [1]

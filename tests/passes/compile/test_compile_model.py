@@ -1,0 +1,88 @@
+"""Decode steps from static buffers, and what happens where CUDA graphs cannot be had (the graphs: test_gpu)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from adkit.contract import MemoryLimitError, SamplingParams
+from adkit.passes.compile import compile_model
+from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
+
+PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6]]
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+ATTENTION_BY_TRITON = {"transforms": {"insert_cached_attention": {"backend": "triton"}}}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """``compile_model`` takes the way to CUDA graphs, without a device that could capture one."""
+    monkeypatch.setattr(compile_model.CompileModel, "_backend", lambda self, gm, ctx: ("torch-cudagraph", ""))
+    for name in ("warm_up", "capture"):
+        monkeypatch.setattr(DecodeGraphs, name, lambda self, progress: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 32, 100, 512, 1024])
+def test_the_ladder_pads_no_batch_much_and_ends_at_the_largest(most):
+    sizes = ladder(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, 512)
+    for rows in range(1, sizes[-1] + 1):
+        padded = next(n for n in sizes if n >= rows)
+        assert padded - rows < max(8, rows / 2)
+
+
+def test_decode_steps_from_static_buffers_give_the_same_tokens(exported):
+    llm = exported(max_batch_size=6, overlap=True).llm()
+    expected = llm.generate(PROMPTS, PARAMS, progress=False)
+    model = llm.engine.model
+    ran = []
+
+    def forward(**feed):
+        ran.append(feed["cu_seqlens"].shape[0] - 1)
+        return plain(**feed)
+
+    plain = model.forward
+    pages = math.ceil(64 / model.caches.page_size)
+    model.decode = DecodeGraphs(forward, model.inputs, model.caches, [2, 4], pages, 6, model.device)
+    llm.engine.reset()
+    assert llm.generate(PROMPTS, PARAMS, progress=False) == expected
+    assert ran == [4] * 11, "three sequences, padded to four; the prompts ran some other way"
+    assert model.decode.layout(5) is None
+
+
+def test_out_of_memory_at_capture_says_what_to_lower(exported, as_on_a_gpu):
+    def full(self, progress):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    as_on_a_gpu.setattr(DecodeGraphs, "warm_up", full)
+    wb = exported(max_batch_size=12)
+    with pytest.raises(
+        MemoryLimitError, match=r"batch sizes up to 12: lower free_gpu_memory_fraction.*3 GiB"
+    ):
+        wb.llm()
+    assert wb.steps[wb.position].name == "compile_model"
+    as_on_a_gpu.undo()
+    assert wb.llm().generate([5], PARAMS, progress=False).token_ids
+
+
+def test_a_kernel_that_fell_back_to_reading_on_the_host_is_not_captured(exported, as_on_a_gpu):
+    as_on_a_gpu.setattr(compile_model, "fallen_back", lambda: {"triton_attention_with_paged_cache"})
+    wb = exported(config=ATTENTION_BY_TRITON)
+    wb.llm()
+    step = wb.steps["compile_model"]
+    assert step.info.details["backend"] == "eager"
+    assert "triton_attention_with_paged_cache (its kernel did not compile)" in "\n".join(step.log)
+    assert wb.llm().engine.model.decode is None
+
+
+def test_a_kernel_that_fell_back_to_device_code_is_captured(exported, as_on_a_gpu):
+    as_on_a_gpu.setattr(compile_model, "fallen_back", lambda: {"triton_rmsnorm"})
+    wb = exported(config=ATTENTION_BY_TRITON)
+    assert wb.llm().engine.model.decode is not None
+    details = wb.steps["compile_model"].info.details
+    assert details["backend"] == "torch-cudagraph"
+    assert {"batch sizes", "capture seconds", "capture bytes"} <= set(details)
