@@ -15,13 +15,15 @@ import transformers
 from adkit.contract import AdkitError, ConfigError
 from adkit.graph.cost import Device, device_named
 from adkit.graph.serialize import portable
+from adkit.graph.times import NodeTimes
 from adkit.models.loading import FUSED
 from adkit.passes import Pass
 from adkit.viz.record import RecordError, RecordWriter, dump_record
-from adkit.viz.record.format import Overlay, PassSource
+from adkit.viz.record.format import Overlay, PassSource, Record
 from adkit.viz.record.overlays import overlay
 
 if TYPE_CHECKING:
+    from adkit.viz.explorer import Explorer
     from adkit.workbench import Workbench
 
 #: The device that costs are told for, where nothing else is asked.
@@ -63,22 +65,67 @@ def write_record(
 
     ``device`` names the device of :data:`adkit.graph.cost.DEVICES` whose roofline the costs are told for.
     """
+    try:
+        return dump_record(whole(wb, overlays, device), path)
+    except RecordError as error:
+        raise AdkitError(str(error)) from None
+
+
+def whole(wb: Workbench, overlays: Mapping[str, Any] | Iterable[Overlay], device: Device | str) -> Record:
+    """The whole record of ``wb``; ConfigError for an unknown device or overlays that are none."""
     made = writer(wb)
     try:
         made.costs(device_named(device))
         made.record.overlays = as_overlays(overlays)
-        return dump_record(made.complete(), path)
-    except RecordError as error:
-        raise AdkitError(str(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    return made.complete()
+
+
+def write_report(
+    wb: Workbench,
+    path: str | Path,
+    completions: Iterable[Any] = (),
+    *,
+    overlays: Mapping[str, Any] | Iterable[Overlay] = (),
+    device: Device | str = DEVICE,
+) -> Path:
+    """Write the explorer with ``wb``'s walk as one HTML file; ``completions`` are shown below it."""
+    from adkit.viz.page import write_page
+
+    return write_page(whole(wb, overlays, device), path, completions=completions)
+
+
+def explore(
+    wb: Workbench, *, overlays: Mapping[str, Any] | Iterable[Overlay] = (), device: Device | str = DEVICE
+) -> Explorer:
+    """The walk in the explorer; ``explorer.goto(step, node)``, ``explorer.selection`` and the rest as it says."""
+    from adkit.viz.explorer import Explorer
+
+    return Explorer(whole(wb, overlays, device))
 
 
 def as_overlays(given: Mapping[str, Any] | Iterable[Overlay]) -> list[Overlay]:
-    """Overlays of a user's mapping ``name -> {node id: value}``; those made already are passed on."""
+    """Overlays of a user's mapping ``name -> {node id: value}``; those made already are passed on.
+
+    A profile (``wb.profile()``) becomes the measured time of each node.
+    """
     if not isinstance(given, Mapping):
         return list(given)
-    return [v if isinstance(v, Overlay) else overlay(name, v) for name, v in given.items()]
+    return [_overlay(name, v) for name, v in given.items()]
+
+
+def _overlay(name: str, value: Any) -> Overlay:
+    if isinstance(value, Overlay):
+        return value
+    if isinstance(value, NodeTimes):
+        micro = {i: s * 1e6 for i, s in value.seconds.items()}
+        return overlay(name, micro, unit="us", note=f"measured: {value.batch}, {value.where}")
+    if not isinstance(value, Mapping):
+        raise RecordError(
+            f"overlay {name!r} is a {type(value).__name__}; expected {{node id: number or word}}"
+        )
+    return overlay(name, value)
 
 
 def pass_source(p: Pass) -> PassSource | None:
@@ -94,4 +141,12 @@ def pass_source(p: Pass) -> PassSource | None:
     return PassSource(file=file, line=line, code=code)
 
 
-__all__: Sequence[str] = ["DEVICE", "as_overlays", "pass_source", "write_record", "writer"]
+__all__: Sequence[str] = [
+    "DEVICE",
+    "explore",
+    "pass_source",
+    "whole",
+    "write_record",
+    "write_report",
+    "writer",
+]

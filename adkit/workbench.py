@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adkit.playground import Playground
     from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
+    from adkit.viz.explorer import Explorer
 
 
 class Workbench:
@@ -480,13 +481,17 @@ class Workbench:
 
         return Playground(self.llm(), **{"name": f"{self.name} on {self.device}", **options})
 
-    def report(self, path: str | Path, completions: Iterable[Any] = ()) -> Path:
-        """Write one standalone HTML file that shows every step; returns its path."""
-        from adkit.viz.report import write_report
+    def explore(self, **options: Any) -> Explorer:
+        """The walk in one widget: timeline, graph, differences, program; options as ``adkit.recording.explore``."""
+        from adkit.recording import explore
 
-        return write_report(
-            path, title=self.name, steps=self.steps, final=self.graph, completions=list(completions)
-        )
+        return explore(self, **options)
+
+    def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
+        """Write the explorer with this walk as one standalone HTML file; returns its path."""
+        from adkit.recording import write_report
+
+        return write_report(self, path, completions, **options)
 
     def save(self, path: str | Path) -> Path:
         """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON

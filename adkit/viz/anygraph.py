@@ -85,7 +85,7 @@ def _value(n: Node) -> Any:
     for key in ("val", "example_value"):
         if key in n.meta:
             return n.meta[key]
-    noted = n.meta.get("tensor_meta")
+    noted: Any = n.meta.get("tensor_meta")
     if hasattr(noted, "shape") and hasattr(noted, "dtype"):
         return torch.empty(tuple(noted.shape), dtype=noted.dtype, device="meta")
     return None
@@ -172,7 +172,9 @@ def _align(a: Snapshot, b: Snapshot, found: dict[int, int], used: set[int], pair
         if left and right:
             for key in (_place, _local):
                 rows = [n for n in left if n.id not in used], [n for n in right if n.id not in found]
-                same = SequenceMatcher(None, [key(n) for n in rows[0]], [key(n) for n in rows[1]], autojunk=False)
+                same = SequenceMatcher(
+                    None, [key(n) for n in rows[0]], [key(n) for n in rows[1]], autojunk=False
+                )
                 for i, j, size in same.get_matching_blocks():
                     pair((n.id for n in rows[0][i : i + size]), (n.id for n in rows[1][j : j + size]))
         last = at
@@ -200,12 +202,15 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         args = _map(n.args, lambda r: Ref(ids[r.id]), Ref)
         kwargs = _map(n.kwargs, lambda r: Ref(ids[r.id]), Ref)
         old = a.by_id.get(ids[n.id]) if n.id in found else None
-        if old is not None and (old.target, old.args, old.kwargs, old.name) == (n.target, args, kwargs, n.name):
+        if old is not None and (old.target, old.args, old.kwargs, old.name) == (
+            n.target,
+            args,
+            kwargs,
+            n.name,
+        ):
             rows.append(old)
             continue
-        rows.append(
-            replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id])))
-        )
+        rows.append(replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id]))))
     return Snapshot(tuple(rows))
 
 

@@ -50,7 +50,9 @@ class Explorer(anywidget.AnyWidget):
         """Name of the step looked at; empty where there is none."""
         return self.data.steps[self.step].name if self.step >= 0 else ""
 
-    def goto(self, step: str | int, node: int | None = None, *, compare_to: str | int | None = None) -> Explorer:
+    def goto(
+        self, step: str | int, node: int | None = None, *, compare_to: str | int | None = None
+    ) -> Explorer:
         """Look at a step (name or index, negative from the end), at one node of it, against another step.
 
         Returns itself. Raises KeyError for an unknown step, TraitError for an unknown node.

@@ -116,7 +116,17 @@ def static_html(record: Record) -> str:
 def _row(record: Record, s: Step) -> str:
     nodes = record.graphs[s.after].size if s.after >= 0 else 0
     what = s.reason or "; ".join(r.text for r in (s.rewrites or [])[:3])
-    cells = [s.stage, s.name, s.status, nodes, s.created, s.erased, len(s.changed), round(s.seconds * 1e3, 1), what]
+    cells = [
+        s.stage,
+        s.name,
+        s.status,
+        nodes,
+        s.created,
+        s.erased,
+        len(s.changed),
+        round(s.seconds * 1e3, 1),
+        what,
+    ]
     first = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
     return f"<tr>{first}</tr>"
 

@@ -17,6 +17,8 @@ VERSION = 1
 Index = Annotated[int, Field(ge=0)]
 #: An index, or -1 for none.
 Maybe = Annotated[int, Field(ge=-1)]
+#: A page may put a colour into a style sheet, so it can be nothing else.
+Colour = Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
 #: JSON without nesting limits of our own: configuration values.
 Plain = dict[str, object]
 
@@ -105,7 +107,7 @@ class Rows(Part):
     )
     value: list[Index] = Field(default=[], description="Index into values.")
     module: list[Index] = Field(
-        [], description="Index into modules; of a parameter, the module that owns it."
+        default=[], description="Index into modules; of a parameter, the module that owns it."
     )
     source: list[Maybe] = Field(default=[], description="Index into sources.")
     category: list[Index] = Field(default=[], description="Index into categories.")
@@ -115,8 +117,8 @@ class Category(Part):
     """A kind of work: its name and two colours (fill, border) for a light page."""
 
     name: str
-    fill: str
-    border: str
+    fill: Colour
+    border: Colour
 
 
 class Block(Part):
@@ -264,7 +266,7 @@ class Costs(Part):
     device: str
     sizes: dict[str, int]
     table: list[tuple[float, float, float, str]] = Field(
-        [], description="FLOPs, bytes, roofline microseconds, bound by (compute, memory, nothing)."
+        default=[], description="FLOPs, bytes, roofline microseconds, bound by (compute, memory, nothing)."
     )
     rows: list[Maybe] = []
 
