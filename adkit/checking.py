@@ -429,11 +429,13 @@ def packed_logits(
     """Logits [len, V] of known token sequences through a packed, cached graph, all sequences in one batch.
 
     ``forward`` gives logits [1, T, V]. The first ``prefill[i]`` tokens of each go in at once, the rest one
-    a step, as in generation. ``pool`` is given memory of its own for the purpose.
+    a step, as in generation. ``pool`` is given memory for the purpose unless it has enough, whose content is
+    then lost.
     """
     size = pool.page_size
     pages = [math.ceil(len(s) / size) for s in sequences]
-    pool.allocate(1 + sum(pages), device)
+    if pool.num_pages < 1 + sum(pages):
+        pool.allocate(1 + sum(pages), device)
     table = torch.zeros(len(sequences), max(pages), dtype=torch.int32)
     for i, count in enumerate(pages):
         table[i, :count] = 1 + sum(pages[:i]) + torch.arange(count)

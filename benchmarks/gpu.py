@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --no-peers --only llama-3.2-1b,qwen3-0.6b
     python benchmarks/gpu.py --tiny --out FOLDER  # the same code on tiny models, on a CPU: does it run?
 
-Files are ``<prefix>_<case>.json`` under ``benchmarks/results``, as ``adkit bench`` writes them. A case that fails says
-so in the table and the others go on. Extra settings after ``--`` go to every case: ``-- --set max_batch_size=256``.
+Files are ``<prefix>_<case>.json`` under ``benchmarks/results``, as ``adkit bench`` writes them, and
+``<prefix>_figures.svg`` shows all that there are. A case that fails says so in the table and the others go on.
+Extra settings after ``--`` go to every case: ``-- --set max_batch_size=256``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adkit.bench import picture
 from adkit.models.bundled import bundled_config
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,10 +101,22 @@ def main() -> int:
             error = run(case, out, options, extra, Path(scratch))
             seconds = time.perf_counter() - start
             failures += bool(error)
-            rows += failed(case, error, seconds) if error else summary(case, out, seconds)
+            if error:
+                print(f"{case.name}: {error}", flush=True)
+            # A case that was stopped has written the rows that it had.
+            rows += summary(case, out, seconds) if out.exists() else failed(case, error, seconds)
+    draw(options.out, options.prefix)
     print()
     show(rows)
     return failures
+
+
+def draw(folder: Path, prefix: str) -> None:
+    """One picture of every case that has a results file, those of earlier runs included."""
+    files = [folder / f"{prefix}_{c.name}.json" for c in CASES]
+    results = [json.loads(f.read_text()) for f in files if f.exists()]
+    if results:
+        picture.save(results, folder / f"{prefix}_figures.svg")
 
 
 def run(case: Case, out: Path, options: argparse.Namespace, extra: list[str], scratch: Path) -> str:
@@ -150,6 +164,9 @@ def summary(case: Case, out: Path, seconds: float) -> list[dict[str, Any]]:
         sizes = list(dict.fromkeys(r["requests"] for r in result["rows"]))
         size = n if n in sizes else sizes[0]
         found = {r["engine"]: r for r in result["rows"] if r["requests"] == size}
+        if "adkit" not in found:
+            rows += failed(case, "no figures of adkit", seconds)[:1]
+            continue
         own = found.pop("adkit")
         share = next((own[s] for s in ("copy_bandwidth_share", "matmul_share", "limit_share") if s in own), 0)
         rows.append(
@@ -164,9 +181,10 @@ def summary(case: Case, out: Path, seconds: float) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'case':<26}{'requests':>9}{'target':>10}{'reached':>10}{'of it':>7}{'share':>7}{'s':>6}  peers")
+    heads = f"{'case':<26}{'requests':>9}{'target':>10}{'reached':>10}{'':<8}{'of it':>7}{'share':>7}{'s':>6}"
+    print(f"{heads}  peers")
     for r in rows:
-        scale, unit = (1e12, " TFLOP/s") if r["key"] == "flops_per_second" else (1, "")
+        scale, unit = (1e12, "TFLOP/s") if r["key"] == "flops_per_second" else (1, "tok/s")
         head = f"{r['case']:<26}{r['requests']:>9}{r['target'] / scale:>10,.0f}"
         if "error" in r:
             print(f"{head}  FAILED: {r['error']} ({r['seconds']:.0f} s)")
@@ -178,8 +196,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         ]  # fmt: skip
         peers += [f"[earlier: {r['reported']}]"] if r["reported"] else []
         print(
-            f"{head}{r['reached'] / scale:>10,.1f}{r['reached'] / r['target']:>7.0%}{r['share']:>7.0%}"
-            f"{r['seconds']:>6.0f}  {', '.join(peers)}{unit}"
+            f"{head}{r['reached'] / scale:>10,.1f} {unit:<7}{r['reached'] / r['target']:>7.0%}{r['share']:>7.0%}"
+            f"{r['seconds']:>6.0f}  {', '.join(peers)}"
         )
 
 

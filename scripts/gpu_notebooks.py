@@ -40,12 +40,21 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return [p for p in found if any(map(needs_gpu, nbformat.read(p, as_version=4).cells))]
 
 
-def record(path: Path, *, timeout: int) -> Any:
+def record(path: Path, *, timeout: int, allow_errors: bool = False) -> Any:
     """The notebook with new outputs in its GPU cells. Raises CellExecutionError when a cell fails."""
     recorded = nbformat.read(path, as_version=4)
     ran = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+
+    def tell(cell: Any, cell_index: int, **_: Any) -> None:
+        if needs_gpu(cell):
+            seconds = time.perf_counter() - began
+            print(f"{path.name}: cell {cell_index + 1} of {len(ran.cells)} after {seconds:.0f} s", flush=True)
+
     NotebookClient(
         ran,
+        allow_errors=allow_errors,
+        on_cell_executed=tell,
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
@@ -96,6 +105,9 @@ def main() -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all that have cells for a GPU")
     parser.add_argument("--out", type=Path, help="folder to write to, instead of in place")
     parser.add_argument("--timeout", type=int, default=300, help="most seconds a cell")
+    parser.add_argument(
+        "--allow-errors", action="store_true", help="write although a cell failed, to see how"
+    )
     options = parser.parse_args()
     import torch
 
@@ -106,7 +118,7 @@ def main() -> int:
     for path in options.notebooks or notebooks():
         start = time.perf_counter()
         try:
-            made = record(path, timeout=options.timeout)
+            made = record(path, timeout=options.timeout, allow_errors=options.allow_errors)
         except CellExecutionError as error:
             failures += 1
             print(f"{path.name}: failed, left as it was\n{error}")

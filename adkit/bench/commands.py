@@ -1,8 +1,9 @@
-"""``adkit bench latency|throughput|prefill MODEL``: measure, print a line a row, write JSON and a picture."""
+"""``adkit bench latency|throughput|prefill|accuracy MODEL``: measure, print, write JSON and a picture."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,7 @@ def latency(
         measure(
             model, batches=batch, prompt=prompt, new=new, vs=_names(vs), seed=seed, peer_seconds=peer_seconds,
             overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def throughput(
         measure(
             model, requests=requests, prompt=prompt, new=new, vs=_names(vs), seed=seed,
             peer_seconds=peer_seconds, overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -108,10 +109,37 @@ def prefill(
         measure(
             model, prompt=prompt, vs=_names(vs), seed=seed, overrides=overrides, config=config,
             random_weights=random_weights,
-            command=_command(model),
+            command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
+
+
+@app.command()
+def accuracy(
+    model: Model,
+    layers: Annotated[int | None, typer.Option(help="Keep only so many layers, with random weights")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to compare")] = 4,
+    prompt: Annotated[int, typer.Option(help="Tokens of each that go in at once")] = 192,
+    new: Annotated[int, typer.Option(help="Tokens of each that go in one by one")] = 64,
+    dtype: Annotated[str, typer.Option(help="The engine's dtype")] = "bfloat16",
+    tasks: Annotated[int | None, typer.Option(help="Most tasks of a kind for the demo model")] = None,
+    seed: Seed = 0,
+    overrides: Overrides = [],  # noqa: B006
+    config: Config = [],  # noqa: B006
+    random_weights: Random = False,
+    out: Out = None,
+) -> None:
+    """The engine's logits against a float32 reference; the demo model's answers too. Status 1 out of bounds."""
+    from adkit.bench.accuracy import measure
+
+    _check_files(out, None)
+    row = measure(
+        model, layers=layers, sequences=sequences, prompt=prompt, new=new, dtype=dtype, tasks=tasks, seed=seed,
+        overrides=overrides, config=config, random_weights=random_weights, command=_command(model),
+    )  # fmt: skip
+    _finish(row, out, None)
+    raise typer.Exit(0 if row["ok"] else 1)
 
 
 def _names(text: str) -> list[str]:
@@ -137,6 +165,13 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
         raise ConfigError(f"cannot write {str(out)!r}: its folder does not exist")
     if plot is not None:
         picture.check_path(plot)
+
+
+def _keep(out: Path | None) -> Callable[[dict[str, Any]], object]:
+    """Writes what there is so far, in case something later takes too long."""
+    from adkit.bench import results
+
+    return lambda result: out is not None and results.write(result, out)
 
 
 def _finish(result: dict[str, Any], out: Path | None, plot: Path | None) -> None:

@@ -36,12 +36,14 @@ def measure(
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
+    keep: Callable[[Result], object] = lambda result: None,
 ) -> Result:
     """Figures of ``model`` at each batch size, medians of three runs.
 
     Weights are random where it has none or ``random_weights`` asks for them.
-    The batch goes in as one step of prompts unless settings say otherwise. Returns plain data, see
-    ``results``. Raises ConfigError for sizes and peers that cannot be.
+    The batch goes in as one step of prompts unless settings say otherwise. ``keep`` is given
+    the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers that
+    cannot be.
     """
     names = peers.check(vs)
     if not batches or min(batches) < 1:
@@ -63,6 +65,11 @@ def measure(
     sizes = {"batches": list(batches), "prompt": prompt, "new": new, "seed": seed, "repeats": REPEATS}
     result = result_of(subject, "latency", what, sizes, command)
 
+    def add(row: Row) -> None:
+        result["rows"].append(row)
+        show(line(row))
+        keep(result)
+
     def figures(run: Callable[[Workload], Any], load: Workload) -> Row:
         for _ in range(2):
             run(load)
@@ -79,11 +86,10 @@ def measure(
         row: Row = {"engine": "adkit", "requests": len(load)}
         row |= figures(lambda load: subject.run(load, progress=progress)[0], load)
         row["peak_bytes"] = peak_bytes(subject.device)
-        result["rows"].append(row)
-        show(line(row))
+        add(row)
     subject.close()
-    result["rows"] += peers.measure(
+    peers.measure(
         names, subject.factory, subject.device, loads, figures, limit=peer_seconds, progress=progress,
-        show=lambda row: show(line(row)),
+        add=add,
     )  # fmt: skip
     return result

@@ -37,9 +37,12 @@ def check(names: Sequence[str], known: Sequence[str] | None = None) -> list[str]
     return list(names)
 
 
-def load_model(factory: ModelFactory, device: torch.device) -> Any:
-    """The Hugging Face model with the same weights as adkit's."""
-    model = factory.build().to_empty(device=device)
+def load_model(factory: ModelFactory, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The Hugging Face model with the same weights as adkit's, widened to ``dtype`` where one is given."""
+    model = factory.build()
+    if dtype is not None and dtype != factory.dtype:
+        model = model.to(dtype)
+    model = model.to_empty(device=device)
     state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     state |= dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
@@ -64,25 +67,28 @@ def measure(
     *,
     limit: float,
     progress: bool,
-    show: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """A row of ``figures`` for every peer and workload; a row with ``error`` where a peer fails."""
-    rows: list[dict[str, Any]] = []
-    model = load_model(factory, device) if names else None
+    add: Callable[[dict[str, Any]], None],
+) -> None:
+    """``add`` a row of ``figures`` for every peer and workload; a row with ``error`` where a peer fails."""
+    model: Any = None
     for name in names:
         for load in loads:
             machine.free(device)
             machine.reset_peak(device)
             row: dict[str, Any] = {"engine": name, "requests": len(load)}
             try:
+                model = model or load_model(factory, device)
                 with peer(name, model, load, limit, progress=progress) as run:
                     row |= figures(run, load)
                 row["peak_bytes"] = machine.peak_bytes(device)
             except Exception as error:  # whatever another library makes of the model
-                row["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            rows.append(row)
-            show(row)
-    return rows
+                row["error"] = told(error)
+            add(row)
+
+
+def told(error: Exception) -> str:
+    """An error in one line, not too long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
@@ -145,9 +151,11 @@ def _hf(model: Any, load: Workload, limit: float, progress: bool) -> Iterator[Ru
 def _hf_static_compile(model: Any, load: Workload, limit: float, progress: bool) -> Iterator[Run]:
     import torch._dynamo
 
-    with _generate(model, load, limit, progress, {"cache_implementation": "static"}) as run:
-        yield run
-    torch._dynamo.reset()  # its graphs hold memory
+    try:
+        with _generate(model, load, limit, progress, {"cache_implementation": "static"}) as run:
+            yield run
+    finally:
+        torch._dynamo.reset()  # its graphs hold memory
 
 
 @contextmanager

@@ -36,12 +36,14 @@ def measure(
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
+    keep: Callable[[Result], object] = lambda result: None,
 ) -> Result:
     """Figures of ``model`` on one prompt, the median of five runs.
 
     Weights are random where it has none or ``random_weights`` asks for them.
     The prompt goes in as one step unless settings say otherwise. The peer ``hf`` is the Hugging Face model's forward
-    with a cache, logits of the last token alone. Returns plain data, see ``results``.
+    with a cache, logits of the last token alone. ``keep`` is given the result after every row. Returns plain
+    data, see ``results``.
     """
     names = peers.check(vs, PEERS)
     if prompt < 1:
@@ -71,6 +73,7 @@ def measure(
     def add(row: Row) -> None:
         result["rows"].append(row)
         show(line(row))
+        keep(result)
 
     head: Row = {"engine": "adkit", "requests": 1}
     add(head | figures(lambda: subject.run(load, progress=progress)[0].first_token[0]))
@@ -82,7 +85,7 @@ def measure(
             machine.reset_peak(subject.device)
             add(head | figures(lambda peer=peer: _hf(peer, load.prompts[0], subject.device)))  # type: ignore[misc]
         except Exception as error:  # whatever another library makes of the model
-            add(head | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"})
+            add(head | {"error": peers.told(error)})
     return result
 
 

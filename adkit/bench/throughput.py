@@ -39,12 +39,14 @@ def measure(
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
+    keep: Callable[[Result], object] = lambda result: None,
 ) -> Result:
     """Figures of ``model`` over ``requests`` of these lengths.
 
     Weights are random where it has none or ``random_weights`` asks for them.
-    ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``. Returns
-    plain data, see ``results``. Raises ConfigError for sizes and peers that cannot be.
+    ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``. ``keep`` is
+    given the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers
+    that cannot be.
     """
     names = peers.check(vs)
     if requests < 1:
@@ -70,6 +72,11 @@ def measure(
     limit = load.new_tokens / least
     result["limit_output_tokens_per_second"] = round(limit, 1)
 
+    def add(row: Row) -> None:
+        result["rows"].append(row)
+        show(line(row))
+        keep(result)
+
     def share(row: Row) -> Row:
         return row | {"limit_share": round(float(row["output_tokens_per_second"]) / limit, 3)}
 
@@ -83,16 +90,15 @@ def measure(
         "preemptions": stats.preemptions,
         "peak_bytes": peak_bytes(subject.device),
     }
-    result["rows"].append(share(row))
-    show(line(result["rows"][0]))
+    add(share(row))
     subject.close()
 
     def figures(run: Callable[[Workload], Any], load: Workload) -> Row:
         run(load.first(8, _WARM_TOKENS))
         return share(throughput_figures(run(load), lengths))
 
-    result["rows"] += peers.measure(
+    peers.measure(
         names, subject.factory, subject.device, [load], figures, limit=peer_seconds, progress=progress,
-        show=lambda row: show(line(row)),
+        add=add,
     )  # fmt: skip
     return result

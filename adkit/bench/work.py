@@ -96,6 +96,8 @@ def work_of_graph(graph: Snapshot) -> Work:
         info = info_of(n.target)
         kind = info.category if info is not None else "linear" if n.target_name in _MATMULS else ""
         call = call_of(n, graph, sizes) if kind in ("linear", "moe", "attention") else None
+        if kind == "moe" and call is not None and "topk_ids" not in call.values:
+            kind, call = "routing", None  # small, and every token reads it whole
         weights = {graph[i].target: graph[i].val for i in n.inputs() if graph[i].op == "get_attr"}
         if n.target_name != "aten.embedding":
             for name, val in weights.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,3 +79,9 @@ class CachePool:
         self.tensors = {
             s.name: torch.zeros((num_pages, *s.page_shape), dtype=s.dtype, device=device) for s in self.specs
         }
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Zero these pages of every cache, behind the work that the device has in hand."""
+        for cache in self.tensors.values():
+            index = torch.tensor(pages, dtype=torch.int64, pin_memory=cache.is_cuda)
+            cache.index_fill_(0, index.to(cache.device, non_blocking=True), 0)

@@ -53,10 +53,11 @@ class DecodeReplay(Protocol):
         """How to lay out a decode step of R sequences, padded where R is not a size that it has; None: it cannot."""
         ...
 
-    def __call__(self, host: HostBatch, previous: Tensor | None) -> Tensor:
-        """Logits [>= R, V] of a batch in such a layout, valid until the next call; waits for nothing.
+    def __call__(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] of a batch in such a layout, and each row's best token [R] (-1: not finite).
 
-        ``previous`` [L'] are the tokens of the step before, if the batch continues it.
+        Both are valid until the next call. ``previous`` [L'] are the tokens of the step before, if the batch continues
+        it. Waits for nothing.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 from adkit.viz.html import style
@@ -29,6 +30,11 @@ _TIPS = {
 _NAMES = {"repetition_penalty": "repeat penalty"}
 
 
+def _body(html: str) -> str:
+    """What the style sheets apply to."""
+    return f'<div class="adkit">{html}</div>'
+
+
 class Controls:
     """The widgets, as one box; ``settings`` are read from the fields and written to them.
 
@@ -40,6 +46,7 @@ class Controls:
         settings: dict[str, Any],
         prompt: str,
         *,
+        heading: str,
         chat: bool,
         can_chat: bool,
         on_generate: Callable[[], None],
@@ -81,9 +88,10 @@ class Controls:
                 padding="6px 10px",
             ),
         )
+        title = f'<span class="ak-name">{escape(heading)}</span>'
         self.box = w.VBox(
             [
-                w.HTML(f"<style>{style()}{live_style()}</style>", layout=w.Layout(display="none")),
+                w.HTML(f"<style>{style()}{live_style()}</style>{_body(title)}"),
                 w.Box([self.prompt, self.mode, self.generate, self.stop, self.reset], layout=w.Layout(**row)),
                 w.Box(list(self.fields.values()), layout=w.Layout(**row)),
                 self._panes["meters"],
@@ -147,9 +155,8 @@ class Controls:
             "log": log_html(view.log),
         }
         for name, html in drawn.items():
-            html = f'<div class="adkit">{html}</div>'
-            if self._panes[name].value != html:
-                self._panes[name].value = html
+            if self._panes[name].value != _body(html):
+                self._panes[name].value = _body(html)
         self.stop.disabled = not running
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import re
 import threading
+import time
 import weakref
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -17,6 +18,7 @@ from adkit.runtime import LiveModel
 from adkit.viz.live import LiveView, PageMap
 
 _RESTING = 0.5  # seconds between looks at an engine that does nothing
+_MOST_DRAWING = 0.05  # share of the time: what Python does here it does not do for the engine
 _KEPT_RUNS = 32
 _DEFAULTS: dict[str, Any] = {
     "temperature": 0.0,
@@ -35,9 +37,9 @@ class Playground:
 
     Everything that can be clicked can be called: ``panel.generate("Once")``, ``panel.stop()``, ``panel.wait()``,
     ``panel.reset()``, ``panel.text``. ``prompt``, ``chat``, ``copies`` and sampling fields (``temperature=0.8``)
-    fill in the controls. It draws every ``interval`` seconds while the engine is at work, whoever uses it: other
-    cells and panels may, at the same time. ``close()`` ends its requests and leaves its last state as a
-    picture; until then it keeps the engine, and with it the cache's memory.
+    fill in the controls. It draws at most every ``interval`` seconds while the engine is at work, whoever uses
+    it: other cells and panels may, at the same time. ``close()`` ends its requests and leaves its last state as
+    a picture; until then it keeps the engine, and with it the cache's memory.
 
     Raises RequestError for sampling fields that cannot be.
     """
@@ -264,6 +266,7 @@ class Playground:
         return Controls(
             {k: self._settings[k] for k in _DEFAULTS},
             self._prompt,
+            heading=self.name,
             chat=self._chat and self.can_chat,
             can_chat=self.can_chat,
             on_generate=self._asked,
@@ -289,10 +292,12 @@ class Playground:
         before, self._busy = self._busy, self._gauge.tick() or self._woken.is_set() or self.running
         if self._busy or before:  # once more when it has come to rest: a step is counted when it begins
             self._woken.clear()
+            start = time.perf_counter()
             self._draw()
-            self._closed.wait(self.interval)
-        else:
-            self._woken.wait(_RESTING)
+            took = time.perf_counter() - start
+            self._closed.wait(max(self.interval, took / _MOST_DRAWING))
+        elif self._woken.wait(_RESTING):
+            self._closed.wait(self.interval / 4)  # the first token first
 
     def __repr__(self) -> str:
         return (

@@ -66,7 +66,39 @@ def build_batch(
         table[row, : len(seq.pages)] = seq.pages
     pages = table[row_of_token, positions // page_size].astype(np.int64)
     fields["slot_mapping"][:t] = pages * page_size + positions % page_size
-    return HostBatch(layout, buffer, continues=any(s.num_pending for s in sequences))
+    return HostBatch(layout, buffer, r, continues=any(s.num_pending for s in sequences))
+
+
+class DecodeRows:
+    """A decode step as it was packed, from which the next one of the same ``sequences`` is made by counting on.
+
+    That step must be in flight when :meth:`advance` is called, and the one after it scheduled: each sequence brings the
+    token that its row is sampling.
+    """
+
+    def __init__(self, sequences: list[Sequence], host: HostBatch, page_size: int) -> None:
+        self.sequences = sequences
+        self._page_size = page_size
+        self._layout = host.layout
+        self._buffer = host.buffer.clone()
+        fields = host.layout.arrays(self._buffer)
+        r = len(sequences)
+        fields["sources"][:r] = np.arange(r)
+        self._table = fields["page_table"]
+        self._positions, self._slots = fields["position_ids"][0, :r], fields["slot_mapping"][:r]
+        lengths = fields["rope_lengths"][0, :r], fields["cache_lens"][:r]
+        self._counters = (self._positions, self._slots, *lengths)
+
+    def advance(self, pinned: bool) -> HostBatch:
+        """The next step."""
+        for counter in self._counters:
+            counter += 1
+        for row in np.flatnonzero(self._positions % self._page_size == 0).tolist():
+            pages = self.sequences[row].pages
+            self._table[row, len(pages) - 1] = pages[-1]
+            self._slots[row] = pages[-1] * self._page_size
+        buffer = torch.empty(self._layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return HostBatch(self._layout, buffer.copy_(self._buffer), len(self.sequences), continues=True)
 
 
 def _fill_ids(

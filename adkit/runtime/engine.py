@@ -25,7 +25,7 @@ from adkit.contract import (
     SamplingParams,
 )
 from adkit.runtime.detokenizer import Detokenizer, TokenDecoder
-from adkit.runtime.launch import InFlight, launch
+from adkit.runtime.launch import InFlight, Launcher
 from adkit.runtime.pages import PageAllocator
 from adkit.runtime.scheduler import Scheduler
 from adkit.runtime.sequence import Sequence
@@ -63,6 +63,7 @@ class Engine:
 
     def _start_empty(self) -> None:
         self._in_flight: InFlight | None = None
+        self._launcher = Launcher(self.model, self.model.caches.page_size)
         self.pages = PageAllocator(self.model.caches.num_pages, self.model.caches.page_size)
         self.scheduler = Scheduler(
             self.config, self.pages, lengths_matter="rope_lengths" in self.model.inputs
@@ -186,7 +187,7 @@ class Engine:
         self._counts.steps += 1
         self._counts.step_sequences += len(batch)
         self._counts.computed_tokens += sum([s.num_scheduled for s in batch])
-        return launch(self.model, batch, self.pages.page_size, self._in_flight)
+        return self._launcher(batch, self._in_flight)
 
     def _collect(self) -> list[Delta]:
         """Write the results of the step in flight, if any, into its sequences, and let the finished ones go."""
@@ -234,9 +235,7 @@ class Engine:
             pages = seq.pages.tolist()
             self.scheduler.remove(seq, keep_pages=False)
             # A masked-out NaN still spoils a sum of 0 x NaN, so the pages' next holders must not find any.
-            dirty = [p for p in pages if not self.pages.holders(p)]
-            for cache in self.model.caches.tensors.values():
-                cache[dirty] = 0
+            self.model.caches.wipe([p for p in pages if not self.pages.holders(p)])
             seen = len(seq.text), seq.num_output
             seq.finish("error", error)
             deltas.append(seq.delta(seq.id, *seen))

@@ -13,12 +13,13 @@ of a failed request is ordered in the same way.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adkit.contract import CompiledModel, TokenLogprob
-from adkit.runtime.batch import build_batch
+from adkit.contract import CompiledModel, HostBatch, TokenLogprob
+from adkit.runtime.batch import DecodeRows, build_batch
 from adkit.runtime.sampler import Sampled, sample
 from adkit.runtime.sequence import Sequence
 
@@ -51,44 +52,72 @@ class InFlight:
         return [] if self.fetched is None else self.fetched.to_host([s.params for s in self.sampling])
 
 
-@torch.inference_mode()
-def launch(
-    model: CompiledModel, sequences: list[Sequence], page_size: int, before: InFlight | None
-) -> InFlight:
-    """Run the scheduled tokens of R sequences and sample; ``before`` is the step that is still in flight.
+class Launcher:
+    """Starts steps of ``model``, whose cache has pages of ``page_size`` tokens."""
 
-    Sequences are counted as if the step were done: ``num_cached`` grows, and a sampled token is pending; not when
-    the model raises.
-    """
-    on_cuda = model.device.type == "cuda"
-    previous = None if before is None else before.tokens
-    num_tokens = sum([s.num_scheduled for s in sequences])
-    sampling = [s for s in sequences if s.samples]
-    decode = len(sampling) == len(sequences) == num_tokens
-    padded = model.decode.layout(len(sequences)) if decode and model.decode is not None else None
-    if padded is not None and model.decode is not None:
-        host = build_batch(
-            sequences, page_size, num_previous=model.decode.num_previous, padded=padded, pinned=on_cuda
-        )
-        logits = model.decode(host, previous)[: len(sequences)]
-    else:
-        rows = 0 if previous is None else len(previous)
-        host = build_batch(sequences, page_size, num_previous=rows, pinned=on_cuda)
-        logits = model(host.to(model.device, previous))
+    def __init__(self, model: CompiledModel, page_size: int) -> None:
+        self._model = model
+        self._page_size = page_size
+        self._on_cuda = model.device.type == "cuda"
+        #: The latest step, if it was a replayed decode step, and its rows.
+        self._latest: tuple[InFlight, DecodeRows] | None = None
 
-    sampled = fetched = done = None
-    if sampling:
-        sampled = sample(logits, sampling, previous)
-        fetched = sampled.fetch()
-    if on_cuda:
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(model.device))
+    @torch.inference_mode()
+    def __call__(self, sequences: list[Sequence], before: InFlight | None) -> InFlight:
+        """Run the scheduled tokens of R sequences and sample; ``before`` is the step that is still in flight.
 
-    for row, seq in enumerate(sampling):
-        seq.num_pending += 1
-        seq.row = row
-    for seq in sequences:
-        seq.num_cached += seq.num_scheduled
-        seq.num_scheduled = 0
-    computed = [s.num_cached for s in sequences]
-    return InFlight(num_tokens, sequences, computed, sampling, sampled, fetched, done)
+        Sequences are counted as if the step were done: ``num_cached`` grows, and a sampled token is pending; not when
+        the model raises.
+        """
+        previous = None if before is None else before.tokens
+        rows, best = self._rows(sequences, before), None
+        if rows is not None:
+            sampling, num_tokens = sequences, len(sequences)
+            logits, best = self._replay(rows.advance(self._on_cuda), previous)
+        else:
+            num_tokens = sum([s.num_scheduled for s in sequences])
+            sampling = [s for s in sequences if s.samples]
+            decode = len(sampling) == len(sequences) == num_tokens
+            replay = self._model.decode
+            padded = replay.layout(len(sequences)) if decode and replay is not None else None
+            if replay is not None and padded is not None:
+                ahead = replay.num_previous
+                host = self._pack(sequences, num_previous=ahead, padded=padded)
+                logits, best = self._replay(host, previous)
+                rows = DecodeRows(sequences, host, self._page_size)
+            else:
+                host = self._pack(sequences, num_previous=0 if previous is None else len(previous))
+                logits = self._model(host.to(self._model.device, previous))
+
+        sampled = fetched = done = None
+        if sampling:
+            sampled = sample(logits, sampling, previous, best)
+            fetched = sampled.fetch()
+        if self._on_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._model.device))
+
+        for row, seq in enumerate(sampling):
+            seq.num_pending += 1
+            seq.row = row
+        for seq in sequences:
+            seq.num_cached += seq.num_scheduled
+            seq.num_scheduled = 0
+        computed = [s.num_cached for s in sequences]
+        step = InFlight(num_tokens, sequences, computed, sampling, sampled, fetched, done)
+        self._latest = None if rows is None else (step, rows)
+        return step
+
+    def _rows(self, sequences: list[Sequence], before: InFlight | None) -> DecodeRows | None:
+        """The rows to count on from, when the step in flight is a decode step of these very sequences."""
+        latest, self._latest = self._latest, None  # not to be used again should the launch fail
+        if latest is None or latest[0] is not before or latest[1].sequences != sequences:
+            return None
+        return latest[1]
+
+    def _pack(self, sequences: list[Sequence], **how: Any) -> HostBatch:
+        return build_batch(sequences, self._page_size, pinned=self._on_cuda, **how)
+
+    def _replay(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self._model.decode is not None
+        return self._model.decode(host, previous)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adkit.contract import SamplingParams, TokenLogprob
+from adkit.ops.sampling import best_tokens
 from adkit.ops.triton.ops import attempt, kernels_can_run
 from adkit.runtime.sequence import Sequence
 
@@ -65,13 +66,20 @@ class Sampled:
         return rows
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Sampled:
+def sample(
+    logits: Tensor,
+    sequences: Seq[Sequence],
+    previous: Tensor | None = None,
+    best: Tensor | None = None,
+) -> Sampled:
     """Choose the next token of L sequences from logits [L, V].
 
     ``previous`` [L'] are the tokens of the step before, where it is still running: a sequence with a pending
-    token has it in its ``row``.
+    token has it in its ``row``. ``best`` [L] are the rows' best tokens (-1: not finite), where they are known.
     Log-probabilities are the model's own: those of the logits before any penalty, temperature or filter.
     """
+    if best is not None and all(s.plain for s in sequences):
+        return Sampled(best)
     params = [s.params for s in sequences]
     scores = _penalise_repetition(logits, sequences, previous)
     sampled = Sampled(_choose(scores, sequences))
@@ -87,29 +95,26 @@ def sample(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = N
 def _choose(scores: Tensor, sequences: Seq[Sequence]) -> Tensor:
     """The next tokens [L] by kernels where they run, else by torch; -1 where scores [L, V] are not finite."""
     params = [s.params for s in sequences]
+    if all(p.greedy for p in params):
+        return best_tokens(scores)
     uniform = [0.0 if s.params.greedy else s.uniform() for s in sequences]
     if kernels_can_run(scores.is_cuda):
         tokens = _launch(scores, params, uniform)
         if tokens is not NotImplemented:
             return cast(Tensor, tokens)
     scores = scores.float()
-    best = scores.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
-    tokens = best.indices
     rows = [i for i, p in enumerate(params) if not p.greedy]
-    if rows:
-        index = _tensor(rows, scores)
-        drawn = _draw(
-            filter_scores(scores[index], [params[i] for i in rows]),
-            _tensor([uniform[i] for i in rows], scores, torch.float64),
-        )
-        tokens = tokens.index_copy(0, index, drawn)
-    return torch.where(best.values.isfinite(), tokens, -1)
+    index = _tensor(rows, scores)
+    drawn = _draw(
+        filter_scores(scores[index], [params[i] for i in rows]),
+        _tensor([uniform[i] for i in rows], scores, torch.float64),
+    )
+    best = best_tokens(scores)
+    return torch.where(best < 0, -1, best.index_copy(0, index, drawn))
 
 
 def _launch(scores: Tensor, params: Seq[SamplingParams], uniform: list[float]) -> Any:
     """Tokens [L] from the kernels; NotImplemented where they do not compile."""
-    if all(p.greedy for p in params):
-        return attempt("greedy", "sampling", (scores,), {})
     settings = [
         [p.temperature for p in params],
         [p.top_k or math.inf for p in params],

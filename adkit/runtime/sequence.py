@@ -36,6 +36,8 @@ class Sequence:
         self.params = params
         self.tokens = array("q", prompt)
         self.prompt_len = len(prompt)
+        #: The best token is all that is wanted of its logits.
+        self.plain = params.greedy and params.repetition_penalty == 1 and params.logprobs is None
         self.max_len = max_len
         self.pages = array("i")
         self.digests: list[Digest] = []

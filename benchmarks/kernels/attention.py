@@ -204,6 +204,21 @@ PREFILL_SETTINGS = [
 ]
 
 
+def compile_sweep() -> None:
+    """Compile every kernel that a sweep measures."""
+    step = Batch("qwen3-0.6b", [1] * 4, [100] * 4, 513, 1).steps[0]
+    long = Batch("llama-3.1-8b", [512], [0], 0, 1).steps[0]
+    compile_all(
+        [
+            *(
+                lambda s=s, d=d: flash_prefill.run(long, settings=s, descriptors=d)
+                for s, d in PREFILL_SETTINGS
+            ),
+            *(lambda s=s: flash_decoding.launch(step, alone=True, settings=s) for s in DECODE_SETTINGS),
+        ]
+    )
+
+
 def name(settings: dict[str, Any], *more: Any) -> str:
     """Settings as a word."""
     return " ".join([*(f"{k.removeprefix('num_')[:7]}={v}" for k, v in settings.items()), *map(str, more)])
@@ -213,14 +228,6 @@ def decode(results: list[dict[str, Any]], sweep: bool) -> None:
     """Batches of one token a sequence."""
     wide = 8192 // PAGE + 1
     for shape in SHAPES:
-        if sweep and shape == "qwen3-0.6b":
-            batch = Batch(shape, [1] * 4, [100] * 4, wide)
-            compile_all(
-                [
-                    lambda s=s, t=batch.steps[0]: flash_decoding.launch(t, alone=True, settings=s)
-                    for s in DECODE_SETTINGS
-                ]
-            )
         for sequences in (1, 32, 256, 1024):
             for context in (128, 256, 850, 1024, 8192):
                 if sequences * context * 8 * 128 * 4 > 9e9 or (context == 128 and sequences > 1):
@@ -262,6 +269,11 @@ def sdpa(step: Step, counts: list[int], backend: SDPBackend) -> Callable[[], Any
     return run
 
 
+def _launched(step: Step) -> None:
+    out = flash_prefill.launch(step)
+    step.__dict__["out"] = out  # frozen, and another kernel may have made another
+
+
 def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
     """Prompts, whole and as a chunk behind what is cached."""
     for shape, counts, cached in (
@@ -276,16 +288,9 @@ def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
         tried: list[tuple[Any, bool]] = [(None, True)]
         if sweep and shape == "llama-3.1-8b":
             tried = PREFILL_SETTINGS
-            if counts == [8192]:
-                compile_all(
-                    [
-                        lambda s=s, d=d, t=batch.steps[0]: flash_prefill.launch(t, settings=s, descriptors=d)
-                        for s, d in tried
-                    ]
-                )
         for settings, descriptors in tried:
             runs = [
-                lambda t=t, s=settings, d=descriptors: flash_prefill.launch(t, settings=s, descriptors=d)
+                lambda t=t, s=settings, d=descriptors: flash_prefill.run(t, settings=s, descriptors=d)
                 for t in batch.steps
             ]
             batch.steps[0].out.zero_()
@@ -296,6 +301,9 @@ def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
                 continue
             variant = name(settings or {}, "descriptors" if descriptors else "pointers")
             report(results, case, variant, time, batch, batch.error())
+        batch.steps[0].out.zero_()
+        time = seconds([lambda t=t: _launched(t) for t in batch.steps])
+        report(results, case, "as launched", time, batch, batch.error())
         if not any(cached):
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 try:
@@ -332,10 +340,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="decode,prefill,mixed")
     parser.add_argument("--sweep", action="store_true", help="try many launch settings")
+    parser.add_argument("--compile", action="store_true", help="compile what a sweep needs, and stop")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
+    if args.sweep or args.compile:
+        compile_sweep()
+    if args.compile:
+        return
     try:
         if "prefill" in args.only:
             prefill(results, args.sweep)

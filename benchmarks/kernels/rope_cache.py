@@ -1,6 +1,6 @@
 """RoPE with norms of heads and cache write: one fused kernel against the ops that it replaces, on a GPU.
 
-    python benchmarks/kernels/rope_cache.py [--json FILE]
+    python benchmarks/kernels/rope_cache.py [--model NAME ...] [--json FILE]
 
 Each case is checked against the reference in float64 first. Times are microseconds of the device's own time
 (replayed from a CUDA graph, inputs in the second-level cache, as they are after the projection).
@@ -76,12 +76,13 @@ def main() -> None:
     """Check, time, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     chosen = parser.parse_args()
     rows = []
     print(f"{'model':14} {'tokens':>6} {'fused us':>9} {'parts us':>9} {'GB/s':>6} {'error':>8} {'extra':>6}")
-    for model, sizes in MODELS.items():
+    for model in chosen.model:
         for tokens in (1, 32, 256, 8192):
-            args, eps = arguments(tokens, *sizes)
+            args, eps = arguments(tokens, *MODELS[model])
             off, extra = error(args, eps), extra_bytes(args, eps)
             fused = 1e3 * do_bench_cudagraph(
                 lambda a=args, e=eps: pick("rope_kv_cache", "triton")(*a, **e), rep=10

@@ -1,6 +1,6 @@
 """Choosing tokens on the device: the kernels against the torch path of the sampler, on a GPU.
 
-    python benchmarks/kernels/sampling.py [--json FILE]
+    python benchmarks/kernels/sampling.py [--vocab V ...] [--json FILE]
 
 Every drawn token is checked: the number it was drawn with must lie in its interval of the distribution function
 in float64 (1e-6 of rounding allowed). ``device`` is the device's own time (replayed from a CUDA graph),
@@ -81,12 +81,13 @@ def main() -> None:
     """Check, time, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABS)
     chosen = parser.parse_args()
     rows = []
     print(
         f"{'vocab':>7} {'rows':>4} {'kind':12} {'device us':>9} {'call us':>9} {'torch us':>9} {'wrong':>5}"
     )
-    for vocab in VOCABS:
+    for vocab in chosen.vocab:
         for count in ROWS:
             # Peaked like a language model's: a few likely tokens above a broad rest.
             logits = torch.randn(count, vocab, device="cuda") * 2

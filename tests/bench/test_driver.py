@@ -48,6 +48,7 @@ def test_a_case_runs_and_a_failing_one_is_told(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "t_qwen3-0.6b.json").read_text())["rows"]
     assert [r["requests"] for r in rows] == [1, 32]
     assert not (tmp_path / "t_prefill.json").exists()
+    assert "decode latency of qwen3-0.6b" in (tmp_path / "t_figures.svg").read_text()
 
 
 def test_a_wrong_case_is_refused(monkeypatch, capsys):

@@ -142,6 +142,7 @@ def test_counts_at_full_size(name: str) -> None:
         "windows": dict(Counter(n.kwargs.get("window") for n in nodes)),
     }
     assert found == EXPECTED[name]
+    assert counts.get("adkit.torch_moe_topk", 0) == found["moe"]  # every router is understood
     assert all(n.kwargs.get("is_causal", True) and n.kwargs.get("chunk") is None for n in nodes)
     assert all(n.kwargs.get("softcap") == (50.0 if name == "gemma-2-9b" else None) for n in nodes)
     sinks = [n.args[4] for n in nodes if len(n.args) > 4]

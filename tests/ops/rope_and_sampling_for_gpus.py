@@ -22,28 +22,26 @@ def rope() -> None:
             constants = {
                 "HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "VALUE_DIM": 128, "Q_NORM": norm, "K_NORM": norm,
                 "Q_WEIGHT": norm, "K_WEIGHT": norm, "IN_FLOAT": False, "INTERLEAVED": interleaved,
-                "HALF": 48, "PAIRS": 64, "REST": 32, "VALUES": 128, "GROUP": 4,
+                "HALF": 48, "PAIRS": 64, "REST": 32, "VALUES": 128, "GROUP": 4, "PDL": True,
             }  # fmt: skip
             compiled(rope_cache._rope_kv_cache, types, constants, 90)
 
 
 def sample() -> None:
-    doubles = ("setting_ptr", "before_ptr", "before_sums_ptr", "state_ptr", "sums_ptr", "mass_ptr")
+    doubles = ("setting_ptr", "state_ptr", "sums_ptr", "mass_ptr")
     known = dict.fromkeys(doubles, "*fp64") | dict.fromkeys(("peak_ptr", "top_ptr"), "*fp32")
-    known |= {"at_ptr": "*i32", "token_ptr": "*i64", "limit_ptr": "*i64"}
+    known |= {"at_ptr": "*i32", "token_ptr": "*i64"}
     sizes = {"SLICE": sampling._SLICE, "SLICES": 64, "DROP": 16}
+    lanes = {"LANES": sampling._LANES}
     after = [("nothing", False), ("counts", False), ("last counts", True), ("first masses", True)]
     for kernel, constants in (
         (sampling._slice_peak, {"SLICE": sampling._SLICE}),
         (sampling._row_peak, {"SLICES": 64}),
-        *(
-            (sampling._sum_digits, {**sizes, "MASS": m, "AFTER": a, "AFTER_SHIFT": 0, "SHIFT": 12})
-            for a, m in after
-        ),
-        (sampling._slice_mass, {**sizes, "AFTER": "last masses", "AFTER_SHIFT": 0}),
+        *((sampling._sum_digits, {**sizes, **lanes, "MASS": m, "AFTER": a}) for a, m in after),
+        (sampling._slice_mass, {**sizes, "AFTER": "last masses"}),
         (sampling._draw, sizes),
     ):
-        compiled(kernel, types_of(kernel, known), constants, 90)
+        compiled(kernel, types_of(kernel, known), {**constants, "PDL": True}, 90)
 
 
 if __name__ == "__main__":

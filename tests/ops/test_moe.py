@@ -26,6 +26,13 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
+@needs_triton
+def test_kernels_compile_for_gpus_within_their_shared_memory() -> None:
+    done = run([str(Path(__file__).with_name("moe_for_gpus.py"))], TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 @pytest.mark.gpu
 @needs_triton
 def test_kernels_equal_float64_on_a_gpu() -> None:

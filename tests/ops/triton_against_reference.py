@@ -107,24 +107,38 @@ AROUND = ["", "bias", "norm silu", "norm-free sum", "norm-float-offset bias gelu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("around", AROUND)
 def test_fused_linear(dtype: torch.dtype, rows: int, around: str) -> None:
     args = linear_case(rows, 70, 136, dtype, around)
     assert_linear(pick("fused_linear", "triton")(*args), args, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_layer_of_one_output(rows: int) -> None:
+    args = linear_case(rows, 1, 64, torch.float32, "norm silu")
+    assert_linear(pick("fused_linear", "triton")(*args), args, torch.float32)
+
+
+def test_many_rows_go_to_the_library() -> None:
+    args = linear_case(70, 70, 136, torch.float32, "norm bias silu sum")
+    assert_linear(pick("fused_linear", "triton")(*args), args, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, DTYPES[1]), (7, DTYPES[0]), (17, DTYPES[1]), (64, DTYPES[2])]
+)
 @pytest.mark.parametrize("around", ["sum", "norm silu"])
 def test_every_way_to_compute_a_linear(dtype: torch.dtype, rows: int, around: str) -> None:
     """Whole blocks and rests, columns split over programs: all that tuning may choose, twice in a row."""
     from adkit.ops.triton import linear
 
     args = linear_case(rows, 40, 300, dtype, around)
-    for way in linear.candidates(rows, 40, 300, "norm" in around, dtype):
+    ways = linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype)
+    assert len(ways) > 4
+    for way in ways:
         for _ in range(2):  # the count of finished programs starts from zero again
-            layer = linear._Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
+            layer = linear.Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
             assert_linear(layer.run(way, args[1])[None], args, dtype)
 
 
@@ -191,6 +205,23 @@ def test_prompts_histories_and_decodes_in_one_batch() -> None:
 @pytest.mark.parametrize("window", [None, 9])
 def test_keys_that_an_earlier_op_has_written(window: int | None) -> None:
     assert_attention(Case([[9, 1, 1], [1, 20], [3, 30, 1]], written=True, options={"window": window}))
+
+
+@pytest.mark.parametrize("chunks", [[40], [30, 50], [64, 64, 1]])
+def test_a_prompt_that_another_kernel_has_begun(monkeypatch: pytest.MonkeyPatch, chunks: list[int]) -> None:
+    """As after cuDNN, which attends within the step and knows neither the cache nor padding."""
+    from adkit.ops.triton import cudnn_prefill
+
+    def attend(step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (x.transpose(0, 1) for x in (step.q, step.key, step.value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        scores = q @ k.transpose(1, 2) * step.scale
+        scores = scores.masked_fill(~torch.ones_like(scores[0]).tril().bool(), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(0, 1).contiguous(), scores.logsumexp(-1)
+
+    monkeypatch.setattr(cudnn_prefill, "serves", lambda step: step.sequences == 1)
+    monkeypatch.setattr(cudnn_prefill, "attend", attend)
+    assert_attention(Case([chunks], page_size=16, padding=5))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1, 1, 0], [2, 0], [5, 0, 1], [0, 0, 7]])

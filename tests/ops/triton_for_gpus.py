@@ -48,12 +48,12 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         (
             flash_decoding.decode,
             flash_decoding.settings_for(itemsize, **widths(head_dim, head_dim)),
-            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8},
+            {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8, "PDL": arch >= 90},
         ),
         (
             flash_prefill.prefill,
             flash_prefill.settings_for(itemsize, **widths(head_dim, head_dim)),
-            {"FROM": 2, "DESCRIPTORS": False, "BLOCK_R": 256},
+            {"FROM": 1, "BEGUN": not full, "DESCRIPTORS": False, "BLOCK_R": 256},
         ),
     ):
         options = {n: settings[n] for n in ("num_warps", "num_stages")}
@@ -61,7 +61,7 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         names = [n for n in kernel.arg_names if not n.isupper()]
         types = {n: f"*{dtype}" if n.endswith(("_ptr", "_tiles")) else "i32" for n in names}
         types |= dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr", "counter_ptr"), "*i32")
-        types |= dict.fromkeys(("partial_ptr", "softmax_ptr"), "*fp32")
+        types |= dict.fromkeys(("partial_ptr", "softmax_ptr", "sums_ptr"), "*fp32")
         types |= {"scale": "fp32", "softcap": "fp32"}
         types = {n: t for n, t in types.items() if n in names}
         made = compiled(kernel, types, {**constants, **blocks, **own}, arch, options)
@@ -70,17 +70,17 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
 
 
 def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
-    kernel = linear._row if way["path"] == "row" else linear._tiles
+    kernel = linear.rows_kernel if way["path"] == "rows" else linear.tiles_kernel
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
              "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
-    if way["path"] == "row":
-        flags["BLOCK_K"] = way["num_warps"] * 512 // itemsize
+    if way["path"] == "rows":
+        flags["ROWS"], flags["BLOCK_K"] = rows, way["num_warps"] * 512 // itemsize
     else:
         flags |= {"BLOCK_M": rows, "BLOCK_K": way["BLOCK_K"], "SPLIT": way["SPLIT"] > 1, "WIDE_DOT": False,
-                  "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip
+                  "AHEAD": 256, "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip
     types = {n: t for n, t in types.items() if n in kernel.arg_names}
     options = {n: way[n] for n in ("num_warps", "num_stages") if n in way}
     made = compiled(kernel, types, flags, arch, options)
@@ -100,18 +100,24 @@ def main() -> None:
     compiled(attention._write_kv, {**write, **counts, "slot_ptr": "*i64"}, {"BLOCK": 1024}, 90)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), "*bf16")
     for residual, in_float in ((True, False), (False, True)):
-        flags = {"HAS_RESIDUAL": residual, "HAS_WEIGHT": True, "IN_FLOAT": in_float, "BLOCK": 4096}
+        flags = {
+            "HAS_RESIDUAL": residual,
+            "HAS_WEIGHT": True,
+            "IN_FLOAT": in_float,
+            "BLOCK": 4096,
+            "PDL": True,
+        }
         compiled(norm._rmsnorm, {**pointers, "width": "i32", "eps": "fp32", "offset": "fp32"}, flags, 90)
     for act in ("silu", "gelu"):
         types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32"}
-        compiled(mlp._swiglu_packed, types, {"ACT": act, "BLOCK": 1024}, 90)
+        compiled(mlp._swiglu_packed, types, {"ACT": act, "BLOCK": 1024, "PDL": True}, 90)
     for interleaved in (True, False):
         names = [n for n in rope._rotate.arg_names if not n.isupper()]
         types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in names}
         compiled(rope._rotate, types, {"INTERLEAVED": interleaved, "HEADS": 32, "PAIRS": 64, "REST": 16}, 90)
     row, first, *_ = (linear.candidates(n, 4096, 4096, True, torch.bfloat16)[0] for n in (1, 64))
     multiply(row, 1, "bf16", 2, "silu", 90)
-    multiply(row, 1, "fp32", 4, "", 80)
+    multiply(row, 4, "fp32", 4, "", 80)
     multiply(first, 64, "bf16", 2, "silu", 90)
     multiply(linear.candidates(16, 1024, 2048, False, torch.float32)[0], 16, "fp32", 4, "", 80)
 

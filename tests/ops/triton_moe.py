@@ -10,18 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adkit.graph.edit import clean
+from adkit.models.export import export_model
 from adkit.ops import pick
 from adkit.ops.triton import moe, moe_grouped
 from tests.ops.triton_against_reference import DTYPES, TOLERANCE, no_fallback  # noqa: F401  (a fixture)
+from tests.passes.graphs import count, run_pass
+from tests.zoo import rmse_ratio, tiny
 
-PATHS = {"pair by pair": 10**9, "grouped": 0}
+PATHS = {"pair by pair": 10**9, "grouped": 0.0}
 
 
 @pytest.fixture(params=PATHS)
 def path(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of computing, whatever the sizes."""
-    monkeypatch.setattr(moe, "_PAIRS", PATHS[request.param])
-    monkeypatch.setattr(moe, "_PAIRS_AN_EXPERT", 10**9)
+    monkeypatch.setattr(moe, "_FEW", PATHS[request.param])
 
 
 def experts(
@@ -67,8 +70,7 @@ def test_experts_of_any_count(dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("dtype", "biased"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "kind", ["plain", "interleaved", "clamped", "gpt-oss", "not gated", "not gated, relu2"]
@@ -104,7 +106,7 @@ def test_tokens_without_experts_get_nothing() -> None:
 
 def test_blocks_of_several_rows_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks than are placed side by side, widths over one tile, experts with several blocks."""
-    monkeypatch.setattr(moe, "_PAIRS", 0)
+    monkeypatch.setattr(moe, "_FEW", 0)
     assert_right(experts(200, 2, 4, 136, 72, torch.float32))
 
 
@@ -112,10 +114,10 @@ def test_blocks_of_several_rows_and_tiles(monkeypatch: pytest.MonkeyPatch) -> No
 def routings(draw: Any) -> tuple[int, list[int]]:
     """How many experts there are, and the expert of each pair; one id stands for none."""
     count = draw(st.integers(1, 9))
-    return count, draw(st.lists(st.integers(0, count), min_size=1, max_size=300))
+    return count, draw(st.lists(st.integers(0, count), min_size=1, max_size=700))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ids=routings(), block_m=st.sampled_from([16, 32, 128]))
 def test_pairs_are_sorted_and_cut_into_blocks(ids: tuple[int, list[int]], block_m: int) -> None:
     """Every pair with an expert stands once, in order, in a block of its expert; other blocks say -1."""
@@ -175,3 +177,20 @@ def test_the_first_of_equal_experts_wins() -> None:
     weights, ids = pick("moe_topk", "triton")(torch.zeros(2, 6), 3)
     assert ids.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 6))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3"])
+def test_models_with_both_kernels_give_the_logits_of_hugging_face(kind: str) -> None:
+    _, model = tiny(kind)
+    model = model.to(torch.get_default_device())
+    gm = export_model(model)
+    clean(gm)
+    assert run_pass(gm, "match_moe_routing_pattern").num_matches
+    run_pass(gm, "fuse_moe", backend="triton")
+    ids = torch.arange(3, 21).view(2, 9)
+    positions = torch.arange(9).expand(2, 9)
+    with torch.no_grad():
+        want = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        got = gm(input_ids=ids, position_ids=positions)[0]
+    assert count(gm, "triton_moe") == count(gm, "triton_moe_topk") > 0
+    assert rmse_ratio(got, want) < 1e-5

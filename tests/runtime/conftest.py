@@ -83,6 +83,7 @@ class HashModel:
             history = [tuple(r) for r in cache[pages * self.page_size + positions % self.page_size].tolist()]
             poisoned = any(token == self.poison for token, _, _ in history)
             rows.append(logits_of(history) * (float("nan") if poisoned else 1.0))
+        rows += [torch.zeros(VOCAB)] * (len(held) - len(rows) if not held.all() else 0)
         return torch.stack(rows)[None]
 
     def compiled(self) -> CompiledModel:

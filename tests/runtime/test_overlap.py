@@ -192,3 +192,33 @@ def test_the_repetition_penalty_counts_the_token_in_flight(lab):
     handle = engine.add([1, 2], params)
     lab.drain(engine)
     assert len({1, 2, *handle.output}) == lab.VOCAB
+
+
+def test_a_steady_batch_is_packed_once(modes, monkeypatch):
+    lab, packed = modes["replayed"], []
+    engine, _ = lab.engine()
+    build = launch.build_batch
+    monkeypatch.setattr(
+        launch, "build_batch", lambda *args, **more: packed.append(args) or build(*args, **more)
+    )
+    handles = [engine.add([n, 2], SamplingParams(max_tokens=30, ignore_eos=True)) for n in (1, 2)]
+    lab.drain(engine)
+    assert len(packed) == 2, "the prompts, and the first decode step"
+    for handle, first in zip(handles, (1, 2), strict=True):
+        assert handle.output == lab.greedy_alone([first, 2], 30, ignore_eos=True)
+
+
+def test_after_a_launch_that_failed_rows_are_not_counted_on(modes):
+    lab = modes["replayed"]
+    engine, model = lab.engine()
+    fails = engine.add([1, 2], IGNORE)
+
+    def fail():
+        raise ValueError("bad luck")
+
+    model.fault = after(4, fail)
+    lab.drain(engine)
+    assert fails.finish_reason == "error"
+    handle = engine.add([1, 2], IGNORE)
+    lab.drain(engine)
+    assert handle.output == lab.greedy_alone([1, 2], 10, ignore_eos=True)

@@ -9,6 +9,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from adkit.contract import SamplingParams
+from adkit.ops import sampling
 from adkit.runtime import sampler
 from adkit.runtime.batch import build_batch
 from adkit.runtime.sampler import _draw, _penalise_repetition, filter_scores, sample
@@ -177,15 +178,17 @@ def test_where_a_kernel_does_not_compile_torch_draws_the_same_tokens(monkeypatch
 
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(8))
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=3)
-    for p, kernel in ((params, "draw"), (SamplingParams(), "greedy")):
-        monkeypatch.setattr(sampler, "kernels_can_run", lambda on_cuda: False)
+    for p, kernels in ((params, ["draw", "greedy"]), (SamplingParams(), ["greedy"])):
+        for module in (sampler, sampling):
+            monkeypatch.setattr(module, "kernels_can_run", lambda on_cuda: False)
         sequences = [request(p) for _ in range(3)]
         want = [sample(logits, sequences) for _ in range(2)]
-        monkeypatch.setattr(sampler, "kernels_can_run", lambda on_cuda: True)
-        monkeypatch.setattr(sampler, "attempt", refuse)
+        for module in (sampler, sampling):
+            monkeypatch.setattr(module, "kernels_can_run", lambda on_cuda: True)
+            monkeypatch.setattr(module, "attempt", refuse)
         sequences = [request(p) for _ in range(3)]
         got = [sample(logits, sequences) for _ in range(2)]
-        assert asked == [kernel] * 2
+        assert asked == kernels * 2
         assert [g.token_ids.tolist() for g in got] == [w.token_ids.tolist() for w in want]
         asked.clear()
 

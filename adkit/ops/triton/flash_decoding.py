@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
 from adkit.ops.triton.attention_step import Step
 from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
 
@@ -127,12 +128,15 @@ def decode(
     BLOCK_L: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tokens or sequences x KV_HEADS, parts).
 
     ALONE: the first axis counts tokens and every token is served. Otherwise it counts sequences, and those
     that bring one token are served.
     """
+    pdl.release(PDL)
+    pdl.wait(PDL)
     pair = tl.program_id(0)
     part = tl.program_id(1)
     index = pair // KV_HEADS
@@ -312,5 +316,6 @@ def launch(
         BLOCK_M=max(16, padded),
         GROUP=padded,
         PARTS=max(1, min(8, 4096 // (padded * block_v))),
+        **pdl.launch(),
         **settings,
     )

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
+
 _BLOCK = 1024
 
 
@@ -28,10 +30,12 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_packed(x_ptr, out_ptr, width, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_packed(x_ptr, out_ptr, width, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = cols < width
+    pdl.wait(PDL)
     gate = tl.load(x_ptr + row * 2 * width + cols, live, 0.0)
     up = tl.load(x_ptr + row * 2 * width + width + cols, live, 0.0)
     kind = out_ptr.dtype.element_ty
@@ -46,5 +50,7 @@ def swiglu_packed(gate_up: Tensor, act: str = "silu") -> Tensor:
     out = x.new_empty((*x.shape[:-1], width))
     if out.numel():
         block = min(_BLOCK, triton.next_power_of_2(width))
-        _swiglu_packed[(out.numel() // width, triton.cdiv(width, block))](x, out, width, ACT=act, BLOCK=block)
+        _swiglu_packed[(out.numel() // width, triton.cdiv(width, block))](
+            x, out, width, ACT=act, BLOCK=block, **pdl.launch()
+        )
     return out

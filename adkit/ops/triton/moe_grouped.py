@@ -1,6 +1,6 @@
 """Experts for many tokens: pairs sorted by expert on the device, then one matrix product a block of rows.
 
-    count    pairs of each expert                                             [E]
+    count    pairs of each expert, chunk by chunk                             [chunks, E]
     arrange  pairs by expert, and blocks of rows that have one expert each    [P], [3, blocks]
     up       gate and up of each sorted row, activation                       [P, F]
     down     times the routing weight, each row to its pair                   [P, D]
@@ -21,48 +21,62 @@ from adkit.ops.triton.mlp import _act
 from adkit.ops.triton.moe import Gating, gate_values, spread
 from adkit.ops.triton.tuning import Settings, best
 
-_CHUNK = 2048  # ids that the sort looks at in one go
+_CHUNK = 256  # pairs that a program of the sort compares with each other
 _GROUP = 8  # blocks of rows that share a piece of weights while it is in the cache
 
 
 @triton.jit
-def _count(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
-    """One expert: how many pairs chose it."""
-    expert = tl.program_id(0)
-    seen = tl.zeros([CHUNK], tl.int32)
-    for at in range(0, pairs, CHUNK):
-        here = at + tl.arange(0, CHUNK)
-        seen += (tl.load(ids_ptr + here, here < pairs, -1) == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(seen, 0))
+def _count(ids_ptr, counts_ptr, pairs, experts, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    """One chunk of pairs: how many chose each expert."""
+    chunk = tl.program_id(0)
+    here = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
+    there = ids < experts
+    bins = tl.arange(0, EXPERTS)
+    counts = tl.histogram(tl.where(there, ids, 0), EXPERTS)
+    counts -= tl.where(bins == 0, tl.sum(1 - there.to(tl.int32), 0), 0)  # the others are no expert's
+    tl.store(counts_ptr + chunk * EXPERTS + bins, counts)
 
 
 @triton.jit
 def _arrange(
-    ids_ptr, counts_ptr, order_ptr, blocks_ptr, pairs, experts, blocks,
-    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ids_ptr, counts_ptr, order_ptr, blocks_ptr, pairs, experts, chunks, blocks,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
-    """One expert: its pairs in order, and its blocks as (expert, first row, end); the last one also says that
-    the remaining blocks have no expert (-1)."""
-    expert = tl.program_id(0)
-    all_experts = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + all_experts, all_experts < experts, 0)
-    before = all_experts < expert
-    row = tl.sum(tl.where(before, counts, 0), 0)
-    end = row + tl.load(counts_ptr + expert)
-    block = tl.sum(tl.where(before, (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)
-    for first in range(row, end, BLOCK_M):
-        tl.store(blocks_ptr + block, expert)
-        tl.store(blocks_ptr + blocks + block, first)
-        tl.store(blocks_ptr + 2 * blocks + block, end)
-        block += 1
-    if expert == experts - 1:
-        for rest in range(block, blocks):
-            tl.store(blocks_ptr + rest, -1)
-    for at in range(0, pairs, CHUNK):
-        here = at + tl.arange(0, CHUNK)
-        mine = (tl.load(ids_ptr + here, here < pairs, -1) == expert).to(tl.int32)
-        tl.store(order_ptr + row + tl.cumsum(mine, 0) - 1, here, mine != 0)
-        row += tl.sum(mine, 0)
+    """One chunk of pairs: where each goes. The first chunk also writes the blocks as (expert, first row, end
+    of the expert's rows); those that are left have no expert (-1)."""
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    before = tl.zeros([EXPERTS], tl.int32)
+    for at in range(0, chunks, ROWS):
+        rows = at + tl.arange(0, ROWS)
+        counts = tl.load(counts_ptr + rows[:, None] * EXPERTS + bins[None, :], (rows < chunks)[:, None], 0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((rows < chunk)[:, None], counts, 0), 0)
+    start = tl.cumsum(total, 0) - total
+    if chunk == 0:
+        count = (total + BLOCK_M - 1) // BLOCK_M
+        first = tl.cumsum(count, 0) - count
+        for i in range(0, tl.max(count, 0)):
+            has = i < count
+            tl.store(blocks_ptr + first + i, bins, has)
+            tl.store(blocks_ptr + blocks + first + i, start + i * BLOCK_M, has)
+            tl.store(blocks_ptr + 2 * blocks + first + i, start + total, has)
+        for at in range(tl.sum(count, 0), blocks, CHUNK):
+            rest = at + tl.arange(0, CHUNK)
+            tl.store(blocks_ptr + rest, -1, rest < blocks)
+    here = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + here, here < pairs, experts).to(tl.int32)
+    there = ids < experts
+    row = tl.gather(start + before, tl.where(there, ids, 0), 0)
+    for at in range(chunk * CHUNK, (chunk + 1) * CHUNK, PART):
+        others = at + tl.arange(0, PART)
+        other_ids = tl.load(ids_ptr + others, others < pairs, experts).to(tl.int32)
+        earlier = (ids[:, None] == other_ids[None, :]) & (others[None, :] < here[:, None])
+        row += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(order_ptr + row, here, there)
 
 
 @triton.jit
@@ -195,16 +209,18 @@ def arrange(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     ids [T, k] -> order int32 [P] (filled up to the pairs that have an expert), blocks int32 [3, blocks]:
     expert (-1: no block), first row, end of the expert's rows. Pairs of an expert keep their order.
     """
-    pairs = ids.numel()
+    pairs, bins = ids.numel(), max(16, triton.next_power_of_2(experts))
     blocks = pairs // block_m + min(experts, pairs)
+    chunk = min(_CHUNK, triton.next_power_of_2(max(pairs, 32)))
+    chunks = triton.cdiv(pairs, chunk)
     counts, order, table = (
-        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (experts, pairs, 3 * blocks)
+        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (chunks * bins, pairs, 3 * blocks)
     )
-    chunk = min(_CHUNK, max(128, triton.next_power_of_2(pairs)))
-    _count[(experts,)](ids, counts, pairs, CHUNK=chunk)
-    _arrange[(experts,)](
-        ids, counts, order, table, pairs, experts, blocks,
-        BLOCK_M=block_m, EXPERTS=triton.next_power_of_2(experts), CHUNK=chunk,
+    _count[(chunks,)](ids, counts, pairs, experts, EXPERTS=bins, CHUNK=chunk)
+    rows = min(triton.next_power_of_2(chunks), max(1, 4096 // bins))
+    _arrange[(chunks,)](
+        ids, counts, order, table, pairs, experts, chunks, blocks,
+        BLOCK_M=block_m, EXPERTS=bins, CHUNK=chunk, ROWS=rows, PART=32,
     )  # fmt: skip
     return order, table.view(3, blocks)
 
@@ -219,13 +235,11 @@ def _candidates(block_m: int, itemsize: int) -> list[Settings]:
     if itemsize > 2:
         shapes = [(64, 32, 4, 2)]
     elif block_m < 64:
-        shapes = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (64, 256, 4, 3), (128, 128, 8, 4)]
+        shapes = [(64, 128, 4, 4), (128, 128, 4, 3)]
     else:
-        shapes = [(128, 64, 8, 3), (128, 64, 4, 3), (256, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]
-    swaps = (True, False) if block_m < 64 and itemsize == 2 else (False,)
+        shapes = [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)]
     return [
-        {"BLOCK_N": n, "BLOCK_K": k, "SWAP": swap, "num_warps": warps, "num_stages": stages}
-        for swap in swaps
+        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for n, k, warps, stages in shapes
     ]
 
@@ -248,6 +262,7 @@ def grouped(
     common = {
         "BLOCK_M": block_m,
         "GROUP": _GROUP,
+        "SWAP": block_m < 64,
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "WIDE_DOT": hidden.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     }

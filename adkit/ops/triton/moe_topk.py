@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
+
 
 @triton.jit
 def _topk(
@@ -15,14 +17,17 @@ def _topk(
     SCORE: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIZE: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token; experts as [groups, experts of a group]. Of equal scores the first expert wins."""
+    pdl.release(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
     member = tl.arange(0, BLOCK_S)
     expert = group[:, None] * SIZE + member[None, :]
     live = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
     lowest = float("-inf")
+    pdl.wait(PDL)
     scores = tl.load(logits_ptr + token * (GROUPS * SIZE) + expert, live, lowest).to(tl.float32)
     if SCORE == "softmax":
         scores = tl.exp(scores - tl.max(tl.max(scores, 1), 0))
@@ -92,6 +97,6 @@ def moe_topk(
             rows, None if bias is None else bias.contiguous(), weights, ids, eps, floor, scale,
             SCORE=score, K=k, GROUPS=groups, TOP_GROUPS=top_groups, SIZE=size, NORMALIZE=normalize,
             HAS_BIAS=bias is not None, BLOCK_G=block_g, BLOCK_S=block_s, BLOCK_K=triton.next_power_of_2(k),
-            num_warps=1 if block_g * block_s <= 512 else 4,
+            num_warps=1 if block_g * block_s <= 512 else 4, **pdl.launch(),
         )  # fmt: skip
     return weights, ids

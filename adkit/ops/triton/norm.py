@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
+
 
 @triton.jit
 def _rmsnorm(
@@ -25,10 +27,13 @@ def _rmsnorm(
     HAS_WEIGHT: tl.constexpr,
     IN_FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     live = cols < width
+    pdl.wait(PDL)
     x = tl.load(x_ptr + row + cols, live, 0.0)
     kind = out_ptr.dtype.element_ty
     if HAS_RESIDUAL:
@@ -73,6 +78,7 @@ def _launch(
             HAS_WEIGHT=weight is not None,
             IN_FLOAT=in_float,
             BLOCK=triton.next_power_of_2(width),
+            **pdl.launch(),
         )
     return out, total
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
+
 
 @triton.jit
 def _load_pairs(
@@ -171,7 +173,9 @@ def _rope_kv_cache(
     REST: tl.constexpr,
     VALUES: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
     Q_PARTS: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     KV_PARTS: tl.constexpr = (KV_HEADS + GROUP - 1) // GROUP
     token = tl.program_id(0).to(tl.int64)
@@ -179,6 +183,7 @@ def _rope_kv_cache(
     nothing = tl.zeros((1, 1), tl.int32)
     cos_at = cos_ptr + token * cos_token + nothing
     sin_at = sin_ptr + token * sin_token + nothing
+    pdl.wait(PDL)
     if part < Q_PARTS:
         head = part * GROUP + tl.arange(0, GROUP)[:, None]
         out = q_out_ptr + (token * HEADS + head) * HEAD_DIM
@@ -313,5 +318,6 @@ def rope_kv_cache(
             VALUES=triton.next_power_of_2(value_dim),
             GROUP=group,
             num_warps=1,
+            **pdl.launch(),
         )
     return q_out, k_out

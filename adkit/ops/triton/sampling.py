@@ -12,22 +12,30 @@ are float32, between slices float64, always in the same order and cut: a row doe
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from adkit.ops.triton import pdl
+
 #: Vocabulary entries a program.
 _SLICE = 4096
+#: Columns that a pass looks at together: one a thread.
+_LANES = 256
 #: Upper bits of a float32 that tell values of a dtype apart.
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 #: What a pass hands to the next, float64 a row: where its interval begins, the sum before that, the sum
 #: looked for, the last key in the top k, and the share of that key's tokens that top-k takes.
-_STATE = 5
+_STATE = tl.constexpr(5)
 
 
 @triton.jit
-def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.constexpr):
+def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     col = part * SLICE + tl.arange(0, SLICE)
@@ -38,7 +46,9 @@ def _slice_peak(x_ptr, top_ptr, at_ptr, row_stride, vocab, slices, SLICE: tl.con
 
 
 @triton.jit
-def _row_peak(top_ptr, at_ptr, peak_ptr, token_ptr, slices, SLICES: tl.constexpr):
+def _row_peak(top_ptr, at_ptr, peak_ptr, token_ptr, slices, SLICES: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SLICES)
     tops = tl.load(top_ptr + row * slices + part, part < slices, float("-inf"))
@@ -49,27 +59,13 @@ def _row_peak(top_ptr, at_ptr, peak_ptr, token_ptr, slices, SLICES: tl.constexpr
 
 
 @triton.jit
-def _scores(x_ptr, row, part, row_stride, vocab, peak, temperature, DROP: tl.constexpr, SLICE: tl.constexpr):
-    """A slice's scores (0 is the row's best), their keys in ascending order of rank, and what is inside."""
-    col = part * SLICE + tl.arange(0, SLICE)
-    x = tl.load(x_ptr + row * row_stride + col, col < vocab, float("-inf")).to(tl.float32)
+def _scores(x_ptr, col, vocab, peak, temperature, DROP: tl.constexpr):
+    """Scores of a row's columns (0 is the row's best), their keys, and which columns there are."""
+    x = tl.load(x_ptr + col, col < vocab, float("-inf")).to(tl.float32)
     x = tl.where(x == 0.0, 0.0, x)  # one zero, not two
     bits = x.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits, 0x7FFFFFFF - bits) >> DROP
     return tl.div_rn(x - peak, temperature), key, col < vocab
-
-
-@triton.jit
-def _descend(sums_ptr, slices, low, below, target, SHIFT: tl.constexpr, SLICES: tl.constexpr):
-    """The last of sixteen intervals before which less than ``target`` lies: start, sum before, sum within."""
-    part = tl.arange(0, SLICES)[:, None]
-    digit = tl.arange(0, 16)
-    sums = tl.sum(tl.load(sums_ptr + part * 16 + digit[None, :], part < slices, 0.0), 0)
-    before = below + tl.cumsum(sums, 0) - sums
-    chosen = tl.maximum(tl.sum((before < target).to(tl.int32), 0) - 1, 0)
-    low += chosen.to(tl.int64) << SHIFT
-    below = tl.sum(tl.where(digit == chosen, before, 0.0), 0)
-    return low, below, tl.sum(tl.where(digit == chosen, sums, 0.0), 0)
 
 
 @triton.jit
@@ -78,16 +74,18 @@ def _state(
     sums_ptr,
     setting_ptr,
     row,
+    part,
     rows,
     slices,
+    number,
+    shift,
     AFTER: tl.constexpr,
-    SHIFT: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """What is known once the pass before is summed up; ``AFTER`` says which that was.
+    """What pass ``number`` starts from: the state of the one before, and what that one summed up.
 
-    "nothing": none; "counts", "masses": one of several; "first masses": whose total is that of the top k;
-    "last counts", "last masses": the search is over.
+    ``AFTER`` says which that was: "nothing"; "counts" or "masses", one of several; "first masses", whose total
+    is that of the top k; "last counts" or "last masses", with which the search is over. ``shift`` was that one's.
     """
     low = tl.zeros((), tl.int64)
     limit = tl.full((), 0xFFFFFFFF, tl.int64)
@@ -95,84 +93,89 @@ def _state(
     share = tl.full((), 1.0, tl.float64)
     target = tl.load(setting_ptr + rows + row)
     if AFTER != "nothing":
-        here = state_ptr + row * 5
+        here = state_ptr + ((number - 1) * rows + row) * _STATE
         low = tl.load(here).to(tl.int64)
         below = tl.load(here + 1)
         target = tl.load(here + 2)
         limit = tl.load(here + 3).to(tl.int64)
         share = tl.load(here + 4)
-        sums = sums_ptr + row * slices * 16
+        at = tl.arange(0, SLICES)[:, None]
+        digit = tl.arange(0, 16)
+        sums_ptr += ((number - 1) * rows + row) * slices * 16
+        sums = tl.sum(tl.load(sums_ptr + at * 16 + digit[None, :], at < slices, 0.0), 0)
         if AFTER == "first masses":
-            part = tl.arange(0, SLICES)[:, None]
-            digit = tl.arange(0, 16)[None, :]
-            total = tl.sum(tl.sum(tl.load(sums + part * 16 + digit, part < slices, 0.0), 0), 0)
-            target = tl.load(setting_ptr + 2 * rows + row) * total
-        low, below, within = _descend(sums, slices, low, below, target, SHIFT, SLICES)
+            target = tl.load(setting_ptr + 2 * rows + row) * tl.sum(sums, 0)
+        # On to the last of the sixteen intervals before which less than the target lies.
+        before = below + tl.cumsum(sums, 0) - sums
+        chosen = tl.maximum(tl.sum((before < target).to(tl.int32), 0) - 1, 0)
+        low += chosen.to(tl.int64) << shift
+        below = tl.sum(tl.where(digit == chosen, before, 0.0), 0)
         if AFTER == "last counts":
+            within = tl.sum(tl.where(digit == chosen, sums, 0.0), 0)
             share = tl.minimum((target - below) / tl.maximum(within, 1.0), 1.0)
             limit = low
             low = tl.zeros((), tl.int64)
             below = tl.zeros((), tl.float64)
         elif AFTER == "last masses":
             limit = tl.minimum(limit, low)
-    return low, below, target, limit, share
+    if part == 0:
+        here = state_ptr + (number * rows + row) * _STATE
+        tl.store(here, low.to(tl.float64))
+        tl.store(here + 1, below)
+        tl.store(here + 2, target)
+        tl.store(here + 3, limit.to(tl.float64))
+        tl.store(here + 4, share)
+    return low, limit, share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "number", "after_shift", "shift"])
 def _sum_digits(
     x_ptr,
     peak_ptr,
     setting_ptr,
-    before_ptr,
-    before_sums_ptr,
     state_ptr,
     sums_ptr,
     row_stride,
     vocab,
     rows,
     slices,
-    MASS: tl.constexpr,
+    number,
+    after_shift,
+    shift,
     AFTER: tl.constexpr,
-    AFTER_SHIFT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    MASS: tl.constexpr,
     DROP: tl.constexpr,
     SLICE: tl.constexpr,
+    LANES: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
     peak = tl.load(peak_ptr + row)
     if (temperature == 0) | (tl.abs(peak) == float("inf")):
         return
-    low, below, target, limit, share = _state(
-        before_ptr, before_sums_ptr, setting_ptr, row, rows, slices, AFTER, AFTER_SHIFT, SLICES
+    low, limit, share = _state(
+        state_ptr, sums_ptr, setting_ptr, row, part, rows, slices, number, after_shift, AFTER, SLICES
     )
-    if part == 0:
-        here = state_ptr + row * 5
-        tl.store(here, low.to(tl.float64))
-        tl.store(here + 1, below)
-        tl.store(here + 2, target)
-        tl.store(here + 3, limit.to(tl.float64))
-        tl.store(here + 4, share)
-    score, key, inside = _scores(x_ptr, row, part, row_stride, vocab, peak, temperature, DROP, SLICE)
-    start = low.to(tl.uint32)
-    inside &= key >= start
-    digit = (key - start) >> SHIFT
-    inside &= digit < 16
+    start, last = low.to(tl.uint32), limit.to(tl.uint32)
     digits = tl.arange(0, 16)
-    sums = tl.zeros((16,), tl.float32)
-    if tl.max(inside.to(tl.int32), 0) > 0:
-        amount = tl.full((SLICE,), 1.0, tl.float32)
+    # A lane adds up its own columns digit by digit; only at the end do lanes meet.
+    totals = tl.zeros((16, LANES), tl.float32)
+    for at in range(0, SLICE, LANES):
+        col = part * SLICE + at + tl.arange(0, LANES)
+        score, key, inside = _scores(x_ptr + row * row_stride, col, vocab, peak, temperature, DROP)
+        digit = (key - start) >> shift
+        amount = tl.where(inside & (key >= start), 1.0, 0.0)
         if MASS:
-            last = limit.to(tl.uint32)
-            amount = tl.exp(score) * tl.where(
-                key < last, 1.0, tl.where(key == last, share.to(tl.float32), 0.0)
-            )
-        amount = tl.where(inside, amount, 0.0)
-        for d in tl.static_range(16):
-            sums = tl.where(digits == d, tl.sum(tl.where(digit == d, amount, 0.0), 0), sums)
-    tl.store(sums_ptr + (row * slices + part) * 16 + digits, sums.to(tl.float64))
+            taken = tl.where(key < last, 1.0, tl.where(key == last, share.to(tl.float32), 0.0))
+            amount = tl.where(amount > 0, tl.exp(score) * taken, 0.0)
+        totals += tl.where(digit[None, :] == digits[:, None], amount[None, :], 0.0)
+    sums_ptr += ((number * rows + row) * slices + part) * 16
+    tl.store(sums_ptr + digits, tl.sum(totals, 1).to(tl.float64))
 
 
 @triton.jit
@@ -182,58 +185,64 @@ def _allowed(score, key, inside, limit, lowest):
     return tl.where(inside, tl.exp(score), 0.0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "number", "after_shift"])
 def _slice_mass(
     x_ptr,
     peak_ptr,
     setting_ptr,
-    before_ptr,
-    before_sums_ptr,
-    limit_ptr,
+    state_ptr,
+    sums_ptr,
     mass_ptr,
     row_stride,
     vocab,
     rows,
     slices,
+    number,
+    after_shift,
     AFTER: tl.constexpr,
-    AFTER_SHIFT: tl.constexpr,
     DROP: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
     peak = tl.load(peak_ptr + row)
     if (temperature == 0) | (tl.abs(peak) == float("inf")):
         return
-    _, _, _, limit, _ = _state(
-        before_ptr, before_sums_ptr, setting_ptr, row, rows, slices, AFTER, AFTER_SHIFT, SLICES
+    _, limit, _ = _state(
+        state_ptr, sums_ptr, setting_ptr, row, part, rows, slices, number, after_shift, AFTER, SLICES
     )
-    if part == 0:
-        tl.store(limit_ptr + row, limit)
-    score, key, inside = _scores(x_ptr, row, part, row_stride, vocab, peak, temperature, DROP, SLICE)
+    col = part * SLICE + tl.arange(0, SLICE)
+    score, key, inside = _scores(x_ptr + row * row_stride, col, vocab, peak, temperature, DROP)
     lowest = tl.load(setting_ptr + 3 * rows + row).to(tl.float32)
     tl.store(mass_ptr + row * slices + part, tl.sum(_allowed(score, key, inside, limit, lowest), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "number"])
 def _draw(
     x_ptr,
     peak_ptr,
     setting_ptr,
-    limit_ptr,
+    state_ptr,
     mass_ptr,
     token_ptr,
     row_stride,
     vocab,
     rows,
     slices,
+    number,
     DROP: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Invert the row's distribution function, in vocabulary order: first to the slice, then within it."""
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(setting_ptr + row).to(tl.float32)
     peak = tl.load(peak_ptr + row)
@@ -246,11 +255,12 @@ def _draw(
     last = tl.max(tl.where(mass > 0, parts, 0), 0)
     part = tl.minimum(tl.min(tl.where((upto > at) & (mass > 0), parts, SLICES), 0), last)
     before = tl.sum(tl.where(parts == part, upto - mass, 0.0), 0)
-    score, key, inside = _scores(x_ptr, row, part, row_stride, vocab, peak, temperature, DROP, SLICE)
-    lowest = tl.load(setting_ptr + 3 * rows + row).to(tl.float32)
-    mass = _allowed(score, key, inside, tl.load(limit_ptr + row), lowest)
-    upto = before + tl.cumsum(mass, 0)
     col = tl.arange(0, SLICE)
+    score, key, inside = _scores(x_ptr + row * row_stride, part * SLICE + col, vocab, peak, temperature, DROP)
+    limit = tl.load(state_ptr + (number * rows + row) * _STATE + 3).to(tl.int64)
+    lowest = tl.load(setting_ptr + 3 * rows + row).to(tl.float32)
+    mass = _allowed(score, key, inside, limit, lowest)
+    upto = before + tl.cumsum(mass, 0)
     # Rounding may leave nothing beyond ``at``: then it is the last token that can be drawn at all.
     last = tl.max(tl.where(mass > 0, col, 0), 0)
     chosen = tl.minimum(tl.min(tl.where((upto > at) & (mass > 0), col, SLICE), 0), last)
@@ -283,47 +293,29 @@ def draw(logits: Tensor, settings: Tensor, top_k: bool, top_p: bool) -> Tensor:
     bits = _KEY_BITS[logits.dtype]
     shifts = range(bits - 4, -1, -4)
     passes = [(kind, shift) for kind, on in (("counts", top_k), ("masses", top_p)) if on for shift in shifts]
-    new = logits.new_empty
-    state = new((len(passes) + 1, rows, _STATE), dtype=torch.float64)
-    sums = new((len(passes) + 1, rows, slices, 16), dtype=torch.float64)
-    constants = {"DROP": 32 - bits, "SLICE": _SLICE, "SLICES": triton.next_power_of_2(slices), "num_warps": 8}
+    state = logits.new_empty((len(passes) + 1, rows, _STATE.value), dtype=torch.float64)
+    sums = logits.new_empty((len(passes), rows, slices, 16), dtype=torch.float64)
+    mass = logits.new_empty((rows, slices), dtype=torch.float64)
     sizes = (logits.stride(0), vocab, rows, slices)
+    constants: dict[str, Any] = {
+        "DROP": 32 - bits,
+        "SLICE": _SLICE,
+        "SLICES": triton.next_power_of_2(slices),
+        "num_warps": 8,
+    }
+    constants |= pdl.launch()
     after, after_shift = "nothing", 0
     for i, (kind, shift) in enumerate(passes):
         _sum_digits[(rows, slices)](
-            logits,
-            peak,
-            settings,
-            state[max(i - 1, 0)],
-            sums[max(i - 1, 0)],
-            state[i],
-            sums[i],
-            *sizes,
-            MASS=kind == "masses",
-            AFTER=after,
-            AFTER_SHIFT=after_shift,
-            SHIFT=shift,
-            **constants,
-        )
-        after = f"last {kind}" if shift == 0 else kind
-        if kind == "masses" and shift == shifts[0]:
-            after = f"first {kind}"
-        after_shift = shift
-    limit, mass = new(rows, dtype=torch.int64), new((rows, slices), dtype=torch.float64)
-    found = (state[len(passes) - 1], sums[len(passes) - 1]) if passes else (state[0], sums[0])
+            logits, peak, settings, state, sums, *sizes, i, after_shift, shift,
+            AFTER=after, MASS=kind == "masses", LANES=min(_SLICE, _LANES), **constants,
+        )  # fmt: skip
+        first = kind == "masses" and shift == shifts[0]
+        after, after_shift = ("last " if shift == 0 else "first " if first else "") + kind, shift
     _slice_mass[(rows, slices)](
-        logits,
-        peak,
-        settings,
-        *found,
-        limit,
-        mass,
-        *sizes,
-        AFTER=after,
-        AFTER_SHIFT=after_shift,
-        **constants,
+        logits, peak, settings, state, sums, mass, *sizes, len(passes), after_shift, AFTER=after, **constants
     )
-    _draw[(rows,)](logits, peak, settings, limit, mass, tokens, *sizes, **constants)
+    _draw[(rows,)](logits, peak, settings, state, mass, tokens, *sizes, len(passes), **constants)
     return tokens
 
 
@@ -343,7 +335,9 @@ def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     tokens = logits.new_empty(rows, dtype=torch.int64)
     if rows:
         _slice_peak[(rows, slices)](
-            logits, top, at, logits.stride(0), vocab, slices, SLICE=_SLICE, num_warps=8
+            logits, top, at, logits.stride(0), vocab, slices, SLICE=_SLICE, num_warps=8, **pdl.launch()
         )
-        _row_peak[(rows,)](top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1)
+        _row_peak[(rows,)](
+            top, at, peak, tokens, slices, SLICES=triton.next_power_of_2(slices), num_warps=1, **pdl.launch()
+        )
     return tokens, peak

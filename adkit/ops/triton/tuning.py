@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch import Tensor
 
 Settings = dict[str, Any]
 
-_LAUNCHES, _REPLAYS = 24, 4
+#: Launches that are timed together: so many, fewer once they take long.
+_LAUNCHES, _LONG = 24, 5e-3
+_REPLAYS = 4
 
 _found: dict[tuple[str, tuple[Hashable, ...]], Settings] = {}
 
@@ -96,7 +98,7 @@ def measure(
     for settings in candidates:
         try:
             run(settings, *streamed)
-            times.append(seconds([lambda c=c, s=settings: run(s, *c) for c in copies]))
+            times.append(seconds([partial(run, settings, *copy) for copy in copies]))
         except triton.errors.TritonError as error:
             failure = error
             times.append(math.inf)
@@ -120,28 +122,31 @@ def _copies(streamed: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def seconds(calls: Sequence[Callable[[], Any]]) -> float:
-    """Device seconds of one call, the calls made in turn, as often as it takes for a CUDA graph of several."""
+    """Device seconds of one call, the calls made in turn, captured together in a CUDA graph."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(work: Callable[[], Any]) -> float:
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         calls[0]()  # libraries settle on workspaces
+        launches = max(2, min(_LAUNCHES, math.ceil(_LONG / timed(calls[0]))))
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for i in range(_LAUNCHES):
+            for i in range(launches):
                 calls[i % len(calls)]()
         finally:
             graph.capture_end()
-        times = []
-        for _ in range(_REPLAYS):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+        best = min(timed(graph.replay) for _ in range(_REPLAYS))
     current.wait_stream(stream)
-    return min(times) / 1000 / _LAUNCHES
+    return best / launches
 
 
 def _cache_bytes() -> int:

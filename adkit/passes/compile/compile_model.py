@@ -30,8 +30,8 @@ class CompileModelConfig(PassConfig):
     )
     cuda_graph_batch_sizes: list[int] | None = Field(
         None,
-        description="Batch sizes to capture; null: powers of two to 8, then in steps of 8 to 64 that grow with the "
-        "size, to max_batch_size or 512. Larger batches run eagerly",
+        description="Batch sizes to capture; null: powers of two to 8, multiples of 8 to 64, then in steps that grow "
+        "with the size, to max_batch_size or 1024. Larger batches run eagerly",
     )
 
 

@@ -3,9 +3,11 @@
 A decode step launches hundreds of small kernels, and launching them from Python takes longer than running
 them. A CUDA graph replays all of them at once. Graphs fix every address and shape, so there is one a size
 of the ladder; a batch is padded up to the next size with sequences of one token that write to page 0 and
-that nobody reads. All sizes share one buffer of inputs: the tokens of the step before, then the batch as
-:class:`~adkit.contract.BatchLayout` lays it out, so that the host's part is a single copy. Which of those ids go in is
-decided by ``sources``, inside the graph.
+that nobody reads. Greedy sampling is captured with them.
+
+All sizes share one buffer of inputs: the tokens of the step before, then the batch as
+:class:`~adkit.contract.BatchLayout` lays it out, so that the host's part is a single copy. Which of those ids
+go in is decided by ``sources``, inside the graph.
 """
 
 from __future__ import annotations
@@ -20,23 +22,26 @@ import torch
 from torch import Tensor
 
 from adkit.contract import BatchLayout, CachePool, HostBatch
+from adkit.ops.sampling import best_tokens
 
 Forward = Callable[..., Tensor]
 Progress = Callable[[int, int, str], None]
 
 #: The largest size captured. Beyond it the device has so much to do that launching is not what takes time.
-LARGEST = 512
+LARGEST = 1024
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes to capture, up to ``most`` or 512: the last one is ``most`` itself where it is not larger.
+    """Batch sizes to capture, up to ``most`` or 1024: the last one is ``most`` itself where it is not larger.
 
-    Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512: padding costs little, and the
-    logits of every size stay allocated.
+    Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512, of 128 to 1024: padding
+    costs little, and the logits of every size stay allocated.
     """
-    steps = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST + 1, 64))
-    sizes = [n for n in (1, 2, 4, *steps) if n < most]
-    return [*sizes, most] if most <= LARGEST else sizes
+    sizes = [1, 2, 4]
+    for first in (8, 64, 128, 256, 512):
+        step = max(8, first // 4)
+        sizes += range(first, max(64, 2 * first), step)
+    return [*(n for n in sizes if n < most), min(most, LARGEST)]
 
 
 @dataclass
@@ -57,9 +62,10 @@ class DecodeGraphs:
     device: torch.device
     seconds: float = 0.0
     bytes: int = 0
-    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = field(
+    _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
+    _latest: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._layouts = [BatchLayout(n, n, self.max_pages, n) for n in self.sizes]
@@ -76,18 +82,23 @@ class DecodeGraphs:
         at = bisect.bisect_left(self.sizes, sequences)
         return self._layouts[at] if at < len(self.sizes) else None
 
-    def __call__(self, host: HostBatch, previous: Tensor | None) -> Tensor:
-        """Logits [size, V]; the rows that pad the batch are meaningless."""
+    def __call__(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] and best tokens [R]."""
+        size, rows = host.layout.sequences, host.sequences
         self._batch[: host.layout.nbytes].copy_(host.buffer, non_blocking=True)
-        if host.continues:
+        if host.continues and previous is not self._latest:  # else the step before has left them there
             assert previous is not None, "the batch continues a step whose tokens were not given"
             torch.clamp_min(previous, 0, out=self._previous[: len(previous)])
-        captured = self._graphs.get(host.layout.sequences)
+        captured = self._graphs.get(size)
         if captured is None:
-            return self._run(host.layout)
-        graph, logits = captured
-        graph.replay()
-        return logits
+            logits, best = self._run(host.layout)
+        else:
+            graph, logits, best = captured
+            graph.replay()
+        if rows < size:
+            logits, best = logits[:rows], best[:rows]
+        self._latest = best
+        return logits, best
 
     def warm_up(self, progress: Progress = lambda done, total, what: None) -> None:
         """Run every size twice: kernels compile, and libraries settle on their workspaces."""
@@ -112,20 +123,24 @@ class DecodeGraphs:
             self._idle(layout)
             graph = torch.cuda.CUDAGraph()
             with torch.inference_mode(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                logits = self._run(layout)
-            self._graphs[layout.sequences] = (graph, logits)
+                logits, best = self._run(layout)
+            self._graphs[layout.sequences] = (graph, logits, best)
             progress(done + 1, len(self.sizes), "capturing CUDA graphs")
         torch.cuda.synchronize(self.device)
         self.bytes = free - torch.cuda.mem_get_info(self.device)[0]
         self.seconds += time.perf_counter() - began
 
-    def _run(self, layout: BatchLayout) -> Tensor:
-        """``forward`` on the buffer as it stands; logits [size, V]."""
+    def _run(self, layout: BatchLayout) -> tuple[Tensor, Tensor]:
+        """``forward`` on the buffer as it stands: logits [size, V] and best tokens [size], which the next step finds
+        ahead of its ids."""
         given = layout.tensors(self._batch)
         known = self._buffer[: 8 * (self.num_previous + layout.tokens)].view(torch.int64)
         given["input_ids"] = known.index_select(0, given["sources"])[None]
         feed = {n: self.caches.tensors[n] if n in self.caches.tensors else given[n] for n in self.inputs}
-        return self.forward(**feed)[0]
+        logits = self.forward(**feed)[0]
+        best = best_tokens(logits)
+        torch.clamp_min(best, 0, out=self._previous[: layout.sequences])
+        return logits, best
 
     def _idle(self, layout: BatchLayout) -> None:
         """Fill the buffer with a batch of nothing but padding."""

@@ -25,11 +25,11 @@ def as_on_a_gpu(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("most", [1, 3, 8, 32, 100, 512, 1024])
+@pytest.mark.parametrize("most", [1, 3, 8, 32, 100, 512, 1024, 2000])
 def test_the_ladder_pads_no_batch_much_and_ends_at_the_largest(most):
     sizes = ladder(most)
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == min(most, 512)
+    assert sizes[-1] == min(most, 1024)
     for rows in range(1, sizes[-1] + 1):
         padded = next(n for n in sizes if n >= rows)
         assert padded - rows < max(8, rows / 2)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from adkit.graph.edit import clean
 from adkit.models.export import export_model
 from tests.passes.graphs import check_values, logits, run_pass, tiny_graph
 from tests.zoo import meta_twin, tiny, with_weights_of
@@ -53,7 +54,7 @@ def test_routers_of_hugging_face_keep_their_bits(kind: str, dtype: torch.dtype) 
     assert [n.kwargs for n in routers(gm)] == [wanted] * len(routers(gm))
     assert torch.equal(logits(gm), before)
     check_values(gm)
-    left = {"aten.topk.default", "aten.softmax.int", "aten.sigmoid.default", "aten.gather.default"}
+    left = {"aten.topk.default", "aten.gather.default", "aten.div_.Tensor"}
     assert not left & {str(n.target) for n in gm.graph.nodes}
     assert run_pass(gm, KEY).num_matches == 0
 
@@ -61,6 +62,7 @@ def test_routers_of_hugging_face_keep_their_bits(kind: str, dtype: torch.dtype) 
 def test_a_bias_on_meta_is_read_from_the_graph() -> None:
     config, model = tiny("deepseek_v3")
     gm = export_model(meta_twin(config))
+    clean(gm)
     assert run_pass(gm, KEY).num_matches == 1
     (router,) = routers(gm)
     assert str(router.args[2].target).endswith("e_score_correction_bias")
@@ -91,23 +93,28 @@ class Routed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.router = router
-        self.gate, self.up, self.down = (
-            nn.Parameter(torch.randn(s)) for s in ((6, 8), (6, 10, 8), (6, 8, 5))
+        self.embed, self.gate, self.up, self.down = (
+            nn.Parameter(torch.randn(s)) for s in ((9, 8), (6, 8), (6, 10, 8), (6, 8, 5))
         )
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, input_ids: Tensor) -> Any:
+        x = F.embedding(input_ids, self.embed).flatten(0, 1)
         out = self.router(F.linear(x, self.gate))
-        y = torch.ops.adkit.torch_moe(x, out[1], out[0], self.up, self.down)
-        return (y, *out[2:])
+        return (torch.ops.adkit.torch_moe(x, out[1], out[0], self.up, self.down), *out[2:])
 
 
 def routed(router: Any) -> tuple[GraphModule, Any]:
-    module = Routed(router)
-    tokens = torch.export.Dim("tokens", min=2)
-    program = torch.export.export(module, (torch.randn(7, 8),), dynamic_shapes=({0: tokens},))
+    """The graph after the pass, which must compute what it did before, and what the pass says."""
+    shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    ids = torch.arange(6).view(2, 3)
+    program = torch.export.export(Routed(router), (ids,), dynamic_shapes=(shape,))
     gm = program.module()
     assert isinstance(gm, GraphModule)
-    return gm, run_pass(gm, KEY)
+    with torch.no_grad():
+        before = gm(ids)
+        info = run_pass(gm, KEY)
+        torch.testing.assert_close(gm(ids), before)
+    return gm, info
 
 
 def topk(p: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
@@ -135,16 +142,20 @@ def capped(x: Tensor) -> Any:
     return topk((torch.tanh(x / 3) * 3).softmax(-1))
 
 
-@pytest.mark.parametrize("router", [rounded_too_early, read_elsewhere, worst, capped])
-def test_near_misses_stay(router: Any) -> None:
+@pytest.mark.parametrize(
+    ("router", "why"),
+    [
+        (rounded_too_early, "no known router"),
+        (read_elsewhere, "something else reads"),
+        (worst, "no known router"),
+        (capped, "no known router"),
+    ],
+)
+def test_near_misses_stay(router: Any, why: str) -> None:
     gm, info = routed(router)
-    assert info.num_matches == 0
     assert not routers(gm)
-
-
-def softmax_of_a_softmax(x: Tensor) -> Any:
-    e = x.exp() / x.exp().sum(-1, keepdim=True)
-    return topk(e.softmax(-1))
+    (reason,) = info.details["not matched"]
+    assert why in reason
 
 
 def normalised_by_hand(x: Tensor) -> Any:
@@ -159,5 +170,3 @@ def test_another_way_of_writing_is_the_same_op() -> None:
     assert info.num_matches == 1
     assert routers(gm)[0].args[1] == 3
     assert routers(gm)[0].kwargs == {"normalize": True, "scale": 1.5}
-    gm, info = routed(softmax_of_a_softmax)
-    assert info.num_matches == 0
