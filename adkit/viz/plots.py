@@ -133,6 +133,33 @@ def memory(steps: Iterable[Step]) -> Plot:
     return figure
 
 
+def cost_by_op(costs: Any, column: str = "seconds", most: int = 12) -> Plot:
+    """What each kind of operation costs, largest first: a cost table's ``seconds``, ``flops`` or ``bytes``, summed.
+
+    ``costs`` as :meth:`Snapshot.cost` makes it; beyond ``most`` operations the rest are one bar.
+    """
+    unit, factor = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}[column]
+    sums = (costs.groupby("target")[column].sum() * factor).sort_values(ascending=False)
+    sums = sums[sums > 0]
+    shown = dict(sums.iloc[:most].items())
+    if len(sums) > most:
+        shown[f"{len(sums) - most} others"] = float(sums.iloc[most:].sum())
+    whole = sum(shown.values()) or 1.0
+    names = [str(n).removeprefix("adkit.").removeprefix("aten.") for n in shown]
+    labels = [f"{v:,.3g}  {v / whole:.0%}" for v in shown.values()]
+    values = [float(v) for v in shown.values()]
+    return _bars("Cost by operation", names, values, labels, [BLUE] * len(shown), unit)
+
+
+def before_after(totals: Iterable[tuple[str, float]], unit: str = "roofline us") -> Plot:
+    """One total a step: what the whole graph costs after each step that changed it."""
+    rows = list(totals)
+    values = [v for _, v in rows]
+    labels = [f"{v:,.4g}" for v in values]
+    colours = [SKY] * (len(rows) - 1) + [BLUE]
+    return _bars("The whole graph's cost, step by step", [n for n, _ in rows], values, labels, colours, unit)
+
+
 def roofline(
     costs: Any,
     device: Device | str | None = None,
@@ -236,4 +263,4 @@ def _si(value: float) -> str:
     return f"{value:.3g} "
 
 
-__all__ = ["Plot", "memory", "nodes_by_stage", "roofline", "time_by_pass"]
+__all__ = ["Plot", "before_after", "cost_by_op", "memory", "nodes_by_stage", "roofline", "time_by_pass"]

@@ -4,12 +4,13 @@ format -> its fields (``record.schema.json`` is made of them); write -> from ste
 file to a record, checked; view -> a graph of a record as something to ask. See ``docs/record.md``.
 """
 
-from adkit.viz.record.format import VERSION, Record
+from adkit.viz.record.format import VERSION, Overlay, Record
 from adkit.viz.record.read import RecordError, check_record, dump_record, load_record, parse_record
 from adkit.viz.record.write import RecordWriter
 
 __all__ = [
     "VERSION",
+    "Overlay",
     "Record",
     "RecordError",
     "RecordWriter",

@@ -46,7 +46,7 @@ class Workload:
 WORKLOADS = (
     Workload(
         f"prefill of {CONTEXT} tokens",
-        {"batch": 1, "seq": CONTEXT},
+        {"batch": 1, "seq": CONTEXT, "logits": 1},
         {"tokens": CONTEXT, "sequences": 1, "context": CONTEXT},
     ),
     Workload(f"one token after {CONTEXT}", {}, {"tokens": 1, "sequences": 1, "context": CONTEXT}),
