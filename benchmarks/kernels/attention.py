@@ -167,39 +167,43 @@ def report(
 
 #: (sequences, context) -> parts tried
 _SWEPT = {
-    (1, 128): (1, 4, 8),
-    (1, 256): (1, 4, 8, 16),
-    (1, 8192): (16, 32, 64),
-    (32, 1024): (1, 2, 4, 8),
-    (256, 850): (1, 2, 4, 8),
+    (1, 128): (1,),
+    (1, 256): (1, 2, 4),
+    (1, 1024): (2, 4, 8, 16),
+    (1, 8192): (16, 32),
+    (32, 256): (1, 2),
+    (32, 850): (1, 2, 4),
+    (256, 850): (1, 2),
 }
-DECODE_SETTINGS = [
-    {"BLOCK_L": block, "num_warps": warps, "num_stages": stages}
+DECODE_SETTINGS: list[dict[str, Any]] = [
+    {"BLOCK_L": block, "LEAST": 64, "num_warps": warps, "num_stages": stages}
     for block, warps, stages in (
-        (64, 4, 3),
-        (64, 4, 2),
-        (32, 4, 4),
-        (32, 2, 4),
+        (64, 4, 5),
+        (64, 4, 7),
+        (32, 4, 5),
+        (32, 4, 7),
+        (32, 2, 5),
+        (32, 2, 7),
+        (128, 4, 5),
         (128, 4, 2),
-        (128, 8, 3),
-        (64, 8, 3),
-        (32, 4, 3),
-        (16, 1, 4),
+        (64, 2, 5),
     )
 ]
-PREFILL_SETTINGS = [
-    ({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}, descriptors)
-    for m, n, warps, stages, descriptors in (
-        (128, 64, 8, 3, True),
-        (128, 64, 8, 3, False),
-        (128, 128, 8, 2, True),
-        (128, 128, 8, 2, False),
-        (128, 128, 8, 3, True),
-        (128, 64, 4, 3, True),
-        (64, 64, 4, 3, True),
-        (64, 128, 4, 2, True),
-        (128, 64, 8, 2, True),
-        (256, 64, 8, 3, True),
+PREFILL_SETTINGS: list[tuple[dict[str, Any], bool]] = [
+    (
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "HISTORY_STAGES": history},
+        descriptors,
+    )
+    for m, n, warps, stages, history, descriptors in (
+        (128, 128, 8, 3, 3, True),
+        (128, 128, 8, 3, 5, True),
+        (64, 64, 4, 3, 3, True),
+        (64, 64, 4, 3, 5, True),
+        (64, 64, 4, 3, 7, True),
+        (64, 64, 4, 4, 5, True),
+        (128, 64, 8, 3, 5, True),
+        (128, 64, 8, 3, 7, True),
+        (64, 32, 4, 4, 7, True),
     )
 ]
 
@@ -211,10 +215,10 @@ def compile_sweep() -> None:
     compile_all(
         [
             *(
-                lambda s=s, d=d: flash_prefill.run(long, settings=s, descriptors=d)
+                lambda s=s, d=d: flash_prefill.launch(long, settings=s, descriptors=d)
                 for s, d in PREFILL_SETTINGS
             ),
-            *(lambda s=s: flash_decoding.launch(step, alone=True, settings=s) for s in DECODE_SETTINGS),
+            *(lambda s=s: flash_decoding.run(step, alone=True, settings=s) for s in DECODE_SETTINGS),
         ]
     )
 
@@ -232,7 +236,7 @@ def decode(results: list[dict[str, Any]], sweep: bool) -> None:
             for context in (128, 256, 850, 1024, 8192):
                 if sequences * context * 8 * 128 * 4 > 9e9 or (context == 128 and sequences > 1):
                     continue
-                if context == 850 and sequences != 256:
+                if context == 850 and sequences not in (32, 256):
                     continue
                 lengths = [context - 1] * sequences
                 if context == 850:  # a drained batch: lengths differ
@@ -244,8 +248,10 @@ def decode(results: list[dict[str, Any]], sweep: bool) -> None:
                     tried += [(s, p) for s in DECODE_SETTINGS for p in _SWEPT[sequences, context]]
                 for settings, parts in tried:
                     runs = [
-                        lambda t=t, s=settings, p=parts: flash_decoding.launch(
-                            t, alone=True, settings=s, parts=p
+                        lambda t=t, s=settings, p=parts: (
+                            flash_decoding.run(t, alone=True, settings=s, parts=p)
+                            if s
+                            else flash_decoding.launch(t, alone=True)
                         )
                         for t in batch.steps
                     ]
@@ -269,11 +275,6 @@ def sdpa(step: Step, counts: list[int], backend: SDPBackend) -> Callable[[], Any
     return run
 
 
-def _launched(step: Step) -> None:
-    out = flash_prefill.launch(step)
-    step.__dict__["out"] = out  # frozen, and another kernel may have made another
-
-
 def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
     """Prompts, whole and as a chunk behind what is cached."""
     for shape, counts, cached in (
@@ -290,7 +291,7 @@ def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
             tried = PREFILL_SETTINGS
         for settings, descriptors in tried:
             runs = [
-                lambda t=t, s=settings, d=descriptors: flash_prefill.run(t, settings=s, descriptors=d)
+                lambda t=t, s=settings, d=descriptors: flash_prefill.launch(t, settings=s, descriptors=d)
                 for t in batch.steps
             ]
             batch.steps[0].out.zero_()
@@ -301,9 +302,6 @@ def prefill(results: list[dict[str, Any]], sweep: bool) -> None:
                 continue
             variant = name(settings or {}, "descriptors" if descriptors else "pointers")
             report(results, case, variant, time, batch, batch.error())
-        batch.steps[0].out.zero_()
-        time = seconds([lambda t=t: _launched(t) for t in batch.steps])
-        report(results, case, "as launched", time, batch, batch.error())
         if not any(cached):
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 try:

@@ -207,23 +207,6 @@ def test_keys_that_an_earlier_op_has_written(window: int | None) -> None:
     assert_attention(Case([[9, 1, 1], [1, 20], [3, 30, 1]], written=True, options={"window": window}))
 
 
-@pytest.mark.parametrize("chunks", [[40], [30, 50], [64, 64, 1]])
-def test_a_prompt_that_another_kernel_has_begun(monkeypatch: pytest.MonkeyPatch, chunks: list[int]) -> None:
-    """As after cuDNN, which attends within the step and knows neither the cache nor padding."""
-    from adkit.ops.triton import cudnn_prefill
-
-    def attend(step: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (x.transpose(0, 1) for x in (step.q, step.key, step.value))
-        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-        scores = q @ k.transpose(1, 2) * step.scale
-        scores = scores.masked_fill(~torch.ones_like(scores[0]).tril().bool(), float("-inf"))
-        return (scores.softmax(-1) @ v).transpose(0, 1).contiguous(), scores.logsumexp(-1)
-
-    monkeypatch.setattr(cudnn_prefill, "serves", lambda step: step.sequences == 1)
-    monkeypatch.setattr(cudnn_prefill, "attend", attend)
-    assert_attention(Case([chunks], page_size=16, padding=5))
-
-
 @pytest.mark.parametrize("counts", [[3, 0, 0], [0, 2, 1, 1, 0], [2, 0], [5, 0, 1], [0, 0, 7]])
 def test_sequences_without_tokens(counts: list[int]) -> None:
     torch.manual_seed(0)

@@ -47,13 +47,13 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
     for kernel, settings, own in (
         (
             flash_decoding.decode,
-            flash_decoding.settings_for(itemsize, **widths(head_dim, head_dim)),
+            flash_decoding.candidates(itemsize, **widths(head_dim, head_dim))[0],
             {"ALONE": True, "BLOCK_M": 16, "GROUP": 4, "PARTS": 8, "PDL": arch >= 90},
         ),
         (
             flash_prefill.prefill,
-            flash_prefill.settings_for(itemsize, **widths(head_dim, head_dim)),
-            {"FROM": 1, "BEGUN": not full, "DESCRIPTORS": False, "BLOCK_R": 256},
+            flash_prefill.candidates(itemsize, **widths(head_dim, head_dim))[0],
+            {"FROM": 2, "DESCRIPTORS": False, "BLOCK_R": 256},
         ),
     ):
         options = {n: settings[n] for n in ("num_warps", "num_stages")}
@@ -61,7 +61,7 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         names = [n for n in kernel.arg_names if not n.isupper()]
         types = {n: f"*{dtype}" if n.endswith(("_ptr", "_tiles")) else "i32" for n in names}
         types |= dict.fromkeys(("cu_ptr", "cached_ptr", "pages_ptr", "counter_ptr"), "*i32")
-        types |= dict.fromkeys(("partial_ptr", "softmax_ptr", "sums_ptr"), "*fp32")
+        types |= dict.fromkeys(("partial_ptr", "softmax_ptr"), "*fp32")
         types |= {"scale": "fp32", "softcap": "fp32"}
         types = {n: t for n, t in types.items() if n in names}
         made = compiled(kernel, types, {**constants, **blocks, **own}, arch, options)
@@ -70,14 +70,15 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
 
 
 def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
-    kernel = linear.rows_kernel if way["path"] == "rows" else linear.tiles_kernel
+    in_registers = linear.row_kernel if rows == 1 else linear.rows_kernel
+    kernel = in_registers if way["path"] == "rows" else linear.tiles_kernel
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
              "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
-        flags["ROWS"], flags["BLOCK_K"] = rows, way["num_warps"] * 512 // itemsize
+        flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
     else:
         flags |= {"BLOCK_M": rows, "BLOCK_K": way["BLOCK_K"], "SPLIT": way["SPLIT"] > 1, "WIDE_DOT": False,
                   "AHEAD": 256, "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip

@@ -9,8 +9,6 @@ batch of as many tokens as sequences, and a CUDA graph can capture it.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -122,7 +120,7 @@ def attention_with_paged_cache(
     elif tokens == step.sequences:
         flash_decoding.launch(step, alone=True)
     elif tokens:
-        step = replace(step, out=flash_prefill.launch(step))
+        flash_prefill.launch(step)
         if step.sequences > 1:
             flash_decoding.launch(step, alone=False)
     return step.out.unsqueeze(0)

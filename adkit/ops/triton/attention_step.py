@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Step:
         """Factors of scores; scores count in units of log 2."""
         return {"scale": self.scale * LOG2E.value, "softcap": (self.softcap or 1.0) * LOG2E.value}
 
+    @cached_property
     def constants(self) -> dict[str, Any]:
         """What kernels are compiled for."""
         kv_heads, value_dim = self.v_cache.shape[2:]
@@ -73,7 +75,7 @@ class Step:
 
     def kind(self) -> tuple[Hashable, ...]:
         """What the best settings depend on, batch aside."""
-        constants = self.constants()
+        constants = self.constants
         options = [n for n in ("HAS_SOFTCAP", "HAS_SINKS", "HAS_ALIBI") if constants[n]]
         local = constants["WINDOW"] or constants["CHUNK"]
         sizes = [constants[n] for n in ("KV_HEADS", "HEADS_PER_KV", "HEAD_DIM", "VALUE_DIM", "PAGE_SIZE")]

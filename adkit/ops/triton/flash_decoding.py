@@ -11,7 +11,7 @@ flash-decoding (arXiv 2311.01282 describes the idea).
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -21,12 +21,13 @@ from torch import Tensor
 from adkit.ops.triton import pdl
 from adkit.ops.triton.attention_step import Step
 from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
+from adkit.ops.triton.tuning import Settings, best
 
 #: Room for a counter a token and kv head; a batch with more fills a GPU without cutting anything.
 MOST_PAIRS = 1 << 16
 
-#: Programs that fill the GPUs this is for a few times over.
-PROGRAMS = 1024
+#: Programs that fill the GPUs this is for: four a multiprocessor.
+PROGRAMS = 512
 
 _counters_of: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -126,6 +127,7 @@ def decode(
     BLOCK_H: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    LEAST: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -133,7 +135,7 @@ def decode(
     """Grid (tokens or sequences x KV_HEADS, parts).
 
     ALONE: the first axis counts tokens and every token is served. Otherwise it counts sequences, and those
-    that bring one token are served.
+    that bring one token are served. A part is at least LEAST keys long, or all there are.
     """
     pdl.release(PDL)
     pdl.wait(PDL)
@@ -162,8 +164,8 @@ def decode(
         low = tl.maximum(low, position // CHUNK * CHUNK)
     high = tl.where(seq < sequences, position + 1, low)  # padding has no keys
     blocks = tl.cdiv(high - low, BLOCK_L)
-    part_blocks = tl.cdiv(blocks, tl.num_programs(1))
-    parts = tl.cdiv(blocks, tl.maximum(part_blocks, 1))
+    part_blocks = tl.maximum(tl.cdiv(blocks, tl.num_programs(1)), LEAST // BLOCK_L)
+    parts = tl.cdiv(blocks, part_blocks)
     if part >= tl.maximum(parts, 1):
         return
     begin = low + part * part_blocks * BLOCK_L
@@ -260,36 +262,72 @@ def counters(device: torch.device) -> Tensor:
     return found
 
 
-def parts_for(pairs: int, longest: int, block: int) -> int:
-    """Parts that a launch has room for: enough programs to fill a GPU, none for blocks that cannot be.
+def parts_for(pairs: int, longest: int, least: int) -> int:
+    """Parts that a launch has room for: enough programs to fill a GPU, none shorter than ``least`` keys.
 
     ``pairs``: tokens x kv heads; ``longest``: tokens that the page table has room for.
     """
     if pairs > MOST_PAIRS:
         return 1
     wanted = triton.next_power_of_2(max(1, PROGRAMS // pairs))
-    return min(max(wanted, 4 if pairs <= PROGRAMS * 2 else 1), 32, triton.cdiv(longest, block))
+    return min(wanted, 32, triton.cdiv(longest, least))
 
 
-def settings_for(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> dict[str, Any]:
-    """Blocks of keys as large as shared memory likes."""
+def candidates(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> list[Settings]:
+    """Settings worth measuring. Page numbers are loaded ahead of keys: a block in flight takes two stages."""
     width = itemsize * (BLOCK_H + BLOCK_V)
-    block = 64 if width <= 512 else 32 if width <= 1024 else 16
-    return {"BLOCK_L": block, "num_warps": 4, "num_stages": 3}
+    if width > 1024:
+        tried = [(16, 4, 2)]
+    elif width > 512:
+        tried = [(32, 4, 2), (32, 4, 5)]
+    else:
+        tried = [(64, 4, 5), (32, 2, 7), (128, 4, 2)]
+    return [{"BLOCK_L": n, "LEAST": 256, "num_warps": w, "num_stages": stages} for n, w, stages in tried]
 
 
-def launch(
-    step: Step, *, alone: bool, settings: dict[str, Any] | None = None, parts: int | None = None
-) -> None:
+def typical(step: Step) -> Step:
+    """The step with histories of 1,000 tokens, as far as there is room: what settings are measured on.
+
+    The step's own may be a warm-up's, which has none.
+    """
+    sequences, width = step.page_table.shape
+    page_size, device = step.k_cache.shape[1], step.q.device
+    order = torch.arange(sequences * width, dtype=torch.int32, device=device) % step.k_cache.shape[0]
+    return replace(
+        step,
+        out=torch.empty_like(step.out),
+        cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+        cache_lens=torch.full_like(step.cache_lens, min(1000, width * page_size - 1)),
+        page_table=order.view(sequences, width),
+    )
+
+
+def launch(step: Step, *, alone: bool) -> None:
     """Fill ``step.out`` for sequences of one token; ``alone``: for every token, padding included."""
-    constants = step.constants()
-    if settings is None:
-        settings = settings_for(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"])
+    made: list[Step] = []
+
+    def attempt(settings: Settings) -> None:
+        made[:] = made or [typical(step)]
+        run(made[0], alone=alone, settings=settings)
+
+    constants = step.constants
+    settings = best(
+        "flash_decoding",
+        (*step.kind(), triton.next_power_of_2(step.sequences)),
+        candidates(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"]),
+        attempt,
+    )
+    run(step, alone=alone, settings=settings)
+
+
+def run(step: Step, *, alone: bool, settings: Settings, parts: int | None = None) -> None:
+    """Launch the kernel; ``parts`` where something else than the usual number is wanted."""
+    constants = step.constants
     kv_heads, group = constants["KV_HEADS"], constants["HEADS_PER_KV"]
     value_dim, block_v = constants["VALUE_DIM"], constants["BLOCK_V"]
     pairs = step.sequences * kv_heads
     longest = step.page_table.shape[1] * constants["PAGE_SIZE"]
-    parts = parts or parts_for(pairs, longest, settings["BLOCK_L"])
+    parts = parts or parts_for(pairs, longest, settings["LEAST"])
     device = step.q.device
     rows = pairs * parts * group if parts > 1 else 0
     padded = triton.next_power_of_2(group)

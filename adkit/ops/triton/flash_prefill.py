@@ -9,17 +9,14 @@ are is worked out on the device, the longest of a sequence first.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from adkit.ops.triton import cudnn_prefill
 from adkit.ops.triton.attention_step import Step
 from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
-from adkit.ops.triton.tuning import Settings
+from adkit.ops.triton.tuning import Settings, best
 
 
 @triton.jit
@@ -52,7 +49,6 @@ def prefill(
     cu_ptr,
     cached_ptr,
     pages_ptr,
-    sums_ptr,
     sequences,
     tokens,
     pages_stride,
@@ -65,7 +61,6 @@ def prefill(
     scale,
     softcap,
     FROM: tl.constexpr,
-    BEGUN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -79,6 +74,7 @@ def prefill(
     PRECISION: tl.constexpr,
     WIDE_DOT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    HISTORY_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -88,31 +84,25 @@ def prefill(
     """Grid (any number of programs): each takes every so many-th of the tiles x query heads.
 
     Sequences of at least FROM tokens are served, and padding is set to zero. With DESCRIPTORS, ``key_tiles``
-    and ``value_tiles`` are tensor descriptors of the packed keys and values as [T, K * dim]. BEGUN: there is
-    one sequence, ``out`` holds its attention to this step's keys, and ``sums_ptr`` [N, T] the log of the sum of
-    exponentials that it was divided by.
+    and ``value_tiles`` are tensor descriptors of the packed keys and values as [T, K * dim].
     """
     HEADS: tl.constexpr = KV_HEADS * HEADS_PER_KV
-    tiles = 0
-    for first in range(0, sequences + 1, BLOCK_R):
+    ends = tl.cumsum(_tiles(0, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0)
+    tiles = tl.max(ends, 0)
+    for first in range(BLOCK_R, sequences + 1, BLOCK_R):
         tiles += tl.sum(_tiles(first, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0)
-    begin = tl.program_id(0)
-    if BEGUN:
-        history = tl.load(cached_ptr)
-        if history == 0:  # nothing to add: only padding is left to do
-            begin += tl.cdiv(tl.load(cu_ptr + 1), BLOCK_M) * HEADS
-    for work in range(begin, tiles * HEADS, tl.num_programs(0)):
+    for work in range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
         head = work % HEADS
         tile = work // HEADS
         # The sequence of this tile: as many lie before it as have all their tiles before it.
-        seq = 0
-        before = 0
-        passed = 0
-        for first in range(0, sequences + 1, BLOCK_R):
-            ends = passed + tl.cumsum(_tiles(first, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0)
-            seq += tl.sum((ends <= tile).to(tl.int32), 0)
-            before = tl.maximum(before, tl.max(tl.where(ends <= tile, ends, 0), 0))
-            passed = tl.max(ends, 0)
+        seq = tl.sum((ends <= tile).to(tl.int32), 0)
+        before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+        passed = tl.max(ends, 0)
+        for first in range(BLOCK_R, sequences + 1, BLOCK_R):
+            more = passed + tl.cumsum(_tiles(first, cu_ptr, sequences, tokens, FROM, BLOCK_M, BLOCK_R), 0)
+            seq += tl.sum((more <= tile).to(tl.int32), 0)
+            before = tl.maximum(before, tl.max(tl.where(more <= tile, more, 0), 0))
+            passed = tl.max(more, 0)
         padding = seq >= sequences
         start = tl.load(cu_ptr + seq)
         end = tl.load(cu_ptr + seq + 1, ~padding, tokens)
@@ -137,15 +127,6 @@ def prefill(
         if HAS_ALIBI:
             slope = tl.zeros_like(total) + tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        if BEGUN:
-            began = token < tl.where(padding, 0, count)
-            top = tl.load(sums_ptr + head * tokens + token, began, 0.0) * LOG2E
-            total += 1.0
-            acc += tl.load(
-                out_ptr + ((row * HEADS + head) * VALUE_DIM)[:, None] + values[None, :],
-                began[:, None] & (values < VALUE_DIM)[None, :],
-                0.0,
-            ).to(tl.float32)
         kv_head = head // HEADS_PER_KV
         low = 0
         if WINDOW > 0:
@@ -156,7 +137,8 @@ def prefill(
 
         # What earlier steps left in the pages.
         pages = pages_ptr + tl.cast(seq, tl.int64) * pages_stride
-        for at in range(low, cached, BLOCK_N):
+        # (Page numbers are loaded ahead of keys, so each block in flight takes two stages.)
+        for at in tl.range(low, cached, BLOCK_N, num_stages=HISTORY_STAGES):
             key = at + tl.arange(0, BLOCK_N)
             held = tl.minimum(key, cached - 1)  # beyond the end: any key that is there, and not counted
             page = tl.load(pages + held // PAGE_SIZE).to(tl.int64)
@@ -188,8 +170,6 @@ def prefill(
         # This step's tokens: first those that every row sees, then the diagonal.
         step_low = tl.maximum(low - cached, 0) // BLOCK_N * BLOCK_N
         step_high = tl.where(padding, 0, tl.minimum(count, offset + BLOCK_M))
-        if BEGUN:
-            step_high = step_low
         middle = tl.minimum(offset // BLOCK_N * BLOCK_N, step_high)
         key_base = key_ptr + start.to(tl.int64) * key_token + kv_head * key_head
         value_base = value_ptr + start.to(tl.int64) * value_token + kv_head * value_head
@@ -269,14 +249,17 @@ def _near(key, position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     return seen
 
 
-def settings_for(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> Settings:
-    """Tiles that fit an A100's shared memory."""
+def candidates(itemsize: int, BLOCK_H: int, BLOCK_V: int) -> list[Settings]:
+    """Settings worth measuring; the first fits an A100's shared memory."""
     width = itemsize * max(BLOCK_H, BLOCK_V)
-    if width <= 256:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    if width <= 512:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    if width > 512:
+        tried = [(16, 16, 4, 2, 2)]
+    elif width > 256:
+        tried = [(64, 32, 4, 2, 3), (128, 64, 8, 2, 3)]
+    else:
+        tried = [(64, 64, 4, 3, 5), (128, 128, 8, 3, 5), (128, 64, 8, 3, 5)]
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "HISTORY_STAGES")
+    return [dict(zip(names, values, strict=True)) for values in tried]
 
 
 def described(rows: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor | None:
@@ -288,28 +271,16 @@ def described(rows: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor
     return TensorDescriptor(rows, [tokens, heads * dim], [rows.stride(0), 1], [block_rows, block_dim])
 
 
-def launch(step: Step) -> Tensor:
-    """``step.out``, or another tensor, filled for sequences of several tokens; zeros for padding.
-
-    A sequence of one token is served where it is alone in the batch.
-    """
-    if cudnn_prefill.serves(step):
-        out, sums = cudnn_prefill.attend(step)
-        return run(replace(step, out=out), sums=sums)
-    return run(step)
-
-
-def run(
-    step: Step,
-    *,
-    sums: Tensor | None = None,
-    settings: Settings | None = None,
-    descriptors: bool = True,
-) -> Tensor:
-    """Launch the kernel; ``sums`` [N, T] where ``step.out`` holds attention to the step's own keys."""
-    constants = step.constants()
+def launch(step: Step, *, settings: Settings | None = None, descriptors: bool = True) -> None:
+    """Fill ``step.out`` for sequences of several tokens, or of one where it is alone; zeros for padding."""
+    constants = step.constants
     if settings is None:
-        settings = settings_for(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"])
+        settings = best(
+            "flash_prefill",
+            (*step.kind(), "long" if step.q.shape[0] >= 512 * step.sequences else "short"),
+            candidates(step.q.element_size(), constants["BLOCK_H"], constants["BLOCK_V"]),
+            lambda tried: launch(step, settings=tried),
+        )
     tokens, heads = step.q.shape[:2]
     tiles = triton.cdiv(tokens, settings["BLOCK_M"]) + min(step.sequences, 8)
     keys = described(step.key, settings["BLOCK_N"], constants["BLOCK_H"])
@@ -329,7 +300,6 @@ def run(
         step.cu_seqlens,
         step.cache_lens,
         step.page_table,
-        step.q if sums is None else sums,
         step.sequences,
         tokens,
         step.page_table.stride(0),
@@ -341,10 +311,8 @@ def run(
         step.value.stride(1),
         **step.numbers(),
         **constants,
-        BEGUN=sums is not None,
         FROM=2 if step.sequences > 1 else 1,
         DESCRIPTORS=both,
-        BLOCK_R=256,
+        BLOCK_R=32 if step.sequences < 32 else 256,  # and one more for padding
         **settings,
     )
-    return step.out

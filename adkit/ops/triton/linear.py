@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from adkit.ops.triton import pdl, tuning
-from adkit.ops.triton.linear_kernels import rows_kernel, tiles_kernel
+from adkit.ops.triton.linear_kernels import row_kernel, rows_kernel, tiles_kernel
 from adkit.ops.triton.mlp import swiglu_packed
 from adkit.ops.triton.norm import rmsnorm
 
@@ -91,19 +91,17 @@ class Layer:
         out, pointers, flags = self._arguments(self.x, weight, self.eps is not None)
         (many, outs), width = out.shape, weight.shape[1]
         block, warps = settings["BLOCK_N"], settings["num_warps"]
-        rows_kernel[(triton.cdiv(outs, block),)](
-            *pointers,
-            many,
-            width,
-            outs,
-            self.eps or 0.0,
-            self.offset,
-            ROWS=triton.next_power_of_2(many),
-            BLOCK_N=block,
-            BLOCK_K=warps * 32 * 16 // weight.element_size(),  # 16 bytes a thread: the widest load
-            num_warps=warps,
-            **flags,
-        )
+        grid = (triton.cdiv(outs, block),)
+        flags |= {
+            "BLOCK_N": block,
+            "BLOCK_K": warps * 32 * 16 // weight.element_size(),  # 16 bytes a thread: the widest load
+            "num_warps": warps,
+        }
+        if many == 1:
+            row_kernel[grid](*pointers, width, outs, self.eps or 0.0, self.offset, **flags)
+        else:
+            flags["ROWS"] = triton.next_power_of_2(many)
+            rows_kernel[grid](*pointers, many, width, outs, self.eps or 0.0, self.offset, **flags)
         return out
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
@@ -158,7 +156,7 @@ def _counts(device: torch.device) -> Tensor:
 
 #: BLOCK_N and warps for so many rows in registers.
 _IN_REGISTERS = {
-    1: ((4, 2), (2, 4), (2, 8), (8, 4), (1, 4), (4, 4)),
+    1: ((4, 4), (4, 2), (8, 4), (2, 4), (2, 8), (1, 4)),
     2: ((4, 2), (2, 4), (2, 8), (4, 4), (1, 4)),
     4: ((4, 2), (2, 4), (1, 4), (2, 8)),
     8: ((2, 2), (2, 4), (1, 4)),

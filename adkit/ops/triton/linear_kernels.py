@@ -20,6 +20,81 @@ def _norm_factor(norm_ptr, cols, live, offset, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def row_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    width,
+    outs,
+    eps,
+    offset,
+    NORM: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of x times BLOCK_N rows of the weight; the next block is on its way while one is multiplied.
+
+    What ``rows_kernel`` does for one row, with a dimension less: it streams weights 3 to 4% faster.
+    """
+    pdl.release(PDL)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, outs - 1).to(tl.int64)  # rows past the end read the last one again
+    cols = tl.arange(0, BLOCK_K)
+    at = weight_ptr + inside[:, None] * width + cols[None, :]
+    up_at = at + outs.to(tl.int64) * width
+    live = cols < width
+    w = tl.load(at, live[None, :], 0.0, eviction_policy="evict_first")
+    if ACT != "":
+        up = tl.load(up_at, live[None, :], 0.0, eviction_policy="evict_first")
+        up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    pdl.wait(PDL)
+    for start in range(0, width, BLOCK_K):
+        after = start + BLOCK_K + cols
+        next_w = tl.load(at + start + BLOCK_K, (after < width)[None, :], 0.0, eviction_policy="evict_first")
+        if ACT != "":
+            next_up = tl.load(
+                up_at + start + BLOCK_K, (after < width)[None, :], 0.0, eviction_policy="evict_first"
+            )
+        here = start + cols
+        x = tl.load(x_ptr + here, here < width, 0.0, eviction_policy="evict_last").to(tl.float32)
+        if NORM:
+            squares += x * x
+            x = x * _norm_factor(norm_ptr, here, here < width, offset, HAS_NORM_WEIGHT)
+        total += w.to(tl.float32) * x[None, :]
+        w = next_w
+        if ACT != "":
+            up_total += up.to(tl.float32) * x[None, :]
+            up = next_up
+    y = tl.sum(total, 1)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+        y = y * rstd
+    write = rows < outs
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rows, write, 0.0).to(tl.float32)
+    if ACT != "":
+        other = tl.sum(up_total, 1)
+        if NORM:
+            other = other * rstd
+        if HAS_BIAS:
+            other += tl.load(bias_ptr + outs + rows, write, 0.0).to(tl.float32)
+        y = _act(y, ACT) * other
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
+
+
+@triton.jit
 def rows_kernel(
     x_ptr,
     weight_ptr,

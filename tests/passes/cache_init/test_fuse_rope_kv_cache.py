@@ -34,6 +34,8 @@ KINDS = {
     "gpt2": (0, 0),
 }
 
+QUICK = ("llama", "qwen3", "cohere2", "glm4")
+
 
 def workbench(kind: str, folder: Any, backend: str | None = "torch", **options: Any) -> adkit.Workbench:
     overrides = [] if backend is None else [f"transforms.fuse_rope_kv_cache.backend={backend}"]
@@ -71,7 +73,9 @@ def logits(wb: adkit.Workbench) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_fused_and_unfused_graphs_give_equal_logits(saved: Any, kind: str) -> None:
     plain = workbench(kind, saved(kind), None).run()
     assert plain.steps["fuse_rope_kv_cache"].info.skipped
