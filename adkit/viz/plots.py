@@ -146,7 +146,7 @@ def cost_by_op(costs: Any, column: str = "seconds", most: int = 12) -> Plot:
         shown[f"{len(sums) - most} others"] = float(sums.iloc[most:].sum())
     whole = sum(shown.values()) or 1.0
     names = [str(n).removeprefix("adkit.").removeprefix("aten.") for n in shown]
-    labels = [f"{v:,.3g}  {v / whole:.0%}" for v in shown.values()]
+    labels = [f"{_short(v)}  {v / whole:.0%}" for v in shown.values()]
     values = [float(v) for v in shown.values()]
     return _bars("Cost by operation", names, values, labels, [BLUE] * len(shown), unit)
 
@@ -155,7 +155,7 @@ def before_after(totals: Iterable[tuple[str, float]], unit: str = "roofline us")
     """One total a step: what the whole graph costs after each step that changed it."""
     rows = list(totals)
     values = [v for _, v in rows]
-    labels = [f"{v:,.4g}" for v in values]
+    labels = [_short(v) for v in values]
     colours = [SKY] * (len(rows) - 1) + [BLUE]
     return _bars("The whole graph's cost, step by step", [n for n, _ in rows], values, labels, colours, unit)
 
@@ -254,6 +254,10 @@ def _legend(axes: Axes, colours: dict[str, str]) -> None:
 
     handles = [Patch(color=c, label=name) for name, c in colours.items()]
     axes.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right", labelcolor=INK)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _si(value: float) -> str:
