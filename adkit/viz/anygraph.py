@@ -257,9 +257,9 @@ def diff(
 
 def show(graph: GraphModule | torch.export.ExportedProgram | Snapshot, *, name: str = "graph") -> Explorer:
     """A graph in the explorer, folded by modules; raises TypeError for what is no graph."""
+    step = Step(name, "graph", {}, "", "done", after=snapshot_of(graph), info=PassInfo())
     from adkit.viz.explorer import Explorer
 
-    step = Step(name, "graph", {}, "", "done", after=snapshot_of(graph), info=PassInfo())
     return Explorer(_record_of([step], name, ""))
 
 
