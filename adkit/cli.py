@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,8 @@ def run(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to go on from; repeatable")] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(help="Most new tokens for each prompt")] = 128,
     report: Annotated[Path | None, typer.Option(help="Write the walk as one HTML file")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the record as JSON")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save the run as JSON, to load again")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write the record, .json or .json.gz")] = None,
     random_weights: Annotated[
         bool, typer.Option(help="Seeded random weights where there is no checkpoint")
     ] = False,
@@ -72,7 +73,9 @@ def run(
     if report is not None:
         print(f"\nreport: {wb.report(report, list(zip(prompt, completions, strict=True)))}")
     if save is not None:
-        print(f"record: {wb.save(save)}")
+        print(f"saved: {wb.save(save)}")
+    if record is not None:
+        print(f"record: {wb.record(record)}")
     print(f"\n{time.perf_counter() - start:.1f} s")
 
 
@@ -150,6 +153,55 @@ def show_config(
     settings = load_config(list(config), overrides)
     resolve(model, dtype=settings.dtype, device=settings.usable_device())
     print(settings.to_yaml(), end="")
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A record (wb.record), .json or .json.gz")],
+    b: Annotated[Path, typer.Argument(help="Another")],
+) -> None:
+    """Compare two records: passes, matches, operations, the program at the end. Exits 1 when they differ."""
+    from adkit.viz import compare
+
+    names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
+    found = compare(_record(a), _record(b), names)
+    print(found)
+    if found:
+        sys.exit(1)
+
+
+@app.command()
+def view(
+    record: Annotated[Path, typer.Argument(help="A record (wb.record), .json or .json.gz")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write: .html, .dot, or .json for Model Explorer")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page")] = True,
+) -> None:
+    """Write a record as one standalone page and open it, or export its graphs for other programs."""
+    import webbrowser
+
+    from adkit.viz import RecordError, export, write_page
+
+    data = _record(record)
+    stem = record.name.removesuffix(".gz").removesuffix(".json")
+    target = out if out is not None else record.with_name(f"{stem}.html")
+    try:
+        made = write_page(data, target) if target.suffix == ".html" else export(data, target)
+    except (RecordError, OSError) as error:
+        raise AdkitError(str(error)) from None
+    print(made)
+    if browser and made.suffix == ".html":
+        webbrowser.open(made.resolve().as_uri())
+
+
+def _record(path: Path) -> Any:
+    from adkit.viz import RecordError, load_record
+
+    try:
+        return load_record(path)
+    except RecordError as error:
+        raise AdkitError(str(error)) from None
 
 
 def main() -> None:

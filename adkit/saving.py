@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 
 from adkit.contract import AdkitError
 from adkit.graph.edit import SiteRecord
-from adkit.graph.serialize import SnapshotReader, SnapshotWriter
+from adkit.graph.serialize import SnapshotReader, SnapshotWriter, portable
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import PassInfo, Step, Steps
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from adkit.workbench import Workbench
 
 FORMAT = 1
-_PATH = re.compile(r"(?<![\w./~:])/(?:[^\s/:'\",()]+/)+([^\s/:'\",()]+)")
 
 
 @dataclass
@@ -77,8 +75,8 @@ def save(wb: Workbench, path: str | Path) -> Path:
         )
     data = {
         "adkit_run": FORMAT,
-        "name": _portable(wb.name),
-        "config": _portable(wb.config.to_yaml()),
+        "name": portable(wb.name),
+        "config": portable(wb.config.to_yaml()),
         "versions": {
             "adkit": adkit.__version__,
             "torch": torch.__version__,
@@ -146,12 +144,7 @@ def _plain(v: Any) -> Any:
         return [_plain(x) for x in v]
     if isinstance(v, (int, float, bool, type(None))):
         return v
-    return _portable(str(v))
-
-
-def _portable(text: str) -> str:
-    """Text without this machine's layout: of an absolute path only the last name stays."""
-    return _PATH.sub(r"\1", text)
+    return portable(str(v))
 
 
 def write_text(path: str | Path, text: str) -> Path:

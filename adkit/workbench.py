@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from adkit.checking import CheckResult, Checks, check_step, first_bad_step
-from adkit.config import AdkitConfig, Fragment, load_config, transform_config
+from adkit.config import AdkitConfig, Fragment, load_config
 from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, ModelError, nearest
+from adkit.editing import a_pass, beside, with_config
 from adkit.graph.history import Trace, descendants
 from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import Step, Steps
@@ -30,8 +30,11 @@ from adkit.progress import Bars
 
 if TYPE_CHECKING:
     from adkit.playground import Playground
+    from adkit.plotting import Plots
     from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
+    from adkit.viz.explorer import Explorer
+    from adkit.viz.record import Overlay
 
 
 class Workbench:
@@ -309,7 +312,7 @@ class Workbench:
 
         Between passes of other stages it takes the stage of the one it was put next to.
         """
-        p = _a_pass(new)
+        p = a_pass(new)
         if any(q.key == p.key for q in self._passes):
             raise ConfigError(
                 f"the pipeline has a step {p.key!r} already; wb.replace({p.key!r}, ...) swaps it"
@@ -318,19 +321,19 @@ class Workbench:
             index = sum(q.config.stage.position <= p.config.stage.position for q in self._passes)
             self._become([*self._passes[:index], p, *self._passes[index:]])
         else:
-            self._become(_beside(self._passes, p, self._anchor(after, before), after is not None))
+            self._become(beside(self._passes, p, self._anchor(after, before), after is not None))
         return self
 
     def replace(self, key: str, new: Pass | type[Pass]) -> Workbench:
         """Swap one pass for another, which takes its place and stage; rewinds to its place."""
-        p = _a_pass(new)
+        p = a_pass(new)
         index = self._index(key)
         if any(q.key == p.key for q in self._passes if q.key != key):
             raise ConfigError(
                 f"the pipeline has a step {p.key!r} already, elsewhere; disable or move that one"
             )
         if p.config.stage != self._passes[index].config.stage:
-            p = _with_config(p, {"stage": self._passes[index].config.stage})
+            p = with_config(p, {"stage": self._passes[index].config.stage})
         self._become([*self._passes[:index], p, *self._passes[index + 1 :]])
         return self
 
@@ -341,7 +344,7 @@ class Workbench:
         impossible values.
         """
         index = self._index(key)
-        p = _with_config(self._passes[index], fields)
+        p = with_config(self._passes[index], fields)
         if p.config == self._passes[index].config:
             return self
         if p.config.stage == self._passes[index].config.stage:
@@ -367,7 +370,7 @@ class Workbench:
         anchor = self._anchor(after, before)
         if anchor is p:
             raise ConfigError(f"cannot move {key!r} next to itself")
-        self._become(_beside([q for q in self._passes if q is not p], p, anchor, after is not None))
+        self._become(beside([q for q in self._passes if q is not p], p, anchor, after is not None))
         return self
 
     def _become(self, passes: list[Pass]) -> None:
@@ -425,6 +428,13 @@ class Workbench:
 
         return profile(self, self.steps[step] if isinstance(step, (str, int)) else step, **options)
 
+    @property
+    def plots(self) -> Plots:
+        """Figures of the walk: ``wb.plots.time()``, ``.memory()``, ``.cost()``, ``.roofline()`` and more."""
+        from adkit.plotting import Plots
+
+        return Plots(self)
+
     # --- trusting
 
     def check(self, step: str | int | Step | None = None, **options: Any) -> CheckResult | Checks:
@@ -442,6 +452,12 @@ class Workbench:
                 if len(s.before) and (s.changed or s.altered)
             ]
         )
+
+    def errors(self, step: str | int | Step | None = None, **options: Any) -> Overlay:
+        """Each node's numerical error against a wider dtype, to lay over the explorer; see adkit.numerics."""
+        from adkit.numerics import node_errors
+
+        return node_errors(self, step, **options)
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all
@@ -480,13 +496,17 @@ class Workbench:
 
         return Playground(self.llm(), **{"name": f"{self.name} on {self.device}", **options})
 
-    def report(self, path: str | Path, completions: Iterable[Any] = ()) -> Path:
-        """Write one standalone HTML file that shows every step; returns its path."""
-        from adkit.viz.report import write_report
+    def explore(self, **options: Any) -> Explorer:
+        """The walk in one widget: timeline, graph, differences, program; options as ``adkit.recording.explore``."""
+        from adkit.recording import explore
 
-        return write_report(
-            path, title=self.name, steps=self.steps, final=self.graph, completions=list(completions)
-        )
+        return explore(self, **options)
+
+    def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
+        """Write the explorer with this walk as one standalone HTML file; returns its path."""
+        from adkit.recording import write_report
+
+        return write_report(self, path, completions, **options)
 
     def save(self, path: str | Path) -> Path:
         """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON
@@ -494,6 +514,15 @@ class Workbench:
         from adkit.saving import save
 
         return save(self, path)
+
+    def record(self, path: str | Path, **options: Any) -> Path:
+        """Write the walk as one record, ``.json`` or ``.json.gz`` (see docs/record.md); returns its path.
+
+        Options as :func:`adkit.recording.write_record` takes (``overlays``, ``device``).
+        """
+        from adkit.recording import write_record
+
+        return write_record(self, path, **options)
 
     @staticmethod
     def load(path: str | Path) -> Any:
@@ -548,31 +577,3 @@ def _reads(state: State) -> list[str]:
 def _on_meta(gm: GraphModule) -> list[str]:
     """Names of the tensors the graph reads that have no data."""
     return [n for n in graph_tensor_names(gm) if cast(torch.Tensor, tensor_at(gm, n)).is_meta]
-
-
-def _a_pass(new: Any) -> Pass:
-    p = new() if isinstance(new, type) and issubclass(new, Pass) else new
-    if not isinstance(p, Pass):
-        raise ConfigError(
-            f"a step is a Pass or a class of them, not {new!r}; see CONTRIBUTING.md for how to write one"
-        )
-    return p
-
-
-def _beside(passes: list[Pass], p: Pass, anchor: Pass, after: bool) -> list[Pass]:
-    """``passes`` with ``p`` next to ``anchor``; it takes the anchor's stage where its own would be out of
-    order."""
-    index = next(i for i, q in enumerate(passes) if q is anchor) + after
-    place = p.config.stage.position
-    if any(q.config.stage.position > place for q in passes[:index]) or any(
-        q.config.stage.position < place for q in passes[index:]
-    ):
-        p = _with_config(p, {"stage": anchor.config.stage})
-    return [*passes[:index], p, *passes[index:]]
-
-
-def _with_config(p: Pass, fields: dict[str, Any]) -> Pass:
-    """A copy of ``p`` with some config fields changed."""
-    new = copy.copy(p)
-    new.config = transform_config(p.key, type(p.config), {**p.config.model_dump(), **fields})
-    return new

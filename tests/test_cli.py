@@ -123,3 +123,25 @@ def test_as_a_process(llama_dir):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "[export" in done.stdout
+
+
+def test_records_are_written_compared_and_viewed(monkeypatch, capsys, llama_dir, tmp_path):
+    one, two = tmp_path / "one.json.gz", tmp_path / "two.json"
+    assert call("run", llama_dir, *SMALL, "--record", one).exit_code == 0
+    assert (
+        call(
+            "run", llama_dir, *SMALL, "--set", "transforms.match_linear.enabled=false", "--record", two
+        ).exit_code
+        == 0
+    )
+    same = call("diff", one, one)
+    assert same.exit_code == 0
+    assert "no difference" in same.output
+    other = call("diff", one, two)
+    assert other.exit_code == 1
+    assert "match_linear: status" in other.output
+    page, graphs = tmp_path / "one.html", tmp_path / "graphs.json"
+    assert call("view", one, "--no-browser").exit_code == 0
+    assert page.read_text().startswith("<!")
+    assert call("view", one, "--out", graphs).exit_code == 0
+    assert '"graphs"' in graphs.read_text()

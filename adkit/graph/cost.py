@@ -14,7 +14,7 @@ caches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -372,12 +372,14 @@ def device_named(device: Device | str) -> Device:
     return DEVICES[device]
 
 
-def node_costs(snapshot: Snapshot, device: Device | str, symbols: Mapping[str, int]) -> dict[int, NodeCost]:
-    """The cost of every call node, by node id."""
+def node_costs(
+    snapshot: Snapshot, device: Device | str, symbols: Mapping[str, int], only: Container[int] | None = None
+) -> dict[int, NodeCost]:
+    """The cost of every call node, by node id; of those in ``only`` where it is given."""
     on, sizes = device_named(device), Sizes(snapshot, symbols)
     found: dict[int, NodeCost] = {}
     for node in snapshot:
-        if node.op != "call_function":
+        if node.op != "call_function" or (only is not None and node.id not in only):
             continue
         call = call_of(node, snapshot, sizes)
         flops, moved = count(node, call)

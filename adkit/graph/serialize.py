@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from typing import Any
 
 import sympy
@@ -67,6 +68,14 @@ _BUILTINS = {
     "log2",
     "exp",
 }
+
+
+_PATH = re.compile(r"(?<![\w./~:])/(?:[^\s/:'\",()]+/)+([^\s/:'\",()]+)")
+
+
+def portable(text: str) -> str:
+    """Text without this machine's layout: of an absolute path only the last name stays."""
+    return _PATH.sub(r"\1", text)
 
 
 class SnapshotWriter:

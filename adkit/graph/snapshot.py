@@ -51,6 +51,7 @@ class NodeRecord:
     meta: dict[str, Any]
     _shape: Any = field(default=False, init=False)  # made on first use: printing symbols is slow
     _source: Any = field(default=False, init=False)
+    _inputs: Any = field(default=None, init=False)
 
     @property
     def target_name(self) -> str:
@@ -101,10 +102,12 @@ class NodeRecord:
 
     def inputs(self) -> list[int]:
         """Ids of the nodes this one reads, in order, repeats kept."""
-        found: list[int] = []
-        _collect(self.args, found)
-        _collect(self.kwargs, found)
-        return found
+        if self._inputs is None:
+            found: list[int] = []
+            _collect(self.args, found)
+            _collect(self.kwargs, found)
+            object.__setattr__(self, "_inputs", tuple(found))
+        return list(self._inputs)
 
 
 def target_name(target: Any) -> str:

@@ -37,7 +37,8 @@ class Box:
     """One node of a picture.
 
     ``detail`` is its small print (parameters); ``mark`` is '', erased, created, changed or context; ``heat`` is
-    its share of the hottest box's time, where times were given.
+    its share of the hottest box's time, where times were given; ``node`` is the id of the node it shows, -1
+    where it sums up several.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Box:
     mark: str = ""
     highlight: bool = False
     heat: float | None = None
+    node: int = -1
 
 
 @dataclass(slots=True)
@@ -447,6 +449,7 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
                 tip,
                 cluster,
                 mark,
+                node=n.id,
             )
         )
 
@@ -502,6 +505,7 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
                 tooltip(snapshot[u], symbols),
                 cluster,
                 "context",
+                node=u,
             )
         )
         for tail in tails:

@@ -133,6 +133,33 @@ def memory(steps: Iterable[Step]) -> Plot:
     return figure
 
 
+def cost_by_op(costs: Any, column: str = "seconds", most: int = 12) -> Plot:
+    """What each kind of operation costs, largest first: a cost table's ``seconds``, ``flops`` or ``bytes``, summed.
+
+    ``costs`` as :meth:`Snapshot.cost` makes it; beyond ``most`` operations the rest are one bar.
+    """
+    unit, factor = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}[column]
+    sums = (costs.groupby("target")[column].sum() * factor).sort_values(ascending=False)
+    sums = sums[sums > 0]
+    shown = dict(sums.iloc[:most].items())
+    if len(sums) > most:
+        shown[f"{len(sums) - most} others"] = float(sums.iloc[most:].sum())
+    whole = sum(shown.values()) or 1.0
+    names = [str(n).removeprefix("adkit.").removeprefix("aten.") for n in shown]
+    labels = [f"{_short(v)}  {v / whole:.0%}" for v in shown.values()]
+    values = [float(v) for v in shown.values()]
+    return _bars("Cost by operation", names, values, labels, [BLUE] * len(shown), unit)
+
+
+def before_after(totals: Iterable[tuple[str, float]], unit: str = "roofline us") -> Plot:
+    """One total a step: what the whole graph costs after each step that changed it."""
+    rows = list(totals)
+    values = [v for _, v in rows]
+    labels = [_short(v) for v in values]
+    colours = [SKY] * (len(rows) - 1) + [BLUE]
+    return _bars("The whole graph's cost, step by step", [n for n, _ in rows], values, labels, colours, unit)
+
+
 def roofline(
     costs: Any,
     device: Device | str | None = None,
@@ -229,6 +256,10 @@ def _legend(axes: Axes, colours: dict[str, str]) -> None:
     axes.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right", labelcolor=INK)
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _si(value: float) -> str:
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
@@ -236,4 +267,4 @@ def _si(value: float) -> str:
     return f"{value:.3g} "
 
 
-__all__ = ["Plot", "memory", "nodes_by_stage", "roofline", "time_by_pass"]
+__all__ = ["Plot", "before_after", "cost_by_op", "memory", "nodes_by_stage", "roofline", "time_by_pass"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,6 @@ import adkit.viz
 from adkit.graph.display import html_of, mimebundle
 from adkit.graph.step import PassInfo, Step, Steps
 from adkit.viz import dot, plots
-from adkit.viz.report import write_report
 from adkit.viz.widgets import TABS, StepBrowser
 from tests.graph.samples import sample
 
@@ -77,43 +75,6 @@ def test_text_from_a_pass_is_escaped() -> None:
     html = str(html_of(step)) + str(html_of(Steps([step])))
     assert "<script>" not in html
     assert "a &lt; b" in html
-
-
-def test_report_is_one_small_file_that_has_every_step(tmp_path: Path) -> None:
-    steps = sample("llama")
-    path = write_report(
-        tmp_path / "walk.html", title="A <walk>", steps=steps, final=steps["fuse_gemms"].after,
-        sections=[("Model", "<p>tiny</p>")], completions=[("What is 27 + 45?", " 72")],
-    )  # fmt: skip
-    text = path.read_text()
-    assert [p.name for p in tmp_path.iterdir()] == ["walk.html"]
-    assert len(text) < 5_000_000
-    assert "<title>A &lt;walk&gt;</title>" in text
-    assert all(f'id="step-{s.name}"' in text for s in steps)
-    assert 'class="p">What is 27 + 45?</span> 72' in text
-    assert not re.search(r"(src|href)=.https?:", text)
-    links = set(re.findall(r'href="#([^"]+)"', text))
-    assert links <= set(re.findall(r'id="([^"]+)"', text))
-
-
-def test_report_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "walk.html"
-    path.write_text("old")
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    steps = sample("llama")
-    with pytest.raises(OSError, match="disk full"):
-        write_report(path, title="t", steps=steps, final=steps["fuse_gemms"].after, figures=())
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["walk.html"]
-
-
-def test_report_of_a_pipeline_that_has_not_run(tmp_path: Path) -> None:
-    from adkit.graph.snapshot import Snapshot
-
-    waiting = [("build_model", "factory"), ("export_to_gm", "export")]
-    steps = Steps([Step(name, stage, {}, "Build.") for name, stage in waiting])
-    text = write_report(tmp_path / "r.html", title="nothing yet", steps=steps, final=Snapshot()).read_text()
-    assert "0 of 2 passes ran" in text
 
 
 def test_plots_are_figures_that_show_themselves_the_same_each_time() -> None:

@@ -1,0 +1,152 @@
+"""A Workbench's walk as a record: what the pipeline alone knows (versions, pass sources, fused weights) added
+to what its steps tell. The format and everything that draws it live in :mod:`adkit.viz`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from adkit.contract import AdkitError, ConfigError
+from adkit.graph.cost import Device, device_named
+from adkit.graph.serialize import portable
+from adkit.graph.times import NodeTimes
+from adkit.models.loading import FUSED
+from adkit.passes import Pass
+from adkit.viz.record import RecordError, RecordWriter, dump_record
+from adkit.viz.record.format import Overlay, PassSource, Record
+from adkit.viz.record.overlays import overlay
+
+if TYPE_CHECKING:
+    from adkit.viz.explorer import Explorer
+    from adkit.workbench import Workbench
+
+#: The device that costs are told for, where nothing else is asked.
+DEVICE = "H100 SXM"
+
+
+def writer(wb: Workbench) -> RecordWriter:
+    """A record of ``wb`` in its light form: heads, rows, graphs; the rest is made when asked for."""
+    import adkit
+
+    made = RecordWriter(wb.steps, {p.key: found for p in wb._passes if (found := pass_source(p)) is not None})
+    record = made.record
+    record.name = portable(wb.name)
+    record.about = {
+        "class": type(wb.factory.config).__name__,
+        "dtype": str(wb.factory.dtype).removeprefix("torch."),
+        "device": str(wb.device),
+        "weights": wb.factory.weights,
+    }
+    record.versions = {
+        "adkit": adkit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    record.config = portable(wb.config.to_yaml())
+    recipes = getattr(wb._state.module, "meta", {}).get(FUSED, {})
+    record.weights = {name: list(parts) for name, parts in recipes.items()}
+    return made
+
+
+def write_record(
+    wb: Workbench,
+    path: str | Path,
+    *,
+    overlays: Mapping[str, Any] | Iterable[Overlay] = (),
+    device: Device | str = DEVICE,
+) -> Path:
+    """Write ``wb``'s whole record; ``overlays`` by name: ``{node id: number or word}``.
+
+    ``device`` names the device of :data:`adkit.graph.cost.DEVICES` whose roofline the costs are told for.
+    """
+    try:
+        return dump_record(whole(wb, overlays, device), path)
+    except RecordError as error:
+        raise AdkitError(str(error)) from None
+
+
+def whole(wb: Workbench, overlays: Mapping[str, Any] | Iterable[Overlay], device: Device | str) -> Record:
+    """The whole record of ``wb``; ConfigError for an unknown device or overlays that are none."""
+    made = writer(wb)
+    try:
+        made.costs(device_named(device))
+        made.record.overlays = as_overlays(overlays)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return made.complete()
+
+
+def write_report(
+    wb: Workbench,
+    path: str | Path,
+    completions: Iterable[Any] = (),
+    *,
+    overlays: Mapping[str, Any] | Iterable[Overlay] = (),
+    device: Device | str = DEVICE,
+) -> Path:
+    """Write the explorer with ``wb``'s walk as one HTML file; ``completions`` are shown below it."""
+    from adkit.viz.page import write_page
+
+    return write_page(whole(wb, overlays, device), path, completions=completions)
+
+
+def explore(
+    wb: Workbench, *, overlays: Mapping[str, Any] | Iterable[Overlay] = (), device: Device | str = DEVICE
+) -> Explorer:
+    """The walk in the explorer; ``explorer.goto(step, node)``, ``explorer.selection`` and the rest as it says."""
+    from adkit.viz.explorer import Explorer
+
+    return Explorer(whole(wb, overlays, device))
+
+
+def as_overlays(given: Mapping[str, Any] | Iterable[Overlay]) -> list[Overlay]:
+    """Overlays of a user's mapping ``name -> {node id: value}``; those made already are passed on.
+
+    A profile (``wb.profile()``) becomes the measured time of each node.
+    """
+    if not isinstance(given, Mapping):
+        return list(given)
+    return [_overlay(name, v) for name, v in given.items()]
+
+
+def _overlay(name: str, value: Any) -> Overlay:
+    if isinstance(value, Overlay):
+        return value
+    if isinstance(value, NodeTimes):
+        micro = {i: s * 1e6 for i, s in value.seconds.items()}
+        return overlay(name, micro, unit="us", note=f"measured: {value.batch}, {value.where}")
+    if not isinstance(value, Mapping):
+        raise RecordError(
+            f"overlay {name!r} is a {type(value).__name__}; expected {{node id: number or word}}"
+        )
+    return overlay(name, value)
+
+
+def pass_source(p: Pass) -> PassSource | None:
+    """The file of a pass and its code from the imports on, its patterns included; None where there is none."""
+    try:
+        module = inspect.getmodule(type(p))
+        inside = module is not None and module.__name__.startswith("adkit.")
+        code = inspect.getsource(module if inside and module is not None else type(p))
+        _, line = inspect.getsourcelines(type(p))
+    except (OSError, TypeError):
+        return None
+    file = type(p).__module__.replace(".", "/") + ".py" if inside else Path(inspect.getfile(type(p))).name
+    return PassSource(file=file, line=line, code=code)
+
+
+__all__: Sequence[str] = [
+    "DEVICE",
+    "explore",
+    "pass_source",
+    "whole",
+    "write_record",
+    "write_report",
+    "writer",
+]

@@ -1,0 +1,134 @@
+"""A record as one file: the explorer with its record inside, no network; and the static fallback in plain HTML.
+
+Nothing in a record can run: it stands in the page as base64, and the page's policy lets only the bundle
+itself run, told by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from adkit.viz.dot import write_atomically
+from adkit.viz.record.format import Record, Step
+
+
+@cache
+def asset(name: str) -> str:
+    """A built file of the explorer (made of ``frontend/``)."""
+    return files("adkit.viz").joinpath(f"assets/{name}").read_text(encoding="utf-8")
+
+
+def write_page(
+    record: Record, path: str | os.PathLike[str], *, completions: Iterable[Any] = (), title: str = ""
+) -> Path:
+    """Write the explorer with ``record`` as one HTML file, whole or not at all; returns its path.
+
+    ``completions``: (prompt, text) pairs, or objects with ``.prompt`` and ``.text``, shown below it.
+    """
+    target = Path(path)
+    write_atomically(target, page(record, completions=completions, title=title).encode())
+    return target
+
+
+def page(record: Record, *, completions: Iterable[Any] = (), title: str = "") -> str:
+    """The text of :func:`write_page`'s file."""
+    name = title or record.name or "walk"
+    data = base64.b64encode(gzip.compress(record.model_dump_json().encode(), 9, mtime=0)).decode()
+    script = _script()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    said = [_completion(c) for c in completions]
+    told = "".join(
+        f"<details open><summary>{escape(prompt)}</summary><pre>{escape(text)}</pre></details>"
+        for prompt, text in said
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{_PAGE_CSS}{asset('explorer.css')}</style></head>"
+        f'<body><main><h1>{escape(name)}</h1><div id="adkit-explorer"></div>'
+        f"<noscript>{static_html(record)}</noscript>"
+        + (f"<section><h2>Generated text</h2>{told}</section>" if told else "")
+        + f'</main><script type="text/plain" id="adkit-record">{data}</script>'
+        f'<script type="module">{script}</script></body></html>\n'
+    )
+
+
+_PAGE_CSS = (
+    "body{margin:0;font:14px/1.45 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
+    "main{padding:12px 16px}h1{font-size:18px;margin:0 0 8px}h2{font-size:15px}pre{white-space:pre-wrap}"
+    "#adkit-explorer{min-height:min(820px,85vh)}"
+)
+
+
+@cache
+def _script() -> str:
+    """The bundle, followed by what mounts it on the page."""
+    bundle = asset("explorer.js").strip()
+    local = re.search(r"export\{[^}]*?\b([\w$]+) as standalone\b[^}]*\};?$", bundle)
+    if local is None:
+        raise RuntimeError("assets/explorer.js exports no `standalone`; build it again (frontend/)")
+    start = (
+        f'{local[1]}(document.getElementById("adkit-explorer"),'
+        'document.getElementById("adkit-record").textContent);'
+    )
+    return f"{bundle}\n{start}".replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _completion(item: Any) -> tuple[str, str]:
+    if isinstance(item, tuple):
+        return str(item[0]), str(item[1])
+    return str(getattr(item, "prompt", "") or ""), str(item.text)
+
+
+def static_html(record: Record) -> str:
+    """What can be told without a script: a table of the steps, and the last program as text."""
+    rows = "".join(_row(record, s) for s in record.steps)
+    facts = ", ".join(f"{k} {v}" for k, v in {**record.about, **record.versions}.items())
+    graph = next((record.graphs[s.after] for s in reversed(record.steps) if s.after >= 0), None)
+    code = ""
+    if graph is not None and graph.view is not None:
+        text = "\n".join(
+            f"{'    ' * x.depth}{x.text}{f'  # {x.comment}' if x.comment else ''}" for x in graph.view.code
+        )
+        code = f"<details><summary>The program at the end</summary><pre>{escape(text)}</pre></details>"
+    note = f"<p>{escape(record.note)}</p>" if record.note else ""
+    return (
+        f'<div class="adkit-static"><p><b>{escape(record.name)}</b> {escape(facts)}</p>{note}'
+        '<table><caption>Steps</caption><thead><tr><th scope="col">stage</th><th scope="col">step</th>'
+        '<th scope="col">status</th><th scope="col">nodes</th><th scope="col">added</th>'
+        '<th scope="col">removed</th><th scope="col">changed</th><th scope="col">ms</th>'
+        f'<th scope="col">what</th></tr></thead><tbody>{rows}</tbody></table>{code}</div>'
+    )
+
+
+def _row(record: Record, s: Step) -> str:
+    nodes = record.graphs[s.after].size if s.after >= 0 else 0
+    what = s.reason or "; ".join(r.text for r in (s.rewrites or [])[:3])
+    cells = [
+        s.stage,
+        s.name,
+        s.status,
+        nodes,
+        s.created,
+        s.erased,
+        len(s.changed),
+        round(s.seconds * 1e3, 1),
+        what,
+    ]
+    first = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
+    return f"<tr>{first}</tr>"
+
+
+__all__ = ["asset", "page", "static_html", "write_page"]

@@ -1,0 +1,91 @@
+/** Both programs as text, aligned; a click chooses the nodes that a line stands for. */
+import { useEffect, useMemo, useRef } from "preact/hooks";
+import type { Line } from "./record.ts";
+import type { Store } from "./store.ts";
+
+interface Pair {
+  left: Line | null;
+  right: Line | null;
+}
+
+const HEIGHT = 18;
+
+export function CodeView({ store }: { store: Store }) {
+  const { walk, state } = store;
+  const [before, after] = [store.before, store.graph];
+  const pairs = useMemo(() => align(walk.data.graphs[before]?.view?.code ?? [], walk.data.graphs[after]?.view?.code ?? []), [walk, before, after]);
+  const chosen = useMemo(() => {
+    const g = walk.graph(after);
+    return new Set(state.selection.flatMap((i) => [i, g.representative.get(i) ?? i]));
+  }, [state.selection, after]);
+  const host = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    host.current?.querySelector(".adk-chosen")?.scrollIntoView({ block: "nearest" });
+  }, [state.selection]);
+  if (pairs.length === 0) return <p class="adk-nothing">This record holds no program text for these graphs.</p>;
+  const both = before >= 0 && before !== after;
+  return (
+    <div class="adk-programs" ref={host} role="region" aria-label="Programs" tabindex={0}>
+      <table>
+        {both && <thead><tr><th>{state.against < 0 ? "before" : `after ${walk.steps[state.against]?.name}`}</th><th>after {walk.steps[state.step]?.name}</th></tr></thead>}
+        <tbody>
+          {pairs.map((p, n) => (
+            <tr key={n} class={p.left === null ? "adk-added" : p.right === null ? "adk-removed" : ""} style={{ height: `${HEIGHT}px` }}>
+              {both && <Cell line={p.left} chosen={chosen} store={store} />}
+              <Cell line={p.right} chosen={chosen} store={store} />
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </div>
+  );
+}
+
+function Cell({ line, chosen, store }: { line: Line | null; chosen: Set<number>; store: Store }) {
+  if (line === null) return <td class="adk-gap" />;
+  const hit = line.ids.some((i) => chosen.has(i));
+  return (
+    <td class={hit ? "adk-chosen" : ""} onClick={() => line.ids.length > 0 && store.select([line.ids[line.ids.length - 1]!])}>
+      <code>{"    ".repeat(line.depth)}{line.text}</code>
+      {line.comment && <span class="adk-comment">  # {line.comment}</span>}
+    </td>
+  );
+}
+
+/** Lines side by side by the nodes they stand for and their text: greatest common subsequence, greedy on long programs. */
+export function align(left: Line[], right: Line[]): Pair[] {
+  const key = (l: Line): string => (l.ids.length > 0 ? `${l.ids.join(",")}|${l.text.split("=")[1]?.split("(")[0] ?? ""}` : l.text);
+  const a = left.map(key);
+  const b = right.map(key);
+  const where = new Map<string, number[]>();
+  b.forEach((k, n) => (where.get(k) ?? where.set(k, []).get(k)!).push(n));
+  // Longest rising sequence of matches (patience): keeps order, linear apart from a logarithm.
+  const nodes: { n: number; m: number; prev: number }[] = [];
+  const top: number[] = [];
+  for (let n = 0; n < a.length; n++) {
+    const places = where.get(a[n]!);
+    if (places === undefined) continue;
+    for (let p = places.length - 1; p >= 0; p--) {
+      const m = places[p]!;
+      let [lo, hi] = [0, top.length];
+      while (lo < hi) {
+        const mid = (lo + hi) >> 1;
+        if (nodes[top[mid]!]!.m < m) lo = mid + 1;
+        else hi = mid;
+      }
+      nodes.push({ n, m, prev: lo === 0 ? -1 : top[lo - 1]! });
+      top[lo] = nodes.length - 1;
+    }
+  }
+  const matched: { n: number; m: number }[] = [];
+  for (let at = top.length === 0 ? -1 : top[top.length - 1]!; at >= 0; at = nodes[at]!.prev) matched.push(nodes[at]!);
+  matched.reverse();
+  const pairs: Pair[] = [];
+  let [i, j] = [0, 0];
+  for (const { n, m } of [...matched, { n: a.length, m: b.length }]) {
+    while (i < n) pairs.push({ left: left[i++]!, right: null });
+    while (j < m) pairs.push({ left: null, right: right[j++]! });
+    if (n < a.length) pairs.push({ left: left[i++]!, right: right[j++]! });
+  }
+  return pairs;
+}

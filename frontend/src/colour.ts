@@ -1,0 +1,69 @@
+/** Colours of overlays: cividis-like ramps that read in grey and by colour-blind eyes. */
+import type { Overlay } from "./record.ts";
+
+const RAMP = [
+  [0, 34, 78],
+  [53, 69, 108],
+  [102, 105, 112],
+  [148, 142, 119],
+  [200, 184, 102],
+  [253, 234, 69],
+];
+const DIVERGING = [
+  [33, 102, 172],
+  [146, 197, 222],
+  [247, 247, 247],
+  [244, 165, 130],
+  [178, 24, 43],
+];
+/** Okabe and Ito, for words. */
+export const WORDS = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#999999"];
+
+export interface Scale {
+  colour(value: number): string;
+  text(value: number): string;
+  low: number;
+  high: number;
+}
+
+export function scaleOf(overlay: Overlay): Scale {
+  const finite = overlay.values.filter((v) => Number.isFinite(v));
+  const high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+  const low = finite.reduce((a, b) => Math.min(a, b), Infinity);
+  const positive = finite.filter((v) => v > 0).reduce((a, b) => Math.min(a, b), Infinity);
+  const floor = Math.max(positive, high / 1e6);
+  const share = (v: number): number => {
+    if (overlay.scale === "log") return v <= 0 ? 0 : high === floor ? 1 : (Math.log(Math.max(v, floor)) - Math.log(floor)) / (Math.log(high) - Math.log(floor));
+    if (overlay.scale === "diverging") return 0.5 + v / (2 * Math.max(Math.abs(low), Math.abs(high), 1e-30));
+    return high === low ? 1 : (v - low) / (high - low);
+  };
+  return {
+    low,
+    high,
+    colour: (v) => (overlay.scale === "words" ? WORDS[v % WORDS.length]! : mix(overlay.scale === "diverging" ? DIVERGING : RAMP, share(v))),
+    text: (v) => (overlay.scale === "words" ? (overlay.words[v] ?? "") : `${short(v)}${overlay.unit ? ` ${overlay.unit}` : ""}`),
+  };
+}
+
+function mix(stops: number[][], at: number): string {
+  const x = Math.min(1, Math.max(0, at)) * (stops.length - 1);
+  const k = Math.min(stops.length - 2, Math.floor(x));
+  const part = x - k;
+  return `rgb(${stops[k]!.map((c, n) => Math.round(c + (stops[k + 1]![n]! - c) * part)).join(",")})`;
+}
+
+/** A number in three figures: 1.23 k, 4.5 M, 6.7e-6. */
+export function short(v: number): string {
+  if (v === 0) return "0";
+  const a = Math.abs(v);
+  if (a < 1e-3) return v.toExponential(1);
+  if (a < 1) return v.toPrecision(2);
+  for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]] as const) if (a >= size) return `${(v / size).toPrecision(3)} ${unit}`;
+  return a < 10 ? v.toFixed(2) : a < 100 ? v.toFixed(1) : v.toFixed(0);
+}
+
+/** Whether dark text can be read on it. */
+export function isLight(rgb: string): boolean {
+  const [r, g, b] = (rgb.match(/\d+/g) ?? ["255", "255", "255"]).map(Number) as [number, number, number];
+  return 0.299 * r + 0.587 * g + 0.114 * b > 140;
+}

@@ -1,0 +1,366 @@
+/**
+ * The picture: an SVG that holds only what is in view. Every change of view walks the layout from the top and
+ * leaves out modules outside the frame or too small to read, so the work follows what is visible.
+ */
+import { TITLE_HEIGHT, type Edge, type Inside, type Layout, type ModuleBox, type NodeBox } from "./layout.ts";
+
+const NS = "http://www.w3.org/2000/svg";
+/** Screen pixels below which a module's inside is not drawn. */
+const SMALLEST = 18;
+/** Scale below which text cannot be read. */
+const FAR = 0.42;
+
+export interface Look {
+  /** CSS class for the fill (a category, a diff state). */
+  className: string;
+  /** Fill that goes before the class's (an overlay's colour). */
+  fill?: string;
+  /** A short text in the corner (an overlay's number). */
+  badge?: string;
+  /** Lines of text. */
+  lines: string[];
+  /** What a screen reader says. */
+  title: string;
+}
+
+export interface SceneOptions {
+  look(box: NodeBox | ModuleBox): Look;
+  onSelect(key: string | null): void;
+  onToggle(path: string): void;
+  onHover(key: string | null, event: PointerEvent | null): void;
+  onView?(view: View): void;
+}
+
+export interface View {
+  x: number;
+  y: number;
+  scale: number;
+}
+
+interface Placed {
+  x: number;
+  y: number;
+  width: number;
+  height: number;
+}
+
+export class Scene {
+  readonly svg: SVGSVGElement;
+  view: View = { x: 0, y: 0, scale: 1 };
+  /** Boxes drawn at the last frame. */
+  visible = 0;
+  private readonly world: SVGGElement;
+  private readonly layers: { modules: SVGGElement; edges: SVGGElement; nodes: SVGGElement };
+  private elements = new Map<string, SVGElement>();
+  private looks = new Map<string, string>();
+  private layout: Layout | null = null;
+  private scheduled = false;
+  private selected: string | null = null;
+  private marked = new Set<string>();
+  private readonly observer: ResizeObserver;
+
+  constructor(
+    private readonly host: HTMLElement,
+    private readonly options: SceneOptions,
+  ) {
+    this.svg = make("svg", { class: "adk-scene", role: "application", "aria-roledescription": "graph", tabindex: "0" }) as SVGSVGElement;
+    const defs = make("defs", {});
+    const arrow = make("marker", { id: "adk-arrow", viewBox: "0 0 8 8", refX: "7", refY: "4", markerWidth: "6", markerHeight: "6", orient: "auto" });
+    arrow.append(make("path", { d: "M0,0.5 L7.5,4 L0,7.5 z", class: "adk-arrow" }));
+    defs.append(arrow);
+    this.world = make("g", {}) as SVGGElement;
+    this.layers = { modules: make("g", {}), edges: make("g", { class: "adk-edges" }), nodes: make("g", {}) } as Scene["layers"];
+    this.world.append(this.layers.modules, this.layers.edges, this.layers.nodes);
+    this.svg.append(defs, this.world);
+    host.append(this.svg);
+    this.listen();
+    this.observer = new ResizeObserver(() => this.schedule());
+    this.observer.observe(host);
+  }
+
+  dispose(): void {
+    this.observer.disconnect();
+    this.svg.remove();
+  }
+
+  /** Draw another layout (or the same after a change); the view stays. */
+  show(layout: Layout): void {
+    this.layout = layout;
+    this.render();
+  }
+
+  /** Everything is drawn anew: colours or texts changed. */
+  restyle(): void {
+    this.looks.clear();
+    this.render();
+  }
+
+  select(key: string | null, marked: Iterable<string> = []): void {
+    this.selected = key;
+    this.marked = new Set(marked);
+    for (const [k, e] of this.elements) {
+      e.classList.toggle("adk-selected", k === key);
+      e.classList.toggle("adk-marked", this.marked.has(k));
+    }
+  }
+
+  /** The whole picture in the frame, or one box with some room around it. */
+  fit(key: string | null = null): void {
+    if (this.layout === null) return;
+    const frame = this.frame();
+    const root = this.layout.root();
+    const target = key === null ? { x: 0, y: 0, width: root.width, height: root.height } : this.find(key);
+    if (target === null || frame.width === 0) return;
+    const room = key === null ? 0.96 : 0.6;
+    const most = key === null ? 1.1 : 1.25;
+    const scale = Math.min(most, Math.max(0.02, Math.min((frame.width * room) / target.width, (frame.height * room) / target.height)));
+    this.moveTo({
+      scale,
+      x: frame.width / 2 - (target.x + target.width / 2) * scale,
+      y: key === null && target.height * scale > frame.height * 0.9 ? 8 : frame.height / 2 - (target.y + target.height / 2) * scale,
+    });
+  }
+
+  /** Bring a box into the frame without changing the scale more than needed. */
+  reveal(key: string): void {
+    const box = this.find(key);
+    if (box === null) return;
+    const frame = this.frame();
+    const scale = Math.max(this.view.scale, 0.6);
+    const [x, y] = [box.x * scale + this.view.x, box.y * scale + this.view.y];
+    const inside = scale === this.view.scale && x >= 0 && y >= 0 && x + box.width * scale <= frame.width && y + box.height * scale <= frame.height;
+    if (!inside) this.moveTo({ scale, x: frame.width / 2 - (box.x + box.width / 2) * scale, y: frame.height / 2 - (box.y + Math.min(box.height, frame.height / scale) / 2) * scale });
+  }
+
+  /** Keep a box where it is on the screen while the layout around it changes. */
+  anchored(key: string, change: () => void): void {
+    const before = this.find(key);
+    change();
+    const after = this.find(key);
+    if (before !== null && after !== null) {
+      this.view = {
+        scale: this.view.scale,
+        x: this.view.x + (before.x + before.width / 2 - after.x - after.width / 2) * this.view.scale,
+        y: this.view.y + (before.y - after.y) * this.view.scale,
+      };
+    }
+    this.render();
+  }
+
+  moveTo(view: View): void {
+    this.view = view;
+    this.schedule();
+    this.options.onView?.(view);
+  }
+
+  zoom(factor: number, at?: { x: number; y: number }): void {
+    const frame = this.frame();
+    const p = at ?? { x: frame.width / 2, y: frame.height / 2 };
+    const scale = Math.min(4, Math.max(0.02, this.view.scale * factor));
+    const f = scale / this.view.scale;
+    this.moveTo({ scale, x: p.x - (p.x - this.view.x) * f, y: p.y - (p.y - this.view.y) * f });
+  }
+
+  /** Where a box stands in world coordinates, drawn or not. */
+  find(key: string): Placed | null {
+    return this.layout === null ? null : findIn(this.layout.root(), key, 0, 0);
+  }
+
+  frame(): { width: number; height: number } {
+    return { width: this.host.clientWidth, height: this.host.clientHeight };
+  }
+
+  private schedule(): void {
+    if (this.scheduled) return;
+    this.scheduled = true;
+    requestAnimationFrame(() => {
+      this.scheduled = false;
+      this.render();
+    });
+  }
+
+  /** Bring the SVG in line with the layout and the view. */
+  render(): void {
+    if (this.layout === null) return;
+    const { x, y, scale } = this.view;
+    this.world.setAttribute("transform", `translate(${x.toFixed(2)},${y.toFixed(2)}) scale(${scale.toFixed(4)})`);
+    this.svg.classList.toggle("adk-far", scale < FAR);
+    const frame = this.frame();
+    const margin = 60 / scale;
+    const seen = { left: -x / scale - margin, top: -y / scale - margin, right: (frame.width - x) / scale + margin, bottom: (frame.height - y) / scale + margin };
+    const kept = new Set<string>();
+    this.visible = 0;
+    const walk = (inside: Inside, dx: number, dy: number): void => {
+      for (const edge of inside.edges) this.edge(edge, dx, dy, seen, kept);
+      for (const box of inside.boxes) {
+        const [bx, by] = [box.x + dx, box.y + dy];
+        if (bx > seen.right || by > seen.bottom || bx + box.width < seen.left || by + box.height < seen.top) continue;
+        this.visible++;
+        kept.add(box.key);
+        const open = box.kind === "module" && box.inside !== null && box.height * scale > SMALLEST;
+        this.box(box, bx, by, open);
+        if (open) walk((box as ModuleBox).inside!, bx + (box.width - (box as ModuleBox).inside!.width) / 2, by + TITLE_HEIGHT);
+      }
+    };
+    walk(this.layout.root(), 0, 0);
+    for (const [key, element] of this.elements) {
+      if (kept.has(key)) continue;
+      element.remove();
+      this.elements.delete(key);
+      this.looks.delete(key);
+    }
+  }
+
+  private box(box: NodeBox | ModuleBox, x: number, y: number, open: boolean): void {
+    const look = this.options.look(box);
+    const state = `${open}|${box.width}|${box.height}|${look.className}|${look.fill ?? ""}|${look.badge ?? ""}|${look.lines.join("\n")}`;
+    let element = this.elements.get(box.key);
+    if (element === undefined || this.looks.get(box.key) !== state) {
+      const made = draw(box, look, open);
+      made.classList.toggle("adk-selected", box.key === this.selected);
+      made.classList.toggle("adk-marked", this.marked.has(box.key));
+      if (element !== undefined) element.remove();
+      (box.kind === "module" ? this.layers.modules : this.layers.nodes).append(made);
+      this.elements.set(box.key, made);
+      this.looks.set(box.key, state);
+      element = made;
+    }
+    element.setAttribute("transform", `translate(${x.toFixed(1)},${y.toFixed(1)})`);
+  }
+
+  private edge(edge: Edge, dx: number, dy: number, seen: { left: number; top: number; right: number; bottom: number }, kept: Set<string>): void {
+    let [left, top, right, bottom] = [Infinity, Infinity, -Infinity, -Infinity];
+    for (const p of edge.points) {
+      left = Math.min(left, p.x);
+      right = Math.max(right, p.x);
+      top = Math.min(top, p.y);
+      bottom = Math.max(bottom, p.y);
+    }
+    if (left + dx > seen.right || top + dy > seen.bottom || right + dx < seen.left || bottom + dy < seen.top) return;
+    const key = `${edge.from}>${edge.to}`;
+    kept.add(key);
+    let element = this.elements.get(key);
+    if (element === undefined) {
+      element = make("path", { class: "adk-edge", "marker-end": "url(#adk-arrow)" });
+      this.layers.edges.append(element);
+      this.elements.set(key, element);
+    }
+    element.setAttribute("d", curve(edge.points, dx, dy));
+  }
+
+  private listen(): void {
+    let drag: { x: number; y: number; view: View; moved: boolean } | null = null;
+    this.svg.addEventListener("pointerdown", (e) => {
+      if (e.button !== 0) return;
+      drag = { x: e.clientX, y: e.clientY, view: this.view, moved: false };
+    });
+    this.svg.addEventListener("pointermove", (e) => {
+      if (drag === null) {
+        this.options.onHover(keyOf(e.target), e);
+        return;
+      }
+      const [mx, my] = [e.clientX - drag.x, e.clientY - drag.y];
+      if (!drag.moved && Math.hypot(mx, my) < 4) return;
+      if (!drag.moved) {
+        drag.moved = true;
+        this.svg.setPointerCapture(e.pointerId);
+        this.svg.classList.add("adk-dragging");
+      }
+      this.moveTo({ scale: drag.view.scale, x: drag.view.x + mx, y: drag.view.y + my });
+    });
+    const end = (e: PointerEvent): void => {
+      const was = drag;
+      drag = null;
+      this.svg.classList.remove("adk-dragging");
+      if (was === null || was.moved || e.type !== "pointerup") return;
+      const target = e.target as Element;
+      const key = keyOf(target);
+      if (key?.startsWith("m:") && target.closest(".adk-fold") !== null) this.options.onToggle(key.slice(2));
+      else this.options.onSelect(key);
+    };
+    this.svg.addEventListener("pointerup", end);
+    this.svg.addEventListener("pointercancel", end);
+    this.svg.addEventListener("pointerleave", () => this.options.onHover(null, null));
+    this.svg.addEventListener("dblclick", (e) => {
+      const key = keyOf(e.target);
+      if (key?.startsWith("m:")) this.options.onToggle(key.slice(2));
+    });
+    this.svg.addEventListener(
+      "wheel",
+      (e) => {
+        // The page scrolls until the graph has been clicked: a notebook must stay scrollable.
+        if (!e.ctrlKey && !e.metaKey && !this.svg.matches(":focus")) return;
+        e.preventDefault();
+        const box = this.svg.getBoundingClientRect();
+        if (e.shiftKey) this.moveTo({ ...this.view, x: this.view.x - e.deltaY });
+        else this.zoom(Math.exp(-e.deltaY * (e.deltaMode === 1 ? 0.05 : 0.0016)), { x: e.clientX - box.left, y: e.clientY - box.top });
+      },
+      { passive: false },
+    );
+  }
+}
+
+function keyOf(target: EventTarget | null): string | null {
+  return (target as Element | null)?.closest?.("[data-key]")?.getAttribute("data-key") ?? null;
+}
+
+function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement {
+  const g = make("g", { "data-key": box.key, class: `adk-${box.kind} ${open ? "adk-open" : ""} ${look.className}` }) as SVGGElement;
+  const title = make("title", {});
+  title.textContent = look.title;
+  const rect = make("rect", { width: box.width.toFixed(1), height: box.height.toFixed(1), rx: box.kind === "module" ? "7" : "4" });
+  if (look.fill !== undefined) (rect as SVGElement).style.fill = look.fill;
+  g.append(title, rect);
+  if (box.kind === "module") {
+    const fold = make("g", { class: "adk-fold" });
+    fold.append(make("rect", { x: "5", y: "6", width: "16", height: "16", rx: "3" }), make("path", { d: open ? "M9,14 h8" : "M9,14 h8 M13,10 v8" }));
+    g.append(fold, text(look.lines[0] ?? "", 27, 18, "adk-name"));
+    if (box.count > 1) g.append(text(`×${box.count}`, box.width - 8, 18, "adk-count", "end"));
+    if (!open && look.lines[1] !== undefined) g.append(text(look.lines[1], 27, 30, "adk-detail"));
+  } else {
+    g.append(text(look.lines[0] ?? "", box.width / 2, 15, "adk-name", "middle"));
+    if (look.lines[1] !== undefined) g.append(text(look.lines[1], box.width / 2, 29, "adk-detail", "middle"));
+    if (box.chips.length > 0) g.append(text(clip(box.chips.join(", "), box.width / 5.2), box.width / 2, 43, "adk-chips", "middle"));
+  }
+  if (look.badge !== undefined) g.append(text(look.badge, box.width - 4, -3, "adk-badge", "end"));
+  return g;
+}
+
+function clip(value: string, letters: number): string {
+  return value.length > letters ? `${value.slice(0, Math.max(1, letters - 1))}…` : value;
+}
+
+function text(value: string, x: number, y: number, className: string, anchor = "start"): SVGElement {
+  const t = make("text", { x: x.toFixed(1), y: String(y), class: className, "text-anchor": anchor });
+  t.textContent = value;
+  return t;
+}
+
+function make(tag: string, attributes: Record<string, string>): SVGElement {
+  const e = document.createElementNS(NS, tag);
+  for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
+  return e;
+}
+
+function curve(points: { x: number; y: number }[], dx: number, dy: number): string {
+  const p = points.map((q) => `${(q.x + dx).toFixed(1)},${(q.y + dy).toFixed(1)}`);
+  if (p.length < 3) return `M${p.join(" L")}`;
+  let d = `M${p[0]}`;
+  for (let i = 1; i < points.length - 1; i++) {
+    const [a, b] = [points[i]!, points[i + 1]!];
+    d += ` Q${p[i]} ${((a.x + b.x) / 2 + dx).toFixed(1)},${((a.y + b.y) / 2 + dy).toFixed(1)}`;
+  }
+  return `${d} L${p[p.length - 1]}`;
+}
+
+function findIn(inside: Inside, key: string, dx: number, dy: number): Placed | null {
+  for (const box of inside.boxes) {
+    if (box.key === key) return { x: box.x + dx, y: box.y + dy, width: box.width, height: box.height };
+    if (box.kind !== "module" || box.inside === null) continue;
+    // A module's path is a prefix of everything in it; nodes carry no path in their key, so look into all.
+    if (key.startsWith("m:") && !key.startsWith(`${box.key}.`)) continue;
+    const found = findIn(box.inside, key, box.x + dx + (box.width - box.inside.width) / 2, box.y + dy + TITLE_HEIGHT);
+    if (found !== null) return found;
+  }
+  return null;
+}

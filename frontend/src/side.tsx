@@ -1,0 +1,200 @@
+/** What is chosen, in words: the step, its rewrites, the node with its past and future. */
+import { RewritePicture } from "./rewrite.tsx";
+import { list, type NodeInfo, type Rewrite } from "./record.ts";
+import type { Store } from "./store.ts";
+import { overlays } from "./store.ts";
+import { scaleOf } from "./colour.ts";
+import { tell } from "./timeline.tsx";
+
+type Show = (id: number) => void;
+
+export function Side({ store, show }: { store: Store; show: Show }) {
+  const { state } = store;
+  const tabs = ["step", "rewrites", "node", "about"] as const;
+  return (
+    <aside class="adk-side">
+      <div role="tablist" aria-label="Details">
+        {tabs.map((t) => (
+          <button type="button" role="tab" key={t} id={`adk-tab-${t}`} aria-selected={state.tab === t} onClick={() => store.set({ tab: t })}>{t}</button>
+        ))}
+      </div>
+      <div class="adk-panel" role="tabpanel" tabindex={0} aria-labelledby={`adk-tab-${state.tab}`}>
+        {state.tab === "step" ? <StepPanel store={store} /> : state.tab === "rewrites" ? <Rewrites store={store} show={show} /> : state.tab === "node" ? <NodePanel store={store} show={show} /> : <About store={store} />}
+      </div>
+    </aside>
+  );
+}
+
+function StepPanel({ store }: { store: Store }) {
+  const step = store.walk.steps[store.state.step];
+  if (step === undefined) return <p>No step.</p>;
+  const config = Object.entries(step.config).filter(([k]) => k !== "stage");
+  return (
+    <>
+      <h3>{step.name}</h3>
+      <p class="adk-muted">{step.stage}: {tell(step)}</p>
+      <pre class="adk-doc">{step.doc.trim()}</pre>
+      {step.rewrites !== null && step.rewrites.length > 0 && (
+        <ul class="adk-classes">
+          {step.rewrites.map((r, n) => <li key={n}><button type="button" onClick={() => store.set({ tab: "rewrites", rewrite: n, site: 0 })}>{r.text}</button></li>)}
+        </ul>
+      )}
+      {step.altered.length > 0 && <p>New data in {step.altered.length} tensors: {step.altered.slice(0, 4).join(", ")}{step.altered.length > 4 ? ", …" : ""}</p>}
+      {step.log.map((line, n) => <p key={n} class="adk-log">{line}</p>)}
+      <Facts facts={Object.entries(step.details).map(([k, v]) => [k, plain(v)])} />
+      <details><summary>configuration</summary><Facts facts={config.map(([k, v]) => [k, plain(v)])} /></details>
+      {step.source !== null && <details><summary>source of the pass ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
+    </>
+  );
+}
+
+function Rewrites({ store, show }: { store: Store; show: Show }) {
+  const { walk, state } = store;
+  const step = walk.steps[state.step];
+  const all = step?.rewrites ?? [];
+  if (all.length === 0) return <p class="adk-muted">This step rewrote nothing.</p>;
+  const n = state.rewrite >= 0 && state.rewrite < all.length ? state.rewrite : 0;
+  const chosen = all[n]!;
+  const site = Math.min(state.site, chosen.count - 1);
+  return (
+    <>
+      <ul class="adk-classes">
+        {all.map((r, k) => <li key={k}><button type="button" aria-pressed={k === n} onClick={() => { store.set({ rewrite: k, site: 0 }); select(store, r, 0, show); }}>{r.text}</button></li>)}
+      </ul>
+      {chosen.picture !== null && <RewritePicture picture={chosen.picture} store={store} show={show} />}
+      {chosen.count > 1 && (
+        <p class="adk-sites">
+          <button type="button" aria-label="Previous site" onClick={() => at(store, chosen, site - 1, show)}>◀</button>
+          site {site + 1} of {chosen.count}: {walk.text(walk.data.modules.path[chosen.module[site] ?? 0] ?? 0) || "root"}
+          <button type="button" aria-label="Next site" onClick={() => at(store, chosen, site + 1, show)}>▶</button>
+        </p>
+      )}
+      {chosen.count === 1 && <p><button type="button" onClick={() => select(store, chosen, 0, show)}>show it in the graph</button></p>}
+      {step?.source != null && <details><summary>the pattern ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
+    </>
+  );
+}
+
+function at(store: Store, r: Rewrite, site: number, show: Show): void {
+  const n = (site + r.count) % r.count;
+  store.set({ site: n });
+  select(store, r, n, show);
+}
+
+function select(store: Store, r: Rewrite, site: number, show: Show): void {
+  const made = [...list(r.created_ids, site), ...list(r.changed_ids, site)];
+  const here = store.walk.rowOf(store.graph);
+  const ids = made.filter((i) => here.has(i));
+  store.set({ selection: ids.length > 0 ? ids : list(r.erased_ids, site), module: null });
+  if (ids.length > 0) show(ids[0]!);
+}
+
+function NodePanel({ store, show }: { store: Store; show: Show }) {
+  const { state, walk } = store;
+  const id = state.selection[0];
+  if (id === undefined) return state.module !== null ? <ModulePanel store={store} path={state.module} /> : <p class="adk-muted">Click a node. Arrow keys follow its inputs and users; Enter opens a module.</p>;
+  const graph = store.graph;
+  const here = walk.rowOf(graph).get(id);
+  const row = here ?? walk.lastRow(id);
+  if (row === null) return <p>Node %{id} is not in this record.</p>;
+  const n = walk.info(row);
+  const [born, gone] = [walk.born(id), walk.gone(id)];
+  const users = walk.graph(graph).users.get(id) ?? [];
+  const weights = walk.data.weights[n.target] ?? [];
+  const values = overlays(walk, graph).map((o) => [o, o.ids.indexOf(id)] as const).filter(([, k]) => k >= 0);
+  return (
+    <>
+      <h3>{n.name}</h3>
+      {here === undefined && <p class="adk-note">Not in this graph: erased by {walk.steps[gone]?.name ?? "a later step"}. <button type="button" onClick={() => { const s = walk.stepWith(id, state.step); if (s !== null) { store.set({ step: s }); show(id); } }}>go where it stands</button></p>}
+      <pre class="adk-code">{n.op === "call_function" ? walk.call(graph, row) : `${n.op} ${n.target}`}</pre>
+      <Facts facts={[["value", n.value], ["op", n.op === "call_function" ? n.target : n.op], ["module", `${n.path || "root"}${n.type ? ` (${n.type})` : ""}`], ["id", `%${n.id}`], ...values.map(([o, k]) => [o.name, scaleOf(o).text(o.values[k]!)] as [string, string])]} />
+      <Links title="inputs" ids={n.inputs} store={store} show={show} />
+      <Links title="users" ids={users} store={store} show={show} />
+      {weights.length > 0 && <p>made of {weights.join(", ")}</p>}
+      <h4>History</h4>
+      <p>{born >= 0 && <>made by <StepLink store={store} step={born} /></>}{gone >= 0 && <>, erased by <StepLink store={store} step={gone} /></>}</p>
+      {born >= 0 && <details><summary>configuration of {walk.steps[born]?.name}</summary><Facts facts={Object.entries(walk.steps[born]?.config ?? {}).map(([k, v]) => [k, plain(v)])} /></details>}
+      <Links title="replaced" ids={walk.origins(id)} store={store} show={show} />
+      <Links title="became" ids={walk.became(id)} store={store} show={show} />
+      <Source n={n} />
+      {n.op === "call_function" && <Signature store={store} row={row} />}
+    </>
+  );
+}
+
+function Source({ n }: { n: NodeInfo }) {
+  if (n.source === null) return null;
+  return (
+    <>
+      <h4>Modelling code</h4>
+      <p class="adk-muted">{n.source.file}:{n.source.line}{n.source.function ? `, in ${n.source.function}` : ""}</p>
+      <pre class="adk-code">{n.source.code}</pre>
+    </>
+  );
+}
+
+function Signature({ store, row }: { store: Store; row: number }) {
+  const target = store.walk.data.targets[store.walk.data.rows.target[row]!];
+  if (!target || (!target.signature && !target.doc)) return null;
+  return <details><summary>the op</summary><pre class="adk-code">{target.signature}</pre><pre class="adk-doc">{target.doc}</pre></details>;
+}
+
+function ModulePanel({ store, path }: { store: Store; path: string }) {
+  const graph = store.walk.graph(store.graph);
+  const module = graph.modules.get(path);
+  if (module === undefined) return <p>{path} is not in this graph.</p>;
+  const repeat = graph.repeats.get(path);
+  return (
+    <>
+      <h3>{path || "the model"}</h3>
+      <p>{module.size} nodes{repeat ? `; stands for ${repeat.count} modules of equal structure: ${repeat.members[0]} … ${repeat.members[repeat.members.length - 1]}` : ""}</p>
+      <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "close" : "open"}</button></p>
+    </>
+  );
+}
+
+function About({ store }: { store: Store }) {
+  const { data } = store.walk;
+  return (
+    <>
+      <h3>{data.name}</h3>
+      {data.note && <p class="adk-note">{data.note}</p>}
+      <Facts facts={[...Object.entries(data.about), ...Object.entries(data.versions)]} />
+      {data.config && <details><summary>configuration</summary><pre class="adk-code">{data.config}</pre></details>}
+      <h4>Keys</h4>
+      <Facts facts={[["/", "search"], ["j, k", "next, previous change"], ["c", "compare with the step before"], ["t", "programs as text"], ["arrows", "inputs, users, neighbours"], ["Enter", "open or close a module"], ["+ − 0", "zoom, fit"], ["Esc", "choose nothing"]]} />
+    </>
+  );
+}
+
+function StepLink({ store, step }: { store: Store; step: number }) {
+  const s = store.walk.steps[step];
+  return s === undefined ? <>?</> : <button type="button" class="adk-link" onClick={() => store.set({ step, tab: "step" })}>{s.name}</button>;
+}
+
+function Links({ title, ids, store, show }: { title: string; ids: number[]; store: Store; show: Show }) {
+  const { walk } = store;
+  const unique = [...new Set(ids)];
+  if (unique.length === 0) return null;
+  const here = walk.rowOf(store.graph);
+  return (
+    <p class="adk-links">
+      <span class="adk-muted">{title}</span>{" "}
+      {unique.slice(0, 24).map((i) => {
+        const row = here.get(i) ?? walk.lastRow(i);
+        const name = row === null ? `%${i}` : walk.text(walk.data.rows.name[row]!);
+        return <button type="button" key={i} class={here.has(i) ? "adk-link" : "adk-link adk-gone"} onClick={() => { store.select([i]); if (here.has(i)) show(i); }}>{name}</button>;
+      })}
+      {unique.length > 24 && <span class="adk-muted"> and {unique.length - 24} more</span>}
+    </p>
+  );
+}
+
+function Facts({ facts }: { facts: (readonly [string, string])[] }) {
+  if (facts.length === 0) return null;
+  return <dl class="adk-facts">{facts.map(([k, v], n) => [<dt key={`k${n}`}>{k}</dt>, <dd key={`v${n}`}>{v}</dd>])}</dl>;
+}
+
+function plain(v: unknown): string {
+  return typeof v === "string" ? v : (JSON.stringify(v) ?? String(v));
+}

@@ -1,0 +1,102 @@
+"""Graphs that never saw adkit: shown, matched, compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx import Graph, GraphModule, symbolic_trace
+
+from adkit.viz import diff, show
+from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
+from tests.graph.samples import sample
+
+
+class Net(nn.Module):
+    def __init__(self, act: str = "relu") -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(getattr(nn.functional, self.act)(self.a(x))) + x
+
+
+@pytest.mark.parametrize("make", [symbolic_trace, lambda m: torch.export.export(m, (torch.zeros(2, 4),))])
+def test_one_function_swapped_is_one_site(make) -> None:
+    found = diff(make(Net()), make(Net("gelu")))
+    (rewrite,) = found.rewrites
+    assert "relu" in rewrite.before[0]
+    assert "gelu" in rewrite.after[0]
+    assert len(found.created) == len(found.erased) == 1
+    assert "best effort" in repr(found)
+
+
+def test_a_graph_is_equal_to_itself_and_left_as_it_was() -> None:
+    gm = symbolic_trace(Net())
+    before = [(n.name, dict(n.meta)) for n in gm.graph.nodes]
+    assert diff(gm, gm).empty
+    assert [(n.name, dict(n.meta)) for n in gm.graph.nodes] == before
+
+
+def test_parameters_of_an_exported_program_are_shown_by_name() -> None:
+    s = snapshot_of(torch.export.export(Net(), (torch.zeros(2, 4),)))
+    assert {n.target for n in s if n.op == "get_attr"} == {"a.weight", "a.bias", "b.weight", "b.bias"}
+
+
+def test_matching_agrees_with_the_identity_that_a_walk_recorded() -> None:
+    steps = sample("llama")
+    before, after = steps["match_rmsnorm_pattern"].before, steps["match_rmsnorm_pattern"].after
+    found = match(before, after)
+    same = {n.id for n in before} & {n.id for n in after}
+    wrong = [j for j, i in found.items() if i != j]
+    assert not [j for j in wrong if j in same]
+    assert len([j for j in found if j in same]) == len(same)
+
+
+def test_the_viewer_opens_on_any_graph_and_says_what_matching_is() -> None:
+    gm = symbolic_trace(Net())
+    assert show(gm).data.steps[0].after == 0
+    opened = diff(gm, symbolic_trace(Net("gelu"))).explore()
+    assert opened.data.note == BEST_EFFORT
+    assert opened.mode == "compare"
+
+
+def test_what_is_no_graph_is_refused() -> None:
+    with pytest.raises(TypeError, match="GraphModule or an ExportedProgram"):
+        show(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+_OPS = (torch.relu, torch.neg, torch.abs, torch.add)
+
+
+def _graph(plan: list[tuple[int, int]]) -> GraphModule:
+    graph = Graph()
+    made = [graph.placeholder("x")]
+    for op, source in plan:
+        x = made[source % len(made)]
+        made.append(graph.call_function(_OPS[op], (x, made[-1]) if _OPS[op] is torch.add else (x,)))
+    graph.output(made[-1])
+    return GraphModule(nn.Module(), graph)
+
+
+plans = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), max_size=12)
+
+
+@given(plans, plans)
+def test_a_difference_of_any_two_graphs_adds_up(
+    one: list[tuple[int, int]], two: list[tuple[int, int]]
+) -> None:
+    a, b = _graph(one), _graph(two)
+    found = diff(a, b)
+    assert (
+        len(found.before) - len(found.erased) + len(found.created) == len(found.after) == len(b.graph.nodes)
+    )
+    kept = {n.id for n in found.before} & {n.id for n in found.after}
+    for i in kept:
+        assert found.before[i].op == found.after[i].op
+        if i not in found.changed:
+            assert found.before[i].target == found.after[i].target
+    assert [str(n.target_name) for n in found.after] == [str(n.target_name) for n in snapshot_of(b)]
+    assert diff(a, a).empty
