@@ -49,11 +49,14 @@ export interface Shown {
   isOpen(path: string): boolean;
   /** Leaves (weights, inputs) that are drawn as chips rather than nodes. */
   isHidden(node: GraphNode): boolean;
-  /** How the node's second line reads, for its width. */
+  /** The node's lines of text, for its width. */
   label(node: GraphNode): string[];
+  /** The module's title, for its width. */
+  title(module: Module): string;
 }
 
 const LETTER = 6.4;
+const TITLE_LETTER = 7;
 const HEADER = 26;
 const PADDING = 14;
 const NODE_HEIGHT = 36;
@@ -157,14 +160,14 @@ export class Layout {
       if (this.hiddenBy.has(item.path) || item.size === 0) continue;
       const count = this.graph.repeats.get(item.path)?.count ?? 1;
       const inside = this.shown.isOpen(item.path) ? this.inside(item) : null;
-      const title = item.name.length + (count > 1 ? 6 : 0) + 8;
+      const title = this.shown.title(item).length + (count > 1 ? 5 : 0);
       drafts.set(`m:${item.path}`, {
         item,
         key: `m:${item.path}`,
         count,
         inside,
         chips: [],
-        width: Math.max(inside?.width ?? 0, title * LETTER + 30),
+        width: Math.max(inside?.width ?? 0, title * TITLE_LETTER + 44),
         height: inside === null ? NODE_HEIGHT : inside.height + HEADER,
       });
     }

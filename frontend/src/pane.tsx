@@ -120,11 +120,9 @@ function look(store: Store, at: { graph: number; side: string; diff: boolean }, 
   const { walk } = store;
   if (box.kind === "module") {
     const marks = at.diff ? marksIn(store, at, box) : "";
-    const kind = walk.data.modules.path.findIndex((p) => walk.text(p) === box.module.path);
-    const type = kind < 0 ? "" : walk.text(walk.data.modules.type[kind]!);
     return {
       className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks}`,
-      lines: [type ? `${box.module.name}: ${type}` : box.module.name, box.inside === null ? `${box.module.size} nodes` : ""],
+      lines: [walk.title(box.module.path), box.inside === null ? `${box.module.size} nodes` : ""],
       title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${box.module.size} nodes; double-click to ${box.inside === null ? "open" : "close"}`,
     };
   }

@@ -191,6 +191,7 @@ export class Walk {
   private readonly graphs = new Map<number, Graph>();
   private readonly rowMaps = new Map<number, Map<number, number>>();
   private readonly place = new Map<number, number>();
+  private types: Map<string, string> | null = null;
   private descendants: Map<number, number[]> | null = null;
 
   constructor(given: Partial<RecordData>) {
@@ -259,6 +260,14 @@ export class Walk {
     };
   }
 
+  /** A module's name and class, as its title says them. */
+  title(path: string): string {
+    const { modules } = this.data;
+    this.types ??= new Map(modules.path.map((p, m) => [this.text(p), this.text(modules.type[m]!)]));
+    const [name, type] = [path.slice(path.lastIndexOf(".") + 1), this.types.get(path)];
+    return type ? `${name}: ${type}` : name;
+  }
+
   /** The call as text, inputs by their names in graph k. */
   call(k: number, row: number): string {
     const pieces = this.data.calls[this.data.rows.call[row]!] ?? [""];
@@ -279,7 +288,7 @@ export class Walk {
     const nodes = new Map<number, GraphNode>();
     for (const r of list) {
       const id = rows.node[r]!;
-      nodes.set(id, { id, name: this.text(rows.name[r]!), op: OPS[rows.op[r]!]!, target: targets[rows.target[r]!]?.short ?? "", path: this.text(modules.path[rows.module[r]!]!), inputs: this.inputs(r) });
+      nodes.set(id, { id, name: this.text(rows.name[r]!), op: OPS[rows.op[r]!]!, target: targets[rows.target[r]!]?.short ?? "", path: home(this.text(modules.path[rows.module[r]!]!)), inputs: this.inputs(r) });
     }
     const [repeats, representative] = this.repeats(k, list);
     const made = new Graph(nodes, repeats, representative);
@@ -373,6 +382,11 @@ export class Walk {
     if (born < 0) return null;
     return gone >= 0 ? Math.max(born, gone - 1) : born;
   }
+}
+
+/** torch.export's name for "no module" means the root. */
+function home(path: string): string {
+  return path.startsWith("_empty_nn_module_stack") ? "" : path;
 }
 
 export function list(ragged: Ragged, k: number): number[] {

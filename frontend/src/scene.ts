@@ -319,8 +319,8 @@ function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement 
     if (!open && look.lines[1] !== undefined) g.append(text(look.lines[1], 27, 30, "adk-detail"));
   } else {
     g.append(text(look.lines[0] ?? "", box.width / 2, 15, "adk-name", "middle"));
-    if (look.lines[1] !== undefined) g.append(text(look.lines[1], box.width / 2, 29, "adk-detail", "middle"));
-    if (box.chips.length > 0) g.append(text(clip(box.chips.join(", "), box.width / 5.2), box.width / 2, 43, "adk-chips", "middle"));
+    if (look.lines[1] !== undefined) g.append(text(clip(look.lines[1], box.width / 6.1), box.width / 2, 29, "adk-detail", "middle"));
+    if (box.chips.length > 0) g.append(text(clip(box.chips.join(", "), box.width / 5.7), box.width / 2, 43, "adk-chips", "middle"));
   }
   if (look.badge !== undefined) g.append(text(look.badge, box.width - 4, -3, "adk-badge", "end"));
   return g;

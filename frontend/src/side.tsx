@@ -33,7 +33,7 @@ function StepPanel({ store }: { store: Store }) {
     <>
       <h3>{step.name}</h3>
       <p class="adk-muted">{step.stage}: {tell(step)}</p>
-      <pre class="adk-doc">{step.doc.trim()}</pre>
+      <Doc text={step.doc} />
       {step.rewrites !== null && step.rewrites.length > 0 && (
         <ul class="adk-classes">
           {step.rewrites.map((r, n) => <li key={n}><button type="button" onClick={() => store.set({ tab: "rewrites", rewrite: n, site: 0 })}>{r.text}</button></li>)}
@@ -46,6 +46,11 @@ function StepPanel({ store }: { store: Store }) {
       {step.source !== null && <details><summary>source of the pass ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
     </>
   );
+}
+
+/** A docstring: paragraphs flow, what is indented keeps its lines. */
+function Doc({ text }: { text: string }) {
+  return <>{text.trim().split(/\n\s*\n/).map((part, n) => (/^(\s{2,}|\s*- )/.test(part) ? <pre class="adk-doc" key={n}>{part}</pre> : <p key={n}>{part.replace(/\s+/g, " ")}</p>))}</>;
 }
 
 function Rewrites({ store, show }: { store: Store; show: Show }) {
@@ -65,7 +70,7 @@ function Rewrites({ store, show }: { store: Store; show: Show }) {
       {chosen.count > 1 && (
         <p class="adk-sites">
           <button type="button" aria-label="Previous site" onClick={() => at(store, chosen, site - 1, show)}>◀</button>
-          site {site + 1} of {chosen.count}: {walk.text(walk.data.modules.path[chosen.module[site] ?? 0] ?? 0) || "root"}
+          <span>site {site + 1} of {chosen.count}: {walk.text(walk.data.modules.path[chosen.module[site] ?? 0] ?? 0) || "root"}</span>
           <button type="button" aria-label="Next site" onClick={() => at(store, chosen, site + 1, show)}>▶</button>
         </p>
       )}

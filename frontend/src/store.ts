@@ -105,24 +105,27 @@ export class Store {
   private shown(graph: Graph, k: number): Shown {
     const hidden = new Map<number, boolean>();
     return {
-      isOpen: (path) => this.state.open.has(path),
+      isOpen: (path) => equals(graph, path).some((p) => this.state.open.has(p)),
       isHidden: (node) => {
         let known = hidden.get(node.id);
         if (known === undefined) {
-          known = !this.state.leaves && (node.op === "get_attr" || (node.op === "placeholder" && (graph.users.get(node.id)?.length ?? 0) !== 1) || far(graph, node));
+          known = !this.state.leaves && (node.op === "get_attr" || (node.op === "placeholder" && !nearTheTop(graph, node)) || far(graph, node));
           hidden.set(node.id, known);
         }
         return known;
       },
+      title: (module) => this.walk.title(module.path),
       label: (node) => [node.target || node.name, this.walk.info(this.walk.rowOf(k).get(node.id) ?? 0).value],
     };
   }
 
-  toggle(path: string, open = !this.state.open.has(path)): void {
+  /** Open or close a module, in every pane: layers that one layer stands for elsewhere are as open as it is. */
+  toggle(path: string): void {
     const next = new Set(this.state.open);
-    if (open) next.add(path);
-    else next.delete(path);
-    this.forget(path);
+    const same = [this.graph, this.before].flatMap((k) => (k < 0 ? [] : equals(this.walk.graph(k), path)));
+    if (same.some((p) => next.has(p))) for (const p of same) next.delete(p);
+    else next.add(path);
+    for (const p of same) this.forget(p);
     this.set({ open: next });
   }
 
@@ -180,6 +183,21 @@ export class Store {
   select(ids: number[], module: string | null = null): void {
     this.set({ selection: ids, module, tab: ids.length > 0 || module !== null ? "node" : this.state.tab });
   }
+}
+
+/** This path, and the same place in every layer that the one around it stands for. */
+function equals(graph: Graph, path: string): string[] {
+  for (const { path: drawn, members } of graph.repeats.values()) {
+    const around = members.find((m) => path === m || path.startsWith(`${m}.`)) ?? (path === drawn ? drawn : undefined);
+    if (around !== undefined) return members.map((m) => m + path.slice(around.length));
+  }
+  return [path];
+}
+
+/** An input that something outside the repeated layers reads once; a layer's cache is drawn as a word in the layer. */
+function nearTheTop(graph: Graph, node: GraphNode): boolean {
+  const users = graph.users.get(node.id) ?? [];
+  return users.length === 1 && !/(^|\.)\d+(\.|$)/.test(graph.home.get(users[0]!)?.path ?? "");
 }
 
 /** Read by many modules: drawn as a word at each reader. */
