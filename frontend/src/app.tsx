@@ -119,6 +119,7 @@ function Search({ store, group }: { store: Store; group: Set<Scene> }) {
   const found = useMemo(() => find(store, state.search), [store, state.search, store.graph]);
   const input = useRef<HTMLInputElement>(null);
   const pick = (id: number): void => {
+    store.set({ search: "" });
     store.select([id]);
     reveal(store, group, id);
   };
