@@ -83,7 +83,7 @@ class Workbench:
         self.bars = Bars(progress)
         self._context = Context(
             factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights,
-            dist=dist or DistConfig(),
+            dist=dist or DistConfig.of(),
         )  # fmt: skip
         self._context.progress = self.bars.show
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())

@@ -81,7 +81,7 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     fingerprint: str = ""
     loaded: frozenset[str] = frozenset()
-    dist: DistConfig = field(default_factory=DistConfig)
+    dist: DistConfig = field(default_factory=DistConfig.of)
 
 
 class Pass(ABC):
