@@ -20,7 +20,7 @@ from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
-from adkit.models.loading import graph_tensor_names, load_graph_tensors
+from adkit.models.loading import LOCAL, graph_memory, graph_tensor_names, load_graph_tensors
 from adkit.models.memory import MemoryEstimate
 from adkit.passes import Context, Pass, Stage, get_pass
 from adkit.passes.pipeline import State, ordered, pending_step, rebuild, records_of, run_pass
@@ -137,7 +137,12 @@ class Workbench:
         return any(name in names for name in self._state.tensors) and self._past_loading(self.position)
 
     def memory_estimate(self, device: torch.device | str | None = None) -> MemoryEstimate:
-        """What the model needs on the device (default: its own), before anything is loaded."""
+        """What the model needs on the device (default: its own), before anything is loaded; once the graph is cut, what
+        this rank needs."""
+        gm = self._state.module
+        if isinstance(gm, GraphModule) and LOCAL in gm.meta:
+            where = self.device if device is None else torch.device(device)
+            return graph_memory(gm, self.factory, self._context.engine, where)
         return self.factory.memory_estimate(self._context.engine, self.device if device is None else device)
 
     def _past_loading(self, index: int) -> bool:
