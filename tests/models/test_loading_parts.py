@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,7 +50,6 @@ def test_parts_equal_slices_of_what_is_loaded_whole(tmp_path: Any, model_type: s
         whole = dict(factory.load())
         parts = parts_of(factory, rank)
         assert sum(bool(p.cuts) for p in parts.values()) > 5
-        seen: list[tuple[int, int]] = []
         got = dict(factory.load(parts=parts, progress=lambda *done: seen.append(done)))
         assert set(got) == set(whole)
         for name, part in parts.items():
@@ -126,7 +124,7 @@ def graph_of(module: nn.Module, names: list[str]) -> GraphModule:
 
 
 @pytest.fixture
-def halves(tmp_path: Any) -> Iterator[tuple[ModelFactory, GraphModule, dict[str, LocalWeight]]]:
+def halves(tmp_path: Any) -> tuple[ModelFactory, GraphModule, dict[str, LocalWeight]]:
     """A graph that reads one weight's half under its name, one fused of two halves."""
     save_tiny(tmp_path, "llama")
     factory = resolve(tmp_path, device="cpu")
@@ -145,7 +143,7 @@ def halves(tmp_path: Any) -> Iterator[tuple[ModelFactory, GraphModule, dict[str,
         at.weight = nn.Parameter(torch.empty(shape, device="meta"))
     gm = graph_of(holder, [f"{mlp}.gate_up.weight", names[2]])
     gm.meta.update({LOCAL: local, FUSED: {f"{mlp}.gate_up.weight": tuple(names[:2])}})
-    yield factory, gm, local
+    return factory, gm, local
 
 
 def test_a_graphs_parts_and_parts_fused(halves: Any) -> None:

@@ -34,7 +34,8 @@ class LoadWeights(Pass):
     Up to here every weight is a shape on the meta device. A checkpoint streams from its safetensors files
     through Hugging Face's own key conversion; random weights are drawn from their seed on the device;
     computed buffers (rotary frequencies) are rebuilt; tied weights stay one tensor. Parameters that the graph
-    does not read are not loaded, and of a rank's graph only the rank's part is read. Without weights the pass is skipped and later passes run on shapes.
+    does not read are not loaded, and of a rank's graph only the rank's part is read. Without weights the pass is
+    skipped and later passes run on shapes.
 
         before: get_attr model.norm.weight -> meta bf16 [4096]
         after:  get_attr model.norm.weight -> cuda:0 bf16 [4096]
