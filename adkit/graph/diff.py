@@ -268,9 +268,10 @@ def _sites(d: Diff) -> tuple[Site, ...]:
                 if i in ids and (side, i) in free_set:
                     join((side, n.id), (side, i))
     # a free erased node read only by one declared site's nodes is that site's litter
-    users = d.before.users()
-    for m in reversed(free):
-        if m[0] == "-" and all(("-", u) not in free_set for u in users[m[1]]):
+    litter = [m for m in free if m[0] == "-"]
+    users = d.before.users() if litter else {}
+    for m in reversed(litter):
+        if all(("-", u) not in free_set for u in users[m[1]]):
             owners = {root(("-", u)) for u in users[m[1]] if ("-", u) in parent}
             if len(owners) == 1:
                 join(m, owners.pop())
