@@ -6,6 +6,7 @@ import linecache
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from textwrap import dedent
 from types import ModuleType
 
@@ -100,6 +101,7 @@ def module_path_of(node: Node) -> tuple[str, str]:
     return path, name.rsplit(".", 1)[-1]
 
 
+@lru_cache(maxsize=1 << 16)  # asked of every node of every step, of a few paths
 def layer_of(path: str) -> int | None:
     """Index of the decoder layer a module path lies in; None outside the layers."""
     found = _LAYER.search(path)
