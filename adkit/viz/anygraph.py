@@ -49,7 +49,8 @@ def snapshot_of(graph: GraphModule | torch.export.ExportedProgram | Snapshot) ->
         module = graph
     else:
         raise TypeError(
-            f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram"
+            f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram "
+            "(torch.export.export(module, args) makes one of a module), or a snapshot (wb.graph)"
         )
     ids = {n: k for k, n in enumerate(module.graph.nodes)}
     return Snapshot(tuple(_record(n, ids, named, module) for n in module.graph.nodes))

@@ -24,6 +24,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
+#: What :func:`cost_by_op` draws: unit and factor of a cost table's columns.
+COLUMNS = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}
 TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
 
 
@@ -138,7 +140,7 @@ def cost_by_op(costs: Any, column: str = "seconds", most: int = 12) -> Plot:
 
     ``costs`` as :meth:`Snapshot.cost` makes it; beyond ``most`` operations the rest are one bar.
     """
-    unit, factor = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}[column]
+    unit, factor = COLUMNS[column]
     sums = (costs.groupby("target")[column].sum() * factor).sort_values(ascending=False)
     sums = sums[sums > 0]
     shown = dict(sums.iloc[:most].items())

@@ -15,7 +15,6 @@ from adkit.graph.code import lines
 from adkit.graph.history import History
 from adkit.graph.step import Step, Steps
 from adkit.viz.record import Record, RecordError, RecordWriter, dump_record, load_record, parse_record
-from adkit.viz.record.overlays import overlay
 from adkit.viz.record.read import graph_rows
 from adkit.viz.record.schema import PATH, schema_text
 from adkit.viz.record.write import apply_splices, rising, runs, splices
@@ -263,13 +262,3 @@ def test_a_pipeline_that_has_not_run_is_a_record_too() -> None:
     record = RecordWriter(steps).complete()
     assert [s.status for s in record.steps] == ["pending", "pending"]
     assert parse_record(record.model_dump_json().encode()) == record
-
-
-def test_overlays_hold_numbers_or_words() -> None:
-    assert overlay("e", {3: 1.5, 4: float("nan"), 5: None}).ids == [3]
-    shards = overlay("shard", {1: "rank 0", 2: "rank 1", 3: "rank 0"})
-    assert (shards.scale, shards.words, shards.values) == ("words", ["rank 0", "rank 1"], [0.0, 1.0, 0.0])
-    with pytest.raises(RecordError, match="node ids"):
-        overlay("x", {"a": 1})  # type: ignore[dict-item]
-    with pytest.raises(RecordError, match="all numbers or all words"):
-        overlay("x", {1: 1, 2: "a"})
