@@ -211,7 +211,11 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         ):
             rows.append(old)
             continue
-        rows.append(replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id]))))
+        made = replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id])))
+        if made.origins and not made.module_path:  # subgraph_rewriter keeps no place: that of what it replaced
+            place = a[made.origins[0]]
+            made = replace(made, module_path=place.module_path, module_type=place.module_type)
+        rows.append(made)
     return Snapshot(tuple(rows))
 
 
