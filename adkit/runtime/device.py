@@ -20,9 +20,12 @@ Drawn = list[tuple[int, TokenLogprob | None]]
 
 
 class Running(Protocol):
-    """A step that was started. ``count``: rows [L] that get a token."""
+    """A step that was started."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Rows [L] that get a token."""
+        ...
 
     def wait(self) -> Drawn:
         """Wait for the step; each row's token."""
