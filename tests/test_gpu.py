@@ -75,6 +75,21 @@ def test_steps_wait_for_nothing_but_their_tokens():
     assert engine.stats.requests == 2 * len(PROMPTS) * len(kinds)
 
 
+def test_the_first_sampled_request_compiles_nothing(monkeypatch):
+    from triton import knobs
+
+    llm = adkit.Workbench("demo", device="cuda", progress=False).llm()
+    compiled = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs["fn"].module)
+    )
+    filters = [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.9}]
+    for each in filters:
+        params = adkit.SamplingParams(max_tokens=8, temperature=1.0, seed=1, ignore_eos=True, **each)
+        assert len(llm.generate(PROMPTS[0], params, progress=False).token_ids) == 8
+    assert not [module for module in compiled if module.endswith("sampling")]
+
+
 def test_not_finite_logits_end_one_request_and_no_other():
     llm = adkit.Workbench("demo", device="cuda", dtype="float32", progress=False).llm()
     params = adkit.SamplingParams(max_tokens=60, ignore_eos=True)

@@ -14,6 +14,7 @@ from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
 from adkit.models.memory import limited
 from adkit.ops.registry import OPS, info_of
+from adkit.ops.sampling import compile_draws
 from adkit.ops.triton.ops import fallen_back
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
@@ -84,12 +85,16 @@ class CompileModel(Pass):
                     "capture bytes": decode.bytes,
                 }
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-        logits = output.args[0][0]
+        logits = output.args[0][0].meta["val"]
+        if ctx.device.type == "cuda" and ctx.weights != "none":
+            ctx.progress(0, 1, "compiling sampling")
+            compile_draws(int(logits.shape[-1]), logits.dtype, ctx.device)
+            ctx.progress(1, 1, "compiling sampling")
         ctx.compiled = CompiledModel(
             forward=forward,
             inputs=inputs,
             caches=ctx.caches,
-            vocab_size=int(logits.meta["val"].shape[-1]),
+            vocab_size=int(logits.shape[-1]),
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
             max_positions=learned_positions(gm),

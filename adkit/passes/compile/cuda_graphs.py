@@ -35,7 +35,7 @@ def ladder(most: int) -> list[int]:
     """Batch sizes to capture, up to ``most`` or 1024: the last one is ``most`` itself where it is not larger.
 
     Powers of two to 8, multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512, of 128 to 1024: padding
-    costs little, and the logits of every size stay allocated.
+    costs little, and every size takes its time to capture.
     """
     sizes = [1, 2, 4]
     for first in (8, 64, 128, 256, 512):
@@ -114,7 +114,8 @@ class DecodeGraphs:
         self.seconds += time.perf_counter() - began
 
     def capture(self, progress: Progress = lambda done, total, what: None) -> None:
-        """Capture every size, largest first so that smaller ones reuse its memory. To be warmed up before."""
+        """Capture every size, largest first so that smaller ones reuse its memory, its logits' too. To be warmed up
+        before."""
         began = time.perf_counter()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -124,7 +125,8 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.inference_mode(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 logits, best = self._run(layout)
-            self._graphs[layout.sequences] = (graph, logits, best)
+            self._graphs[layout.sequences] = (graph, _borrowed(logits), best)
+            del logits
             progress(done + 1, len(self.sizes), "capturing CUDA graphs")
         torch.cuda.synchronize(self.device)
         self.bytes = free - torch.cuda.mem_get_info(self.device)[0]
@@ -150,3 +152,23 @@ class DecodeGraphs:
         fields["cu_seqlens"][:] = np.arange(layout.sequences + 1)
         fields["logits_indices"][:] = np.arange(layout.sequences)
         self._batch[: layout.nbytes].copy_(empty)
+
+
+class _Place:
+    """Where a tensor lies on the device, as bytes, for others to look at."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2,
+        }  # fmt: skip
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same numbers in the same place, without keeping the place.
+
+    Once ``tensor`` is gone its memory goes back to the pool that the graphs share, and they in turn keep the pool: the
+    next capture may use it, and what stands there lasts until the next replay.
+    """
+    if not tensor.is_cuda or not tensor.is_contiguous():
+        return tensor
+    return torch.as_tensor(_Place(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adkit.contract import MemoryLimitError, SamplingParams
+from adkit.contract import CachePool, HostBatch, MemoryLimitError, SamplingParams
 from adkit.passes.compile import compile_model
 from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
 
@@ -86,3 +86,30 @@ def test_a_kernel_that_fell_back_to_device_code_is_captured(exported, as_on_a_gp
     details = wb.steps["compile_model"].info.details
     assert details["backend"] == "torch-cudagraph"
     assert {"batch sizes", "capture seconds", "capture bytes"} <= set(details)
+
+
+@pytest.mark.gpu
+def test_captured_sizes_share_the_memory_of_their_logits():
+    table = torch.randn(64, 1 << 20, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    sizes = [4, 8, 16, 24, 32, 40, 48, 56, 64]
+
+    def forward(input_ids):
+        return table[input_ids[0]][None]
+
+    graphs = DecodeGraphs(forward, ("input_ids",), CachePool((), 4), sizes, 1, 64, table.device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    graphs.warm_up()
+    graphs.capture()
+    row = table[0].nbytes
+    assert torch.cuda.memory_reserved() - before < 1.5 * sizes[-1] * row < sum(sizes) * row
+    for rows in (64, 3, 40, 8, 64):
+        layout = graphs.layout(rows)
+        host = HostBatch(layout, torch.zeros(layout.nbytes, dtype=torch.uint8), rows)
+        fields = layout.arrays(host.buffer)
+        ids = torch.randperm(64)[:rows]
+        fields["input_ids"][0, :rows] = ids.numpy()
+        fields["sources"][:] = graphs.num_previous + torch.arange(layout.tokens).numpy()
+        logits, best = graphs(host, None)
+        assert torch.equal(logits, table[ids.cuda()])
+        assert torch.equal(best, table[ids.cuda()].argmax(-1))
