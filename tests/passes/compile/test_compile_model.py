@@ -94,7 +94,7 @@ def test_captured_sizes_share_the_memory_of_their_logits():
     sizes = [4, 8, 16, 24, 32, 40, 48, 56, 64]
 
     def forward(input_ids):
-        return table[input_ids[0]][None]
+        return table[input_ids[0] % 64][None]  # idle steps feed back what they find
 
     graphs = DecodeGraphs(forward, ("input_ids",), CachePool((), 4), sizes, 1, 64, table.device)
     torch.cuda.empty_cache()
