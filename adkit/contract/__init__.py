@@ -2,7 +2,7 @@
 
 from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
-from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
+from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -28,7 +28,6 @@ __all__ = [
     "Completion",
     "Completions",
     "ConfigError",
-    "DecodeReplay",
     "Delta",
     "EngineConfig",
     "EngineError",
@@ -39,6 +38,7 @@ __all__ = [
     "MixerDescriptor",
     "ModelError",
     "PassError",
+    "Replay",
     "RequestError",
     "SamplingParams",
     "SequenceBatch",

@@ -78,13 +78,14 @@ class Launcher:
             num_tokens = sum([s.num_scheduled for s in sequences])
             sampling = [s for s in sequences if s.samples]
             decode = len(sampling) == len(sequences) == num_tokens
-            replay = self._model.decode
-            padded = replay.layout(len(sequences)) if decode and replay is not None else None
+            replay = self._model.replay
+            padded = None
+            if replay is not None and (decode or num_tokens > len(sequences)):
+                padded = replay.layout(num_tokens, len(sequences))
             if replay is not None and padded is not None:
-                ahead = replay.num_previous
-                host = self._pack(sequences, num_previous=ahead, padded=padded)
+                host = self._pack(sequences, num_previous=replay.num_previous, padded=padded)
                 logits, best = self._replay(host, previous)
-                rows = DecodeRows(sequences, host, self._page_size)
+                rows = DecodeRows(sequences, host, self._page_size) if decode else None
             else:
                 host = self._pack(sequences, num_previous=0 if previous is None else len(previous))
                 logits = self._model(host.to(self._model.device, previous))
@@ -119,5 +120,5 @@ class Launcher:
         return build_batch(sequences, self._page_size, pinned=self._on_cuda, **how)
 
     def _replay(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert self._model.decode is not None
-        return self._model.decode(host, previous)
+        assert self._model.replay is not None
+        return self._model.replay(host, previous)
