@@ -2,6 +2,14 @@
 
 from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
+from adkit.contract.dist import (
+    AllGatherStrategy,
+    AllReduceStrategy,
+    Communicator,
+    Cut,
+    DistConfig,
+    LocalWeight,
+)
 from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
@@ -13,6 +21,7 @@ from adkit.contract.errors import (
     ModelError,
     PassError,
     RequestError,
+    ShardingError,
     nearest,
 )
 from adkit.contract.sampling import Completion, Completions, Delta, FinishReason, SamplingParams, TokenLogprob
@@ -20,20 +29,26 @@ from adkit.contract.sampling import Completion, Completions, Delta, FinishReason
 __all__ = [
     "CACHE_INPUTS",
     "AdkitError",
+    "AllGatherStrategy",
+    "AllReduceStrategy",
     "BatchLayout",
     "CachePool",
     "CacheSpec",
     "CheckpointError",
+    "Communicator",
     "CompiledModel",
     "Completion",
     "Completions",
     "ConfigError",
+    "Cut",
     "Delta",
+    "DistConfig",
     "EngineConfig",
     "EngineError",
     "ExportError",
     "FinishReason",
     "HostBatch",
+    "LocalWeight",
     "MemoryLimitError",
     "MixerDescriptor",
     "ModelError",
@@ -42,6 +57,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "SequenceBatch",
+    "ShardingError",
     "TokenLogprob",
     "nearest",
 ]

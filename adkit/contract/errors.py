@@ -30,6 +30,10 @@ class PassError(AdkitError):
     """A pass failed or left a broken graph; the Workbench stands at the step before it."""
 
 
+class ShardingError(AdkitError):
+    """A model cannot be cut as asked, or ranks cannot be had."""
+
+
 class MemoryLimitError(AdkitError):
     """Something does not fit the device's memory."""
 
