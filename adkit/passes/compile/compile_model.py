@@ -196,8 +196,7 @@ def learned_positions(gm: GraphModule) -> int | None:
 
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
-    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page
-    0."""
+    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all written to page 0."""
     total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
     lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)

@@ -146,8 +146,7 @@ class StepGraphs:
         self.seconds += time.perf_counter() - began
 
     def capture(self, progress: Progress = lambda done, total, what: None) -> None:
-        """Capture every size, largest first so that smaller ones reuse its memory, its logits' too. To be warmed up
-        before."""
+        """Capture every size, to be warmed up before; the largest first, whose memory the smaller ones reuse."""
         began = time.perf_counter()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -165,8 +164,7 @@ class StepGraphs:
         self.seconds += time.perf_counter() - began
 
     def _run(self, layout: BatchLayout) -> tuple[Tensor, Tensor]:
-        """``forward`` on the buffer as it stands: logits [L, V] and best tokens [L], which the next step finds ahead of
-        its ids."""
+        """``forward`` on the buffer as it stands: logits [L, V], best tokens [L]; the next step finds these too."""
         given = layout.tensors(self._batch)
         known = self._buffer[: 8 * (self.num_previous + layout.tokens)].view(torch.int64)
         given["input_ids"] = known.index_select(0, given["sources"])[None]
