@@ -44,10 +44,10 @@ class Plots:
         device: Device | str = "H100 SXM",
         **sizes: int,
     ) -> Plot:
-        """What each operation costs in ``seconds`` (roofline), ``flops`` or ``bytes``, after ``step`` or as it stands.
+        """What each operation costs: ``seconds`` (roofline), ``flops`` or ``bytes``.
 
-        ``sizes`` as :meth:`Snapshot.cost` takes; by default one prompt of 2,048 tokens (``batch``, ``seq``), which
-        a packed graph takes as tokens.
+        Of the graph after ``step``, or as it stands. ``sizes`` as :meth:`Snapshot.cost` takes; by default one
+        prompt of 2,048 tokens (``batch``, ``seq``), which a packed graph takes as tokens.
         """
         if column not in plots.COLUMNS:
             raise ConfigError(f"no cost {column!r}; expected {', '.join(plots.COLUMNS)}")
@@ -98,7 +98,7 @@ class Plots:
         rows = []
         for name, method in vars(type(self)).items():
             if not name.startswith("_"):
-                told = (inspect.getdoc(method) or "").splitlines()[0]
+                told = (inspect.getdoc(method) or "").splitlines()[0].replace("``", "")
                 rows.append(f"wb.plots.{name + '()':<15} {told}")
         return "\n".join(rows)
 

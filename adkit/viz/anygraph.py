@@ -212,7 +212,9 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
             rows.append(old)
             continue
         made = replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id])))
-        if made.origins and not made.module_path:  # subgraph_rewriter keeps no place: that of what it replaced
+        if (
+            made.origins and not made.module_path
+        ):  # subgraph_rewriter keeps no place: that of what it replaced
             place = a[made.origins[0]]
             made = replace(made, module_path=place.module_path, module_type=place.module_type)
         rows.append(made)
