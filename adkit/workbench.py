@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from adkit.plotting import Plots
     from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
+    from adkit.sharding import VirtualRanks
     from adkit.viz.explorer import Explorer
     from adkit.viz.record import Overlay
 
@@ -509,6 +510,15 @@ class Workbench:
         from adkit.recording import explore
 
         return explore(self, **options)
+
+    def shard(self, tp: int, **options: Any) -> VirtualRanks:
+        """The model cut over ``tp`` virtual ranks, to look at and to check; this Workbench stays as it is.
+
+        Options as :func:`adkit.sharding.shard` takes (``moe_ep``, ``attention_dp``, ``plan``). No weights are needed.
+        """
+        from adkit.sharding import shard
+
+        return shard(self, tp, **options)
 
     def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
         """Write the explorer with this walk as one standalone HTML file; returns its path."""

@@ -10,7 +10,7 @@ from adkit.contract.dist import (
     DistConfig,
     LocalWeight,
 )
-from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
+from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -20,6 +20,7 @@ from adkit.contract.errors import (
     MemoryLimitError,
     ModelError,
     PassError,
+    RankError,
     RequestError,
     ShardingError,
     nearest,
@@ -41,7 +42,6 @@ __all__ = [
     "Completions",
     "ConfigError",
     "Cut",
-    "DecodeReplay",
     "Delta",
     "DistConfig",
     "EngineConfig",
@@ -54,6 +54,8 @@ __all__ = [
     "MixerDescriptor",
     "ModelError",
     "PassError",
+    "RankError",
+    "Replay",
     "RequestError",
     "SamplingParams",
     "SequenceBatch",

@@ -166,3 +166,7 @@ class Communicator(Protocol):
     def reduce_scatter(self, x: Tensor, dim: int, strategy: str) -> Tensor:
         """The sum over ranks, of which each keeps its equal share of ``dim``."""
         ...
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's ``x``, on each; the others' is overwritten."""
+        ...

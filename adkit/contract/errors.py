@@ -42,6 +42,14 @@ class EngineError(AdkitError):
     """The model failed while it served requests."""
 
 
+class RankError(EngineError):
+    """A rank failed, and with it the world: every rank has been ended. ``rank`` is the one at fault."""
+
+    def __init__(self, message: str, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class RequestError(AdkitError, ValueError):
     """A generation request cannot be served as given."""
 

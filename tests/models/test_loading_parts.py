@@ -43,6 +43,7 @@ def parts_of(factory: ModelFactory, rank: int) -> dict[str, LocalWeight]:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_parts_equal_slices_of_what_is_loaded_whole(tmp_path: Any, model_type: str, rank: int) -> None:
     save_tiny(tmp_path, model_type)
+    seen: list[tuple[int, int]] = []
     for factory in (
         resolve(tmp_path, device="cpu"),
         resolve(tmp_path, device="cpu", random_weights=True, seed=3),
