@@ -143,7 +143,9 @@ class Workbench:
         gm = self._state.module
         if isinstance(gm, GraphModule) and LOCAL in gm.meta:
             where = self.device if device is None else torch.device(device)
-            return graph_memory(gm, self.factory, self._context.engine, where)
+            caches = self._state.caches
+            per_token = 0 if caches is None else int(caches.bytes_per_token)
+            return graph_memory(gm, self.factory, self._context.engine, where, per_token)
         return self.factory.memory_estimate(self._context.engine, self.device if device is None else device)
 
     def _past_loading(self, index: int) -> bool:
