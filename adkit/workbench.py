@@ -23,7 +23,7 @@ from adkit.models.export import retarget_device
 from adkit.models.loading import graph_tensor_names, load_graph_tensors
 from adkit.models.memory import MemoryEstimate
 from adkit.passes import Context, Pass, Stage, get_pass
-from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
+from adkit.passes.pipeline import State, ordered, pending_step, rebuild, records_of, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 from adkit.progress import Bars
@@ -203,7 +203,7 @@ class Workbench:
             snapshot, holder, caches = entry
             gm = rebuild(snapshot, holder)
             snapshot = take(gm)  # records of the nodes just made, which later steps can then share
-            state = State(gm, snapshot, caches)
+            state = State(gm, snapshot, caches, records=records_of(gm))
             past = self._past_loading(i) and self.factory.weights != "none"
             if past:
                 with self.bars:
@@ -255,7 +255,7 @@ class Workbench:
             self._state, self._history = State(), []
             self._reset_steps(0)
         else:
-            gm = rebuild(target.snapshot, module)
+            gm = rebuild(target.snapshot, module, target.records)
             target = replace(
                 target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches)
             )
