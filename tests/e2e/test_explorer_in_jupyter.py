@@ -26,7 +26,7 @@ def test_step_unfold_search_compare_and_read_back(jupyter_lab):
 
     # A step by its mark on the timeline; Python knows which.
     view.locator("[aria-label^='match_rmsnorm_pattern']").click()
-    view.locator("h3", has_text="match_rmsnorm_pattern").wait_for()
+    view.locator("h2", has_text="match_rmsnorm_pattern").wait_for()
     told = lab.run("wb.steps[explorer.step].name")
     told.locator(".jp-OutputArea-output", has_text="match_rmsnorm_pattern").wait_for(timeout=10_000)
 

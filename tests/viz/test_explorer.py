@@ -13,9 +13,10 @@ from adkit.graph.step import PassInfo, Step
 from adkit.viz import RecordError, compare, export, write_page
 from adkit.viz.explorer import Explorer
 from adkit.viz.exports import model_explorer
-from adkit.viz.page import page, static_html
+from adkit.viz.page import page
 from adkit.viz.record import Record, RecordWriter, parse_record
 from adkit.viz.record.read import graph_rows
+from adkit.viz.static import static_html
 from tests.graph.samples import sample
 
 
@@ -45,8 +46,8 @@ def test_goto_and_selection(record: Record) -> None:
     explorer.observe(lambda change: seen.append(change["new"]), names="selection")
     explorer.set_state({"selection": [record.nodes.id[0]]})  # as the browser sends it
     assert seen == [[record.nodes.id[0]]]
-    with pytest.raises(KeyError, match="no step 'nowhere'"):
-        explorer.goto("nowhere")
+    with pytest.raises(KeyError, match="no step 'match_rmsnorm' in this record; did you mean 'match_rmsnorm_pattern'"):
+        explorer.goto("match_rmsnorm")
     with pytest.raises(traitlets.TraitError, match="no node with id"):
         explorer.selection = [10**9]
     with pytest.raises(traitlets.TraitError, match="no step 99"):
