@@ -53,7 +53,7 @@ class Explorer(anywidget.AnyWidget):
     live = traitlets.Dict().tag(sync=True)
     step = traitlets.Int(-1).tag(sync=True)
     against = traitlets.Int(-1).tag(sync=True)
-    panes = traitlets.List().tag(sync=True)
+    panes: Any = traitlets.List().tag(sync=True)
     mode = traitlets.Enum(MODES, "graph").tag(sync=True)
     overlay = traitlets.Unicode("").tag(sync=True)
     search = traitlets.Unicode("").tag(sync=True)
@@ -67,9 +67,8 @@ class Explorer(anywidget.AnyWidget):
         self._stale = False
         self._take(data)
         traits.setdefault("step", _last_change(self._data))
-        super().__init__(
-            record=_packed(self._data), parts=self._writer is not None, unfolded=None, **traits
-        )
+        self._look_ahead(traits["step"])
+        super().__init__(record=_packed(self._data), parts=self._writer is not None, unfolded=None, **traits)
         self.on_msg(self._asked)
 
     def _take(self, data: Record | RecordWriter) -> None:
@@ -102,7 +101,7 @@ class Explorer(anywidget.AnyWidget):
             self.panes = [k for k in self.panes if k < len(names)] if self.step in self.panes else []
             self.against = self.against if self.against < len(names) else -1
             self.selection = [i for i in self.selection if i in self._ids]
-            self._look_ahead()
+            self._look_ahead(self.step)
             self.record, self.parts = _packed(self._data), self._writer is not None
             self.overlays = _zipped(_OVERLAYS.dump_json(self._data.overlays)) if self._data.overlays else b""
             self.edition += 1
@@ -118,13 +117,13 @@ class Explorer(anywidget.AnyWidget):
         if self._stale and self._again is not None:
             self.show(self._again())
 
-    def _look_ahead(self) -> None:
-        """Make what the first picture needs, so that it need not be asked for."""
-        if self._writer is not None and 0 <= self.step < len(self._data.steps):
-            s = self._data.steps[self.step]
+    def _look_ahead(self, step: int) -> None:
+        """Make what the picture of a step needs, so that it need not be asked for."""
+        if self._writer is not None and 0 <= step < len(self._data.steps):
+            s = self._data.steps[step]
             for graph in {s.before, s.after} - {-1}:
                 self._writer.view(graph)
-            self._writer.rewrites(self.step)
+            self._writer.rewrites(step)
 
     def _asked(self, _: Any, content: Mapping[str, Any], buffers: Any) -> None:
         """A message of the browser: it wants the record anew, or a part of this one."""
@@ -153,7 +152,8 @@ class Explorer(anywidget.AnyWidget):
     @property
     def step_name(self) -> str:
         """Name of the step looked at; empty where there is none."""
-        return self.data.steps[self.step].name if self.step >= 0 else ""
+        steps = self.data.steps
+        return steps[self.step].name if self.step >= 0 else ""
 
     def goto(
         self, step: str | int, node: int | None = None, *, compare_to: str | int | None = None
@@ -252,10 +252,15 @@ class Explorer(anywidget.AnyWidget):
         return f"Explorer({name!r}, {len(self.data.steps)} steps, at {self.step_name!r})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        self._look_ahead()
+        self.renew()
+        self._look_ahead(self.step)
         made = super()._repr_mimebundle_(**kwargs)
         bundle, meta = made if isinstance(made, tuple) else (made, {})
-        still = {"text/plain": repr(self), "text/html": static_html(self.data), "image/svg+xml": walk_svg(self.data)}
+        still = {
+            "text/plain": repr(self),
+            "text/html": static_html(self.data),
+            "image/svg+xml": walk_svg(self.data),
+        }
         return {**(bundle or {}), **still}, meta
 
 
@@ -267,7 +272,9 @@ def _last_change(data: Record) -> int:
 
 def _nearest(given: str, known: Sequence[str]) -> str:
     """``; did you mean 'x' or 'y'?`` for the closest known names, else the names that contain it, else all."""
-    close: Iterable[str] = difflib.get_close_matches(given, known, 3, 0.5) or [k for k in known if given and given in k][:3]
+    close: Iterable[str] = (
+        difflib.get_close_matches(given, known, 3, 0.5) or [k for k in known if given and given in k][:3]
+    )
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     return f"; known: {', '.join(known[:40])}" if known else ""

@@ -24,6 +24,8 @@ _PAD = 6
 _TITLE = 17
 _MOST_CHIPS = 600
 _BAR = 30
+_INK, _MUTED, _LINE = "#1d2330", "#5b6472", "#d5dae1"
+_DEPTHS = ("#fbfcfd", "#f4f6f9", "#eceff4", "#e4e8ef")
 
 
 @dataclass
@@ -74,7 +76,7 @@ def _row(record: Record, s: Step) -> str:
 
 
 def walk_svg(record: Record) -> str:
-    """Timeline of the steps and map of the last graph as one SVG, :data:`WIDTH` wide; no times, so it is reproducible."""
+    """Timeline of the steps and map of the last graph as one SVG, :data:`WIDTH` wide; no times: it stays the same."""
     parts: list[str] = []
     y = _timeline(record, parts)
     graph = _last(record)
@@ -82,17 +84,30 @@ def walk_svg(record: Record) -> str:
         root = _map(record, graph)
         body, height = _draw(record, root, 8, y + 8, WIDTH - 16, 0)
         parts += body
-        y += height + 8
-        y = _legend(record, root, parts, y + 18)
+        y = _legend(record, root, parts, y + height + 26)
     size = f"{graph.size:,} nodes at the end" if graph is not None else "no graph"
     told = f"{record.name or record.about.get('class', 'graph')}: {len(record.steps)} steps, {size}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 10:.0f}" viewBox="0 0 {WIDTH} {y + 10:.0f}" '
-        f'role="img" aria-label="{escape(told, quote=True)}" style="max-width:100%;height:auto;{_FONT}" font-size="10">'
-        f'<title>{escape(told)}</title><rect width="100%" height="100%" rx="6" fill="#ffffff"/>'
-        f'<text x="8" y="18" font-size="12" font-weight="600" fill="#1d2330">{escape(_clip(told, 110))}</text>'
-        f"{''.join(parts)}</svg>"
+    tall = f"{y + 10:.0f}"
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{tall}" viewBox="0 0 {WIDTH} {tall}" '
+        f'role="img" aria-label="{escape(told)}" style="max-width:100%;height:auto;{_FONT}" font-size="10">'
     )
+    page = '<rect width="100%" height="100%" rx="6" fill="#fff"/>'
+    title = _text(8, 18, _clip(told, 110), ' font-size="12" font-weight="600"')
+    return f"{head}<title>{escape(told)}</title>{page}{title}{''.join(parts)}</svg>"
+
+
+def _rect(
+    x: float, y: float, w: float, h: float, r: float, fill: str, stroke: str = "", title: str = ""
+) -> str:
+    line = f' stroke="{escape(stroke)}"' if stroke else ""
+    told = f"><title>{escape(title)}</title></rect>" if title else "/>"
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{r}"'
+    return f'<rect {size} fill="{escape(fill)}"{line}{told}'
+
+
+def _text(x: float, y: float, text: str, more: str = "", fill: str = _INK) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{more}>{escape(text)}</text>'
 
 
 def _last(record: Record) -> Graph | None:
@@ -111,18 +126,16 @@ def _timeline(record: Record, parts: list[str]) -> float:
         wide = max(len(steps) * 12.0, len(label) * 5.2 + 4)
         if x + wide > WIDTH - 8:
             x, y = 8.0, y + _BAR + 28
-        parts.append(f'<text x="{x:.0f}" y="{y + 8:.0f}" font-size="8.5" fill="#5b6472">{escape(label)}</text>')
+        parts.append(_text(x, y + 8, label, ' font-size="8.5"', _MUTED))
         base = y + 14 + _BAR
-        parts.append(f'<path d="M{x:.0f} {base + 0.5:.1f}h{wide:.0f}" stroke="#d5dae1"/>')
+        parts.append(f'<path d="M{x:.0f} {base + 0.5:.1f}h{wide:.0f}" stroke="{_LINE}"/>')
         for k, s in enumerate(steps):
             n = work[place + k]
             tall = 2.0 if n == 0 else 4 + (_BAR - 4) * (n / most) ** 0.5
             fill = "#b3261e" if s.status == "failed" else "#0a62b5" if n else "#c3cad3"
-            told = f"{s.name}: {s.status}" + (f", +{s.created} -{s.erased} nodes, {len(s.changed)} changed" if n else "")
-            parts.append(
-                f'<rect x="{x + k * 12 + 1:.0f}" y="{base - tall:.1f}" width="9" height="{tall:.1f}" rx="1.5" '
-                f'fill="{fill}"><title>{escape(told)}</title></rect>'
-            )
+            did = f", +{s.created} -{s.erased} nodes, {len(s.changed)} changed" if n else ""
+            told = f"{s.name}: {s.status}{did}"
+            parts.append(_rect(x + k * 12 + 1, base - tall, 9, tall, 1.5, fill, title=told))
         place += len(steps)
         x += wide + 10
     return y + 14 + _BAR
@@ -182,7 +195,9 @@ def _positions(runs: list[int]) -> Iterator[int]:
         yield from range(start, start + length)
 
 
-def _draw(record: Record, m: _Module, x: float, y: float, width: float, depth: int) -> tuple[list[str], float]:
+def _draw(
+    record: Record, m: _Module, x: float, y: float, width: float, depth: int
+) -> tuple[list[str], float]:
     """A module's box at (x, y) and its height; what is inside flows from left to right."""
     inner: list[str] = []
     left, right = x + _PAD, x + width - _PAD
@@ -200,24 +215,15 @@ def _draw(record: Record, m: _Module, x: float, y: float, width: float, depth: i
             at, line, tall = left, line + tall + _GAP, 0.0
         if isinstance(item, tuple):
             c = record.categories[item[1]]
-            inner.append(
-                f'<rect x="{at:.1f}" y="{line:.1f}" width="{wide:.1f}" height="{_CHIP}" rx="3" fill="{escape(c.fill, quote=True)}" '
-                f'stroke="{escape(c.border, quote=True)}"/><text x="{at + 5:.1f}" y="{line + 12.5:.1f}" fill="#1d2330">'
-                f"{escape(_clip(text, int((wide - 8) / _LETTER)))}</text>"
-            )
+            inner.append(_rect(at, line, wide, _CHIP, 3, c.fill, c.border))
+            inner.append(_text(at + 5, line + 12.5, _clip(text, int((wide - 8) / _LETTER))))
         else:
             inner += _draw(record, item, at, line, wide, depth + 1)[0]
         at, tall = at + wide + _GAP, max(tall, high)
     height = line + tall + _PAD - y
-    fill = ("#fbfcfd", "#f4f6f9", "#eceff4", "#e4e8ef")[min(depth, 3)]
-    box = [
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="5" fill="{fill}" stroke="#d5dae1"/>'
-    ]
+    box = [_rect(x, y, width, height, 5, _DEPTHS[min(depth, 3)], _LINE)]
     if m.title:
-        box.append(
-            f'<text x="{x + _PAD:.1f}" y="{y + 13:.1f}" font-weight="600" fill="#1d2330">'
-            f"{escape(_clip(m.title, int((width - 10) / _LETTER)))}</text>"
-        )
+        box.append(_text(x + _PAD, y + 13, _clip(m.title, int((width - 10) / _LETTER)), ' font-weight="600"'))
     return [*box, *inner], height
 
 
@@ -242,10 +248,7 @@ def _legend(record: Record, root: _Module, parts: list[str], y: float) -> float:
         wide = 18 + len(c.name) * _LETTER + 12
         if x + wide > WIDTH - 8:
             x, y = 8.0, y + 16
-        parts.append(
-            f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="11" height="11" rx="2" fill="{escape(c.fill, quote=True)}" '
-            f'stroke="{escape(c.border, quote=True)}"/><text x="{x + 16:.0f}" y="{y:.0f}" fill="#5b6472">{escape(c.name)}</text>'
-        )
+        parts.append(_rect(x, y - 9, 11, 11, 2, c.fill, c.border) + _text(x + 16, y, c.name, fill=_MUTED))
         x += wide
     return y
 

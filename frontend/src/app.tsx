@@ -187,7 +187,7 @@ function Legend({ store }: { store: Store }) {
   const present = useMemo(() => new Set(walk.rows(store.graph).map((r) => walk.data.rows.category[r]!)), [walk, store.graph]);
   const d = store.difference();
   return (
-    <footer class="adk-legend">
+    <div class="adk-legend" role="group" aria-label="Legend">
       <span class="adk-kinds">
       {laid === null ? (
         walk.data.categories.map((c, k) => present.has(k) && <span key={k}><i class={`adk-swatch adk-c${k}`} />{c.name}</span>)
@@ -206,7 +206,7 @@ function Legend({ store }: { store: Store }) {
         {d.moved.size > 0 && <span><i class="adk-mark adk-moved" />{d.moved.size} moved</span>}
         <span>{walk.rows(store.graph).length} nodes</span>
       </span>
-    </footer>
+    </div>
   );
 }
 

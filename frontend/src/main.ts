@@ -138,7 +138,12 @@ function begin(el: HTMLElement, walk: Walk, model: Model, on: (event: string, ca
     const [id] = store.state.selection;
     if (change.selection !== undefined && id !== undefined) made.goto(store.state.step, id);
   };
-  const live = (): void => store.set({ live: liveOf(model.get("live")) });
+  const live = (): void => {
+    const live = liveOf(model.get("live"));
+    // With nothing to draw yet the panel tells of the step at work.
+    const at = live.running !== "" && store.graph < 0 ? store.walk.steps.findIndex((s) => s.name === live.running) : -1;
+    store.set({ live, ...(at >= 0 ? { step: at } : {}) });
+  };
   pull();
   live();
   for (const name of [...SHARED, "unfolded"]) on(`change:${name}`, pull);

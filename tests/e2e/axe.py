@@ -18,7 +18,7 @@ def violations(page, within: str) -> list[str]:
     found = page.evaluate("within => axe.run(within, {resultTypes: ['violations']})", within)["violations"]
     assert page.locator(within).count() > 0
     return [
-        f"{v['id']} ({v['impact']}): {v['help']}: {n['html'][:160]} {n.get('any', [{}])[0].get('message', '') if n.get('any') else ''}"
+        f"{v['id']} ({v['impact']}): {n['failureSummary']} {n['html'][:160]}"
         for v in found
         for n in v["nodes"]
     ]
