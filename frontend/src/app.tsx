@@ -6,7 +6,7 @@ import { scaleOf } from "./colour.ts";
 import { Pane, reveal, type Group } from "./pane.tsx";
 import type { NodeInfo, Walk } from "./record.ts";
 import { Side } from "./side.tsx";
-import { MOST_PANES, overlays, Store } from "./store.ts";
+import { MOST_PANES, overlayNames, Store } from "./store.ts";
 import { Timeline } from "./timeline.tsx";
 
 export interface Mounted {
@@ -96,7 +96,7 @@ const MODES = { graph: "Graph", compare: "Compare", code: "Code" } as const;
 
 function Toolbar({ store, group }: { store: Store; group: Group }) {
   const { state, walk } = store;
-  const lays = useMemo(() => overlays(walk, store.graph), [walk, store.graph, walk.data.overlays, walk.data.costs]);
+  const lays = useMemo(() => overlayNames(walk, store.graph), [walk, store.graph, walk.data.overlays, walk.data.costs]);
   return (
     <div class="adk-toolbar" role="toolbar" aria-label="View">
       <strong class="adk-title" title={[walk.name, ...Object.entries(walk.data.about).map(([k, v]) => `${k}: ${v}`)].join("\n")}>{walk.name}</strong>
@@ -110,7 +110,7 @@ function Toolbar({ store, group }: { store: Store; group: Group }) {
         Colour{" "}
         <select class="adk-overlay" value={state.overlay} onChange={(e) => store.set({ overlay: e.currentTarget.value })}>
           <option value="">kind of work</option>
-          {lays.map((o) => <option key={o.name} value={o.name}>{o.name}</option>)}
+          {lays.map((name) => <option key={name} value={name}>{name}</option>)}
         </select>
       </label>
       <label class="adk-check"><input type="checkbox" checked={state.leaves} onChange={(e) => store.set({ leaves: e.currentTarget.checked })} /> Weights</label>

@@ -1,5 +1,5 @@
 /** One graph on the screen: the scene and its minimap, kept in step with the store and with the other panes. */
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Alignment } from "./align.ts";
 import { isLight } from "./colour.ts";
 import { TITLE_HEIGHT, type Inside, type ModuleBox, type NodeBox } from "./layout.ts";
@@ -29,7 +29,7 @@ export function Pane({ store, points, n, group }: Props) {
   current.current = { points, n };
   const ready = graph >= 0 && store.walk.ready(graph);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const focus = (): void => {
       const at = current.current.points[current.current.n]!.step;
       if (store.state.panes.length > 0) store.set({ step: at });
@@ -64,7 +64,7 @@ export function Pane({ store, points, n, group }: Props) {
     };
   }, []);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const s = scene.current!;
     if (!ready) {
       group.delete(s);
@@ -270,7 +270,7 @@ function Minimap({ store, graph, scene, drawn }: { store: Store; graph: number; 
     const [s, c] = [scene.current, canvas.current];
     if (s !== null && c !== null && graph >= 0) {
       c.classList.toggle("adk-unneeded", s.complete);
-      if (!s.complete && c.clientWidth > 0) paint(c, store.layout(graph).root(), s);
+      if (!s.complete) paint(c, store.layout(graph).root(), s);
     }
   };
   const go = (e: PointerEvent): void => {

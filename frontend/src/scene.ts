@@ -139,9 +139,8 @@ export class Scene {
 
   /** What stood in the middle stays there. */
   private resized(): void {
-    const { width, height } = this.frame();
     const was = this.size;
-    this.size = { width, height };
+    const { width, height } = (this.size = { width: this.host.clientWidth, height: this.host.clientHeight });
     if (was.width === 0 || width === 0 || (was.width === width && was.height === height)) return this.schedule();
     if (this.fitted) this.options.onRefit?.();
     else this.follow({ scale: this.view.scale, x: this.view.x + (width - was.width) / 2, y: this.view.y + (height - was.height) / 2 });
@@ -203,8 +202,10 @@ export class Scene {
     return root === undefined || (x >= -2 && y >= -2 && x + root.width * scale <= frame.width + 2 && y + root.height * scale <= frame.height + 2);
   }
 
+  /** Size of the frame, known from the observer: reading it from the page would make the browser lay it out. */
   frame(): { width: number; height: number } {
-    return { width: this.host.clientWidth, height: this.host.clientHeight };
+    if (this.size.width === 0) this.size = { width: this.host.clientWidth, height: this.host.clientHeight };
+    return this.size;
   }
 
   private schedule(): void {

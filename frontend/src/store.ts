@@ -258,7 +258,7 @@ export class Store {
     if (this.state.overlay === "") return null;
     const key = `${this.graph}|${this.state.overlay}`;
     if (this.laid.key !== key) {
-      const overlay = overlays(this.walk, this.graph).find((o) => o.name === this.state.overlay);
+      const overlay = overlays(this.walk, this.graph, this.state.overlay)[0];
       this.laid = { key, found: overlay === undefined ? null : { overlay, values: new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!])), scale: scaleOf(overlay) } };
     }
     return this.laid.found;
@@ -391,26 +391,38 @@ function far(graph: Graph, node: GraphNode): boolean {
   return homes.size >= WIDELY_READ;
 }
 
-/** Overlays for graph k: those of the record, and its costs. */
-export function overlays(walk: Walk, k: number): Overlay[] {
+const COSTS = [["FLOPs", "FLOP"], ["bytes", "B"], ["roofline time", "µs"]] as const;
+
+/** Names of the overlays that say something of graph k: the record's costs, and what was laid over it. */
+export function overlayNames(walk: Walk, k: number): string[] {
+  const rows = walk.rows(k);
+  const costs = walk.data.costs.filter((c) => rows.some((row) => (c.table[c.rows[row] ?? -1]?.[2] ?? 0) > 0));
+  return [...costs.flatMap((c) => COSTS.map(([name]) => `${name} (${c.name})`)), ...walk.data.overlays.filter((o) => speaks(walk, o, k)).map((o) => o.name)];
+}
+
+function speaks(walk: Walk, o: Overlay, k: number): boolean {
+  return o.step < 0 || walk.steps[o.step]?.after === k || o.ids.some((i) => walk.rowOf(k).has(i));
+}
+
+/** Overlays of graph k, or the one of that name. */
+export function overlays(walk: Walk, k: number, only: string | null = null): Overlay[] {
   const found: Overlay[] = [];
   for (const costs of walk.data.costs) {
-    const ids: number[] = [];
-    const columns: [string, string, number[]][] = [
-      ["FLOPs", "FLOP", []],
-      ["bytes", "B", []],
-      ["roofline time", "µs", []],
-    ];
-    for (const [id, row] of walk.rowOf(k)) {
-      const cost = costs.table[costs.rows[row] ?? -1];
-      if (cost === undefined || cost[2] === 0) continue;
-      ids.push(id);
-      columns.forEach(([, , values], n) => values.push(cost[n] as number));
-    }
-    if (ids.length === 0) continue;
-    for (const [name, unit, values] of columns) found.push({ name: `${name} (${costs.name})`, unit, note: `${costs.device}; ${Object.entries(costs.sizes).map(([n, v]) => `${n} ${v}`).join(", ")}`, step: -1, scale: "log", ids, values, words: [] });
+    const note = `${costs.device}; ${Object.entries(costs.sizes).map(([n, v]) => `${n} ${v}`).join(", ")}`;
+    COSTS.forEach(([kind, unit], n) => {
+      const name = `${kind} (${costs.name})`;
+      if (only !== null && only !== name) return;
+      const made: Overlay = { name, unit, note, step: -1, scale: "log", ids: [], values: [], words: [] };
+      for (const [id, row] of walk.rowOf(k)) {
+        const cost = costs.table[costs.rows[row] ?? -1];
+        if (cost === undefined || cost[2] === 0) continue;
+        made.ids.push(id);
+        made.values.push(cost[n] as number);
+      }
+      if (made.ids.length > 0) found.push(made);
+    });
   }
-  for (const o of walk.data.overlays) if (o.step < 0 || walk.steps[o.step]?.after === k || o.ids.some((i) => walk.rowOf(k).has(i))) found.push(o);
+  for (const o of walk.data.overlays) if ((only === null || only === o.name) && speaks(walk, o, k)) found.push(o);
   return found;
 }
 
