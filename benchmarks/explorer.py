@@ -167,15 +167,8 @@ def lab_rounds(browser: Any, name: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder), ROOT) as address:
         page = browser.new_page(viewport={"width": 1440, "height": 1300})
         lab = open_notebook(address, page)
-        lab.run(
-            f"import adkit, time\nwb = adkit.Workbench({name!r}, device='cpu', progress=False).run()",
-            wait=False,
-        )
-        page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells[0].execution_count",
-            timeout=300_000,
-        )
-        page.wait_for_timeout(3000)
+        setup = f"import adkit, time\nwb = adkit.Workbench({name!r}, device='cpu', progress=False).run()"
+        lab.run(setup, seconds=300)
 
         def one() -> dict[str, float]:
             page.evaluate("window.from = performance.now()")

@@ -52,9 +52,8 @@ export function Pane({ store, points, n, group }: Props) {
     const stop = store.subscribe((changed) => {
       const { graph } = current.current.points[current.current.n]!;
       if (!changed.has("open") || graph < 0 || !store.walk.ready(graph)) return;
-      const anchor = store.state.module !== null ? `m:${store.state.module}` : null;
       const layout = store.layout(graph);
-      if (anchor !== null) made.anchored(anchor, () => made.show(layout));
+      if (store.anchor !== null) made.anchored(`m:${layout.stands(store.anchor)}`, () => made.show(layout));
       else made.show(layout);
     });
     return () => {
@@ -164,9 +163,12 @@ function choose(store: Store, key: string | null): void {
 function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox): Look {
   const { walk } = store;
   const marks = store.marks(n, points);
+  const laid = store.overlay(points[n]!.graph);
   if (box.kind === "module") {
+    const said = box.inside === null ? (laid?.of(box.module.path) ?? null) : null;
     return {
-      className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks.modules.has(box.module.path) ? "adk-touched" : ""}`,
+      ...(said === null ? {} : { badge: said.text, ...(said.fill === undefined ? {} : { fill: said.fill }) }),
+      className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks.modules.has(box.module.path) ? "adk-touched" : ""} ${said?.fill === undefined ? "" : filled(said.fill)}`,
       lines: [walk.title(box.module.path), box.inside === null ? `${nodes(box.module.size)}` : ""],
       title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${nodes(box.module.size)}; double-click to ${box.inside === null ? "open" : "close"}`,
     };
@@ -180,17 +182,20 @@ function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox
     lines: [info.op === "call_function" ? info.short : info.name, info.value],
     title: `${info.name}: ${info.op === "call_function" ? info.target : info.op}, ${info.value}${mark && `, ${TOLD[mark]}`}`,
   };
-  const laid = store.overlay();
   if (laid !== null) {
-    result.className += " adk-overlaid";
     const value = laid.values.get(info.id);
+    result.className += ` ${value === undefined ? "adk-overlaid" : filled(laid.scale.colour(value))}`;
     if (value !== undefined) {
       result.fill = laid.scale.colour(value);
       result.badge = laid.scale.text(value);
-      result.className += isLight(result.fill) ? " adk-light" : " adk-dark-fill";
     }
   }
   return result;
+}
+
+/** Classes of a box with an overlay's colour: which text can be read on it. */
+function filled(colour: string): string {
+  return `adk-overlaid ${isLight(colour) ? "adk-light" : "adk-dark-fill"}`;
 }
 
 function nodes(n: number): string {

@@ -175,15 +175,30 @@ function Signature({ store, row }: { store: Store; row: number }) {
 }
 
 function ModulePanel({ store, path }: { store: Store; path: string }) {
-  const graph = store.walk.graph(store.graph);
+  const { walk } = store;
+  const graph = walk.graph(store.graph);
   const module = graph.modules.get(path);
   if (module === undefined) return <p>{path} is not in this graph.</p>;
   const repeat = graph.repeats.get(path);
+  const within = [...graph.nodes.values()].filter((n) => path === "" || n.path === path || n.path.startsWith(`${path}.`));
+  const calls = new Map<string, number>();
+  for (const n of within) if (n.op === "call_function") calls.set(n.target, (calls.get(n.target) ?? 0) + 1);
+  const d = store.difference();
+  const count = (set: ReadonlySet<number>): number => within.filter((n) => set.has(n.id)).length;
+  const said = store.overlay()?.of(path);
   return (
     <>
-      <h2>{path || "the model"}</h2>
-      <p>{module.size} nodes{repeat ? `; stands for ${repeat.count} modules of equal structure: ${repeat.members[0]} … ${repeat.members[repeat.members.length - 1]}` : ""}</p>
-      <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "close" : "open"}</button></p>
+      <h2>{walk.title(path) || walk.name}</h2>
+      <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "Fold" : "Unfold"}</button></p>
+      <Facts facts={[
+        ["path", path || "the model itself"],
+        ...(repeat ? [["stands for", `${repeat.count} modules of equal structure, ${repeat.members[0]} to ${repeat.members[repeat.count - 1]}`] as const] : []),
+        ["nodes", `${module.size}${count(d.created) + count(d.changed) > 0 ? ` (${count(d.created)} added, ${count(d.changed)} changed)` : ""}`],
+        ["weights", String(within.filter((n) => n.op === "get_attr").length)],
+        ...(said ? [[store.state.overlay, said.text] as const] : []),
+      ]} />
+      {calls.size > 0 && <h3>Calls</h3>}
+      <Facts facts={[...calls].sort((a, b) => b[1] - a[1]).slice(0, 30).map(([name, n]) => [name, `×${n}`])} />
     </>
   );
 }

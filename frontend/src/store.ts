@@ -50,6 +50,54 @@ export interface Marks {
   modules: ReadonlySet<string>;
 }
 
+/** An overlay on one graph: the value of each node, and of a module what its nodes come to. */
+export class Laid {
+  readonly values: Map<number, number>;
+  private modules: Map<string, Map<number, number>> | null = null;
+
+  constructor(
+    readonly overlay: Overlay,
+    readonly scale: Scale,
+    private readonly graph: Graph,
+  ) {
+    this.values = new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!]));
+  }
+
+  /** Whether values add up (work, bytes, times), or the largest speaks for all (errors). */
+  private get adds(): boolean {
+    return /^(FLOPs?|B|bytes|[nuµm]?s)$/.test(this.overlay.unit);
+  }
+
+  /** What is said of a closed module: a sum, the largest value, or its words; with a fill where one value stands for it. */
+  of(path: string): { text: string; fill?: string } | null {
+    this.modules ??= this.collect();
+    const found = this.modules.get(path);
+    if (found === undefined) return null;
+    const { overlay, scale } = this;
+    if (overlay.scale === "words") {
+      const words = [...found].sort((a, b) => b[1] - a[1]).map(([w]) => w);
+      return { text: words.slice(0, 2).map((w) => scale.text(w)).join(", ") + (words.length > 2 ? ", …" : ""), ...(words.length === 1 ? { fill: scale.colour(words[0]!) } : {}) };
+    }
+    const values = [...found.keys()];
+    if (this.adds) return { text: scale.text([...found].reduce((sum, [v, n]) => sum + v * n, 0)) };
+    const largest = values.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a));
+    return { text: `≤ ${scale.text(largest)}`, fill: scale.colour(largest) };
+  }
+
+  /** By module: how often each value occurs in it and below it. */
+  private collect(): Map<string, Map<number, number>> {
+    const found = new Map<string, Map<number, number>>();
+    for (const [id, value] of this.values) {
+      for (let m = this.graph.home.get(id) ?? null; m !== null; m = m.parent) {
+        let counts = found.get(m.path);
+        if (counts === undefined) found.set(m.path, (counts = new Map()));
+        counts.set(value, (counts.get(value) ?? 0) + 1);
+      }
+    }
+    return found;
+  }
+}
+
 /** Inputs that so many nodes read are drawn as words: lines from them would cover everything. */
 const WIDELY_READ = 6;
 /** Side by side at most: a fifth would be too narrow to read. */
@@ -63,7 +111,9 @@ export class Store {
   private readonly marked = new Map<string, Marks>();
   private readonly aligned = new Map<string, { a: Layout; b: Layout; turn: number; found: Alignment }>();
   private turn = 0;
-  private laid: { key: string; found: ReturnType<Store["overlay"]> } = { key: "", found: null };
+  private readonly laid = new Map<string, Laid | null>();
+  /** Path of the module that was opened or closed last: it stays where it is on the screen. */
+  anchor: string | null = null;
 
   constructor(
     public walk: Walk,
@@ -111,15 +161,14 @@ export class Store {
       this.state = { ...this.state, step, against: known(this.state.against) ? this.state.against : -1, panes: this.state.panes.every(known) && this.state.panes.includes(step) ? this.state.panes : [], rewrite: -1, open: this.state.open.size > 1 ? this.state.open : this.opened() };
       changed.add("step");
     } else if (this.state.open.size <= 1) this.state = { ...this.state, open: this.opened() };
-    for (const cache of [this.layouts, this.differences, this.marked, this.aligned]) cache.clear();
-    this.laid = { key: "", found: null };
+    for (const cache of [this.layouts, this.differences, this.marked, this.aligned, this.laid]) cache.clear();
     this.tell(changed);
   }
 
   /** A part of the walk came: what is drawn without it stays as it is. */
   filled({ kind, index }: Part): void {
     if (kind === "view") for (const leaves of [true, false]) this.layouts.delete(`${index}|${leaves}`);
-    if (kind === "costs") this.laid = { key: "", found: null };
+    if (kind === "costs") this.laid.clear();
     if (kind === "view" && this.state.open.size <= 1 && index === this.graph) this.state = { ...this.state, open: this.opened() };
     const { step } = this.state;
     const seen = kind === "costs" || (kind === "view" ? this.points().some((p) => p.graph === index) || index === this.before : index === step);
@@ -253,15 +302,17 @@ export class Store {
     return found;
   }
 
-  /** The overlay shown, and its value by node. */
-  overlay(): { overlay: Overlay; values: Map<number, number>; scale: Scale } | null {
-    if (this.state.overlay === "") return null;
-    const key = `${this.graph}|${this.state.overlay}`;
-    if (this.laid.key !== key) {
-      const overlay = overlays(this.walk, this.graph, this.state.overlay)[0];
-      this.laid = { key, found: overlay === undefined ? null : { overlay, values: new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!])), scale: scaleOf(overlay) } };
-    }
-    return this.laid.found;
+  /** The overlay chosen as it lies over graph k; one scale for all panes, so that equal colours are equal values. */
+  overlay(k = this.graph): Laid | null {
+    const name = this.state.overlay;
+    if (name === "" || k < 0) return null;
+    const graphs = this.points().map((p) => p.graph).filter((g) => g >= 0);
+    return remember(this.laid, `${k}|${graphs.join()}|${name}`, 8, () => {
+      const own = overlays(this.walk, k, name)[0];
+      if (own === undefined) return null;
+      const all = [...new Set(graphs)].flatMap((g) => (g === k ? [own] : overlays(this.walk, g, name)));
+      return new Laid(own, scaleOf({ ...own, values: all.flatMap((o) => o.values) }), this.walk.graph(k));
+    });
   }
 
   /** The layout of a graph with the modules that are open now. */
@@ -303,6 +354,7 @@ export class Store {
     else next.add(path);
     for (const l of this.layouts.values()) for (const p of same) l.touch(p);
     this.turn++;
+    this.anchor = path;
     this.set({ open: next });
   }
 
@@ -324,6 +376,7 @@ export class Store {
   unfold(open: ReadonlySet<string>): void {
     for (const l of this.layouts.values()) l.clear();
     this.turn++;
+    this.anchor = null;
     this.set({ open });
   }
 

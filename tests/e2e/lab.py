@@ -33,7 +33,7 @@ class Notebook:
         """One of JupyterLab's commands."""
         self.page.evaluate("([n, a]) => window.jupyterapp.commands.execute(n, a)", [name, args])
 
-    def run(self, source: str, *, wait: bool = True):
+    def run(self, source: str, *, wait: bool = True, seconds: float = 60):
         """Run code in a new cell at the end; returns its locator."""
         cell = self.page.evaluate(
             """source => {
@@ -52,7 +52,7 @@ class Notebook:
             self.page.wait_for_function(
                 "n => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells[n].execution_count",
                 arg=cell,
-                timeout=60_000,
+                timeout=1000 * seconds,
             )
         return located
 
