@@ -46,8 +46,8 @@ class Workbench:
     ``"transforms.fuse_gemms.enabled=false"``; other keywords are engine fields (``max_seq_len=512``).
     ``random_weights=True`` makes seeded weights on the device when there is no checkpoint. ``force=True``
     goes on although the memory estimate says that the model does not fit. ``lean=True`` takes the model
-    written by hand with sharding hints (:mod:`adkit.models.lean`) instead of Hugging Face's. ``dist``: walk as one rank of several
-    (``wb.shard(tp=8)`` looks at all of them).
+    written by hand with sharding hints (:mod:`adkit.models.lean`) instead of Hugging Face's. ``dist``: walk as
+    one rank of several (``wb.shard(tp=8)`` looks at all of them).
 
     Raises ModelError when the model cannot be found, ConfigError for settings that cannot be.
     """

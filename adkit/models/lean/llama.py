@@ -8,8 +8,8 @@ The rules of the style, all in this file:
 - A view whose literal counts heads names the dimension (``tp_scaled_dim``); sizes that follow are -1.
 - ``layer_type`` lets a user cut some kinds of layers only (``shard_layers``).
 
-Modules are Hugging Face's own, for their names and initialisation; only the forwards differ. B batch, S sequence, D model,
-N query heads, K kv heads, H head dim, F ffn dim, V vocab.
+Modules have Hugging Face's names and initialisation; only the forwards differ. B batch, S sequence, D model, N query
+heads, K kv heads, H head dim, F ffn dim, V vocab.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ACTS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return ops.torch_rmsnorm(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-any-return]
+    return ops.torch_rmsnorm(x, norm.weight, norm.variance_epsilon)
 
 
 class Attention(nn.Module):
@@ -58,7 +58,7 @@ class Attention(nn.Module):
                 tp_mode="colwise", tp_min_local_shape=self.head_dim, layer_type="mha",
             )  # fmt: skip
             shape = [batch, length, count, self.head_dim]
-            return ops.view(y, shape, tp_scaled_dim=2, layer_type="mha")  # type: ignore[no-any-return]
+            return ops.view(y, shape, tp_scaled_dim=2, layer_type="mha")
 
         q, k = heads(self.q_proj, self.heads), heads(self.k_proj, self.kv_heads)
         v = heads(self.v_proj, self.kv_heads)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         y = ops.torch_linear_simple(
             o, self.o_proj.weight, self.o_proj.bias, tp_mode="rowwise", layer_type="mha"
         )
-        return ops.all_reduce(y, layer_type="mha")  # type: ignore[no-any-return]
+        return ops.all_reduce(y, layer_type="mha")
 
 
 class MLP(nn.Module):
@@ -95,7 +95,7 @@ class MLP(nn.Module):
         )
         h, down = ops.torch_swiglu(gate, up, self.act), self.down_proj
         y = ops.torch_linear_simple(h, down.weight, down.bias, tp_mode="rowwise", layer_type="mlp")
-        return ops.all_reduce(y, layer_type="mlp")  # type: ignore[no-any-return]
+        return ops.all_reduce(y, layer_type="mlp")
 
 
 class Layer(nn.Module):
@@ -110,7 +110,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, D]."""
         x = x + self.self_attn(_norm(self.input_layernorm, x), cos, sin)
-        return x + self.mlp(_norm(self.post_attention_layernorm, x))  # type: ignore[no-any-return]
+        return x + self.mlp(_norm(self.post_attention_layernorm, x))
 
 
 class Decoder(nn.Module):
