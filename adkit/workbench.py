@@ -46,8 +46,9 @@ class Workbench:
     ``config``: YAML fragments (paths or mappings) merged in order over the defaults; ``overrides``:
     ``"transforms.fuse_gemms.enabled=false"``; other keywords are engine fields (``max_seq_len=512``).
     ``random_weights=True`` makes seeded weights on the device when there is no checkpoint. ``force=True``
-    goes on although the memory estimate says that the model does not fit. ``dist``: walk as one rank of several
-    (``wb.shard(tp=8)`` looks at all of them).
+    goes on although the memory estimate says that the model does not fit. ``lean=True`` takes the model
+    written by hand with sharding hints (:mod:`adkit.models.lean`) instead of Hugging Face's. ``dist``: walk as
+    one rank of several (``wb.shard(tp=8)`` looks at all of them).
 
     Raises ModelError when the model cannot be found, ConfigError for settings that cannot be.
     """
@@ -64,6 +65,7 @@ class Workbench:
         allow_pickle: bool = False,
         force: bool = False,
         progress: bool = True,
+        lean: bool = False,
         dist: DistConfig | None = None,
         **engine: Any,
     ) -> None:
@@ -81,6 +83,7 @@ class Workbench:
             seed=seed,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            lean=lean,
         )
         self.bars = Bars(progress)
         self._context = Context(
