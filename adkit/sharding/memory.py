@@ -8,7 +8,7 @@ from typing import Any
 
 from adkit.contract import CacheSpec, DistConfig, EngineConfig, LocalWeight
 from adkit.graph.display import mimebundle
-from adkit.graph.placement import ShardingPlan
+from adkit.graph.placement import PlanRow, ShardingPlan
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 from adkit.models.memory import human
 from adkit.ops.mixers import MIXERS
@@ -41,6 +41,11 @@ class RankMemory:
     def share(self) -> float:
         """Weights over the fair share total / world: 1 is perfect, ``world`` is no sharding at all."""
         return self.weights * self.world / self.total if self.total else 1.0
+
+    def fraction(self, kind: str) -> float:
+        """Of the uncut model's weights of a kind, how much is here: ``memory.fraction("experts")``."""
+        whole = self.whole_by_kind.get(kind, 0)
+        return self.by_kind.get(kind, 0) / whole if whole else 0.0
 
     def table(self) -> Any:
         """By kind, as a pandas DataFrame: bytes here, bytes of the uncut model, the fraction held here."""
@@ -111,13 +116,18 @@ def weight_sizes(graph: Snapshot) -> dict[str, int]:
 
 def weight_kinds(whole: Snapshot, plan: ShardingPlan) -> dict[str, str]:
     """What each weight is for: from the plan, else from the op that reads it."""
-    kinds = {w: KINDS[r.layer_type] for r in plan for w in r.weights if r.layer_type in KINDS}
+    kinds = {w: _of_row(r) for r in plan for w in r.weights if r.layer_type in KINDS}
     readers = whole.users()
     for n in whole:
         if n.op == "get_attr" and n.target not in kinds:
             ops = [whole[i].target_name for i in readers[n.id]]
             kinds[n.target] = next((k for o in ops for k in _of_op(o)), "other")
     return kinds
+
+
+def _of_row(row: PlanRow) -> str:
+    """What a row's weights are for; linears beside experts (routers, shared experts) are no experts."""
+    return "mlp" if row.layer_type == "moe" and "moe" not in row.op else KINDS[row.layer_type]
 
 
 def _of_op(op: str) -> list[str]:
