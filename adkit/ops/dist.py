@@ -174,6 +174,20 @@ def torch_dist_all_gather(x: Tensor, dim: int, world: int, strategy: str = "AUTO
     return (yield Exchange("all_gather", x, dim % x.dim(), strategy))
 
 
+def _scattered(x: Tensor, dim: int, world: int, *_: Any, **__: Any) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] // world
+    return x.new_empty(shape)
+
+
+@define_over_ranks(
+    'torch_dist_reduce_scatter(Tensor x, int dim, int world, str strategy="AUTO") -> Tensor', fake=_scattered
+)
+def torch_dist_reduce_scatter(x: Tensor, dim: int, world: int, strategy: str = "AUTO") -> Steps:
+    """The sum of every rank's ``x`` [..., n, ...], of which each keeps its share of ``dim`` [..., n / world, ...]."""
+    return (yield Exchange("reduce_scatter", x, dim % x.dim(), strategy))
+
+
 @define_over_ranks(
     "torch_dist_sharded_rmsnorm(Tensor input, Tensor? weight, float eps, float weight_offset=0.0, "
     'bool weight_in_float=False, *, int world, str strategy="AUTO") -> Tensor',
