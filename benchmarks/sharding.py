@@ -4,8 +4,9 @@ plans take.
     python benchmarks/sharding.py [--quick | --plans | --accuracy]
 
 Writes ``benchmarks/results/sharding.json`` (with an option: that part of it alone; ``--quick`` prints a few cases and
-writes nothing). CPU alone; nothing is downloaded. Accuracy is of float32 models made sensitive (tests/zoo.py): logits of
-a batch of two prompts of 23 tokens, and 32 greedy tokens through a paged cache on every rank against the uncut engine's.
+writes nothing). CPU alone; nothing is downloaded. Accuracy is of float32 models made sensitive (tests/zoo.py): logits
+of a batch of two prompts of 23 tokens, and 32 greedy tokens through a paged cache on every rank against the uncut
+engine's.
 """
 
 from __future__ import annotations

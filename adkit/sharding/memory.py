@@ -21,8 +21,8 @@ KINDS = {"mha": "attention", "mla": "attention", "mlp": "mlp", "moe": "experts",
 class RankMemory:
     """Bytes that one rank holds.
 
-    ``weights``: parameters and buffers its graph reads; ``by_kind`` splits them (attention, mlp, experts, vocabulary,
-    norm, other); ``replicated`` of them are whole on every rank. ``total``: the uncut model's weights;
+    ``weights``: parameters and buffers its graph reads; ``by_kind`` splits them (attention, mlp, experts, router,
+    vocabulary, norm, other); ``replicated`` of them are whole on every rank. ``total``: the uncut model's weights;
     ``cache_per_token``: keys and values of one token over all layers; ``cache``: ``max_batch_size`` sequences of
     ``max_seq_len``.
     """
@@ -126,12 +126,20 @@ def weight_kinds(whole: Snapshot, plan: ShardingPlan) -> dict[str, str]:
 
 
 def _of_row(row: PlanRow) -> str:
-    """What a row's weights are for; linears beside experts (routers, shared experts) are no experts."""
-    return "mlp" if row.layer_type == "moe" and "moe" not in row.op else KINDS[row.layer_type]
+    """What a row's weights are for; linears beside experts are routers (whole) or shared experts."""
+    if row.layer_type != "moe" or "moe" in row.op:
+        return KINDS[row.layer_type]
+    return "router" if row.decision == "whole" else "mlp"
 
 
 def _of_op(op: str) -> list[str]:
-    names = {"norm": "norm", "moe": "experts", "embedding": "vocabulary", "attention": "attention"}
+    names = {
+        "norm": "norm",
+        "topk": "router",
+        "moe": "experts",
+        "embedding": "vocabulary",
+        "attention": "attention",
+    }
     return [kind for part, kind in names.items() if part in op]
 
 
