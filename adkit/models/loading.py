@@ -142,9 +142,12 @@ def _slots(fused: dict[str, tuple[str, ...]], shapes: _Shapes) -> dict[str, list
 
 
 def graph_memory(
-    gm: GraphModule, factory: ModelFactory, engine: EngineConfig, device: torch.device
+    gm: GraphModule, factory: ModelFactory, engine: EngineConfig, device: torch.device, kv_per_token: int = 0
 ) -> MemoryEstimate:
-    """What a graph needs on a device: the weights that it reads and its own heads' cache, as one rank has them."""
+    """What a graph needs on a device: the weights that it reads and its own heads' cache, as one rank has them.
+
+    ``kv_per_token``: bytes of cache a token, once that is known; 0: as the graph's attention reads keys and values.
+    """
     names = graph_tensor_names(gm)
     once = {id(t): t for t in (cast(Tensor, attribute(gm, n)) for n in names)}
     values = [
@@ -154,9 +157,9 @@ def graph_memory(
         and node.kwargs.get("layout", "bsnd") == "bsnd"
         for i in (1, 2)
     ]
-    per_token = sum(v.shape[2] * v.shape[3] * v.dtype.itemsize for v in values)
+    per_token = kv_per_token or int(sum(v.shape[2] * v.shape[3] * v.dtype.itemsize for v in values))
     return estimate(
-        factory.name, factory.config, factory.dtype, once.values(), engine, device, int(per_token) or None
+        factory.name, factory.config, factory.dtype, once.values(), engine, device, per_token or None
     )
 
 
