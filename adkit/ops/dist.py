@@ -129,9 +129,10 @@ def lockstep(
 
 
 def _agree(name: str, asked: list[Exchange], ranks: int) -> None:
-    sides = {(a.kind, a.dim, tuple(a.tensor.shape), a.tensor.dtype) for a in asked}
+    # sizes as text: on fake tensors they may be symbols, which have no hash
+    sides = {(a.kind, a.dim, str(list(a.tensor.shape)), str(a.tensor.dtype)) for a in asked}
     if len(asked) != ranks or len(sides) > 1:
-        seen = "; ".join(f"{k} of {d} {list(s)} on dim {n}" for k, n, s, d in sorted(sides, key=str))
+        seen = "; ".join(f"{k} of {d} {s} on dim {n}" for k, n, s, d in sorted(sides))
         raise ShardingError(
             f"{name}: the ranks do not agree on what to exchange ({len(asked)} of {ranks} ask: {seen})"
         )
