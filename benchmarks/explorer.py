@@ -2,10 +2,10 @@
 
     python benchmarks/explorer.py [--models llama-3.1-405b,deepseek-v3] [--rounds 5] [--page-only]
 
-Writes ``benchmarks/results/explorer.json``. Milliseconds from the input event to the frame that shows its effect; a
-longest frame is the longest time between two frames while the mouse drags and the wheel turns. Headless Chromium draws in
-software, so a real screen is faster. Medians over rounds, each in a new page (of JupyterLab: a new widget); nothing is
-downloaded. Let the machine be otherwise idle: its load is written beside the figures.
+Writes ``benchmarks/results/explorer.json``. Milliseconds from the input event to the frame that shows its effect; the
+longest frame is the longest time between two frames while the mouse drags and the wheel turns. Headless Chromium
+draws in software, so a real screen is faster. Medians over rounds, each in a new page (of JupyterLab: a new widget);
+nothing is downloaded. Let the machine be otherwise idle: its load is written beside the figures.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ async ([act, shown]) => {
 """
 FRAMES = """
 () => { window.frames_ = []; let last = performance.now(); window.watching = true;
-  const tick = now => { window.frames_.push(now - last); last = now; if (window.watching) requestAnimationFrame(tick); };
+  const tick = now => {
+    window.frames_.push(now - last);
+    last = now;
+    if (window.watching) requestAnimationFrame(tick);
+  };
   requestAnimationFrame(now => { last = now; requestAnimationFrame(tick); }); }
 """
 ELEMENTS = "() => document.querySelectorAll('.adk *').length"
@@ -172,7 +176,7 @@ def lab_rounds(browser: Any, name: str, rounds: int) -> dict[str, float]:
 
         def one() -> dict[str, float]:
             page.evaluate("window.from = performance.now()")
-            page.evaluate(PAINT)
+            page.evaluate(f"() => {{ {PAINT} }}")  # not its promise: nothing is painted yet
             cell = lab.run(
                 "start = time.perf_counter(); explorer = wb.explore(); took = time.perf_counter() - start\nexplorer"
             )
