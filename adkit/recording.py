@@ -15,12 +15,11 @@ import transformers
 from adkit.contract import AdkitError, ConfigError
 from adkit.graph.cost import Device, device_named
 from adkit.graph.serialize import portable
-from adkit.graph.times import NodeTimes
 from adkit.models.loading import FUSED
 from adkit.passes import Pass
 from adkit.viz.record import RecordError, RecordWriter, dump_record
 from adkit.viz.record.format import Overlay, PassSource, Record
-from adkit.viz.record.overlays import overlay
+from adkit.viz.record.overlays import as_overlays
 
 if TYPE_CHECKING:
     from adkit.viz.explorer import Explorer
@@ -61,7 +60,7 @@ def write_record(
     overlays: Mapping[str, Any] | Iterable[Overlay] = (),
     device: Device | str = DEVICE,
 ) -> Path:
-    """Write ``wb``'s whole record; ``overlays`` by name: ``{node id: number or word}``.
+    """Write ``wb``'s whole record; ``overlays`` by name: ``{node: number or word}``, profiles, ``wb.errors()``.
 
     ``device`` names the device of :data:`adkit.graph.cost.DEVICES` whose roofline the costs are told for.
     """
@@ -120,29 +119,6 @@ def explore(
     explorer = Explorer(first, again=light)
     wb.watching.add(explorer)
     return explorer
-
-
-def as_overlays(given: Mapping[str, Any] | Iterable[Overlay]) -> list[Overlay]:
-    """Overlays of a user's mapping ``name -> {node id: value}``; those made already are passed on.
-
-    A profile (``wb.profile()``) becomes the measured time of each node.
-    """
-    if not isinstance(given, Mapping):
-        return list(given)
-    return [_overlay(name, v) for name, v in given.items()]
-
-
-def _overlay(name: str, value: Any) -> Overlay:
-    if isinstance(value, Overlay):
-        return value
-    if isinstance(value, NodeTimes):
-        micro = {i: s * 1e6 for i, s in value.seconds.items()}
-        return overlay(name, micro, unit="us", note=f"measured: {value.batch}, {value.where}")
-    if not isinstance(value, Mapping):
-        raise RecordError(
-            f"overlay {name!r} is a {type(value).__name__}; expected {{node id: number or word}}"
-        )
-    return overlay(name, value)
 
 
 def pass_source(p: Pass) -> PassSource | None:

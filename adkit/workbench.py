@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from adkit.checking import CheckResult, Checks, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config
-from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, ModelError, nearest
+from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, DistConfig, ModelError, nearest
 from adkit.editing import a_pass, beside, with_config
 from adkit.graph.history import Trace, descendants
 from adkit.graph.snapshot import Snapshot, take
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from adkit.plotting import Plots
     from adkit.profiling import Profile
     from adkit.runtime.live import LiveModel
+    from adkit.sharding import VirtualRanks
     from adkit.viz.explorer import Explorer
     from adkit.viz.record import Overlay
 
@@ -45,7 +46,8 @@ class Workbench:
     ``config``: YAML fragments (paths or mappings) merged in order over the defaults; ``overrides``:
     ``"transforms.fuse_gemms.enabled=false"``; other keywords are engine fields (``max_seq_len=512``).
     ``random_weights=True`` makes seeded weights on the device when there is no checkpoint. ``force=True``
-    goes on although the memory estimate says that the model does not fit.
+    goes on although the memory estimate says that the model does not fit. ``dist``: walk as one rank of several
+    (``wb.shard(tp=8)`` looks at all of them).
 
     Raises ModelError when the model cannot be found, ConfigError for settings that cannot be.
     """
@@ -62,6 +64,7 @@ class Workbench:
         allow_pickle: bool = False,
         force: bool = False,
         progress: bool = True,
+        dist: DistConfig | None = None,
         **engine: Any,
     ) -> None:
         fragments = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
@@ -81,8 +84,9 @@ class Workbench:
         )
         self.bars = Bars(progress)
         self._context = Context(
-            factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights
-        )
+            factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights,
+            dist=dist or DistConfig.of(),
+        )  # fmt: skip
         self.watching = Watching(self)
         self._context.progress = self._progress
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
@@ -507,6 +511,15 @@ class Workbench:
         from adkit.recording import explore
 
         return explore(self, **options)
+
+    def shard(self, tp: int, **options: Any) -> VirtualRanks:
+        """The model cut over ``tp`` virtual ranks, to look at and to check; this Workbench stays as it is.
+
+        Options as :func:`adkit.sharding.shard` takes (``moe_ep``, ``attention_dp``, ``plan``). No weights are needed.
+        """
+        from adkit.sharding import shard
+
+        return shard(self, tp, **options)
 
     def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
         """Write the explorer with this walk as one standalone HTML file; returns its path."""

@@ -2,7 +2,15 @@
 
 from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
-from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
+from adkit.contract.dist import (
+    AllGatherStrategy,
+    AllReduceStrategy,
+    Communicator,
+    Cut,
+    DistConfig,
+    LocalWeight,
+)
+from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -12,7 +20,9 @@ from adkit.contract.errors import (
     MemoryLimitError,
     ModelError,
     PassError,
+    RankError,
     RequestError,
+    ShardingError,
     nearest,
 )
 from adkit.contract.sampling import Completion, Completions, Delta, FinishReason, SamplingParams, TokenLogprob
@@ -20,28 +30,36 @@ from adkit.contract.sampling import Completion, Completions, Delta, FinishReason
 __all__ = [
     "CACHE_INPUTS",
     "AdkitError",
+    "AllGatherStrategy",
+    "AllReduceStrategy",
     "BatchLayout",
     "CachePool",
     "CacheSpec",
     "CheckpointError",
+    "Communicator",
     "CompiledModel",
     "Completion",
     "Completions",
     "ConfigError",
-    "DecodeReplay",
+    "Cut",
     "Delta",
+    "DistConfig",
     "EngineConfig",
     "EngineError",
     "ExportError",
     "FinishReason",
     "HostBatch",
+    "LocalWeight",
     "MemoryLimitError",
     "MixerDescriptor",
     "ModelError",
     "PassError",
+    "RankError",
+    "Replay",
     "RequestError",
     "SamplingParams",
     "SequenceBatch",
+    "ShardingError",
     "TokenLogprob",
     "nearest",
 ]

@@ -30,12 +30,24 @@ class PassError(AdkitError):
     """A pass failed or left a broken graph; the Workbench stands at the step before it."""
 
 
+class ShardingError(AdkitError):
+    """A model cannot be cut as asked, or ranks cannot be had."""
+
+
 class MemoryLimitError(AdkitError):
     """Something does not fit the device's memory."""
 
 
 class EngineError(AdkitError):
     """The model failed while it served requests."""
+
+
+class RankError(EngineError):
+    """A rank failed, and with it the world: every rank has been ended. ``rank`` is the one at fault."""
+
+    def __init__(self, message: str, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class RequestError(AdkitError, ValueError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,8 @@ class Site:
 class RewriteClass:
     """Sites of one shape: the same operations became the same operations.
 
-    ``before`` and ``after`` are the target names in execution order; the sites say where.
+    ``before`` and ``after`` are the target names in execution order; the sites say where; ``diff`` is the
+    difference that it is a part of.
     """
 
     label: str
@@ -43,6 +44,7 @@ class RewriteClass:
     after: tuple[str, ...]
     changed: tuple[str, ...]
     sites: tuple[Site, ...]
+    diff: Diff | None = field(default=None, compare=False)
 
     @property
     def count(self) -> int:
@@ -157,7 +159,7 @@ class Diff:
         classes = []
         for key, found in groups.items():
             label, before, after, changed = key
-            classes.append(RewriteClass(label, before, after, changed, tuple(found)))
+            classes.append(RewriteClass(label, before, after, changed, tuple(found), self))
         return tuple(sorted(classes, key=lambda c: (-c.count, c.label)))
 
     def _signature(self, s: Site) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -268,9 +270,10 @@ def _sites(d: Diff) -> tuple[Site, ...]:
                 if i in ids and (side, i) in free_set:
                     join((side, n.id), (side, i))
     # a free erased node read only by one declared site's nodes is that site's litter
-    users = d.before.users()
-    for m in reversed(free):
-        if m[0] == "-" and all(("-", u) not in free_set for u in users[m[1]]):
+    litter = [m for m in free if m[0] == "-"]
+    users = d.before.users() if litter else {}
+    for m in reversed(litter):
+        if all(("-", u) not in free_set for u in users[m[1]]):
             owners = {root(("-", u)) for u in users[m[1]] if ("-", u) in parent}
             if len(owners) == 1:
                 join(m, owners.pop())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import linecache
 import re
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
+from textwrap import dedent
+from types import ModuleType
 
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+_WIDTH = 160  # most characters of a line of context
+_NO_MODULE = "_empty_nn_module_stack"  # how torch.export names the place of nodes that no module made
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?=\.|$)")
 
 
@@ -40,6 +47,38 @@ def source_of(stack_trace: str | None) -> Source | None:
     return Source(short_path(best[0]), int(best[1]), best[2], best[3].strip())
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Lines of code around one: ``text`` begins at line ``first`` of the file, without common indentation."""
+
+    first: int
+    text: str
+
+
+def context_of(source: Source) -> Context | None:
+    """A line with the lines before and after it, each cut at 160 characters.
+
+    None where the code is not at hand: only files of modules that are loaded (and notebook cells) are read, and
+    only if the line still says what the graph says of it.
+    """
+    file = _loaded_file(source.file)
+    lines = linecache.getlines(file) if file else []
+    at = source.line - 1
+    if not 0 <= at < len(lines) or lines[at].strip() != source.code:
+        return None
+    first = max(0, at - 1)
+    shown = dedent("\n".join(line.rstrip().expandtabs(4) for line in lines[first : at + 2]))
+    cut = (line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…" for line in shown.split("\n"))
+    return Context(first + 1, "\n".join(cut))
+
+
+def _loaded_file(short: str) -> str | None:
+    """The file whose :func:`short_path` is ``short``, if a loaded module or a notebook cell has it."""
+    loaded = (vars(m).get("__file__") for m in list(sys.modules.values()) if isinstance(m, ModuleType))
+    known = [*loaded, *linecache.cache]  # vars(), because getattr on a lazy module would import
+    return next((f for f in known if isinstance(f, str) and (f == short or f.endswith(f"/{short}"))), None)
+
+
 def short_path(path: str) -> str:
     """A file path from its package folder down, so that no machine's layout shows."""
     for marker in ("site-packages/", "dist-packages/"):
@@ -51,16 +90,18 @@ def short_path(path: str) -> str:
 
 
 def module_path_of(node: Node) -> tuple[str, str]:
-    """Innermost module of a node as ``(path, class name)``; both empty at the root."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
+    """Innermost module of a node as ``(path, class name)``; both empty for a node that no module made."""
+    stack = node.meta.get("nn_module_stack") or {}
+    inner = next((v for v in reversed(stack.values()) if not v[0].startswith(_NO_MODULE)), None)
+    if inner is None:
         return "", ""
-    path, kind = list(stack.values())[-1]
+    path, kind = inner
     path = path.removeprefix("L['self'].").removeprefix("L['self']")
     name = kind if isinstance(kind, str) else kind.__name__
     return path, name.rsplit(".", 1)[-1]
 
 
+@lru_cache(maxsize=1 << 16)  # asked of every node of every step, of a few paths
 def layer_of(path: str) -> int | None:
     """Index of the decoder layer a module path lies in; None outside the layers."""
     found = _LAYER.search(path)

@@ -213,6 +213,24 @@ class Steps:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise KeyError(f"no step {key!r} in this pipeline{hint}")
 
+    def diff(self, a: str | int, b: str | int | None = None) -> Diff:
+        """What changed from the graph after step ``a`` to the one after step ``b`` (default: the last that ran).
+
+        Sites of the steps between that build on each other are one rewrite. Raises KeyError or IndexError for an
+        unknown step, ValueError for one that left no graph.
+        """
+        from adkit.graph.between import between
+
+        first = self[a]
+        last = self[b] if b is not None else next((s for s in reversed(self._steps) if len(s.after)), first)
+        for s in (first, last):
+            if not len(s.after):
+                raise ValueError(
+                    f"step {s.name!r} ({s.status}) left no graph to compare; run through it first"
+                )
+        names = self.keys()
+        return between(self._steps, names.index(first.name), names.index(last.name))
+
     def keys(self) -> list[str]:
         """Names of all steps, in order."""
         return [s.name for s in self._steps]

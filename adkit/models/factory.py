@@ -179,6 +179,12 @@ class ModelFactory:
         other.weights, other.seed, other.why_no_weights = "random", seed, ""
         return other
 
+    def without_weights(self) -> ModelFactory:
+        """The same model on shapes."""
+        other = copy.copy(self)
+        other.weights, other.why_no_weights = "none", "only shapes were asked for"
+        return other
+
     def stored_names(self) -> list[str]:
         """Names of the checkpoint's tensors as they are in its files; none without a checkpoint."""
         return list(self._checkpoint.tensors) if self.weights == "checkpoint" else []

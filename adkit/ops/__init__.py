@@ -3,7 +3,19 @@
 Importing this package defines every op; it needs neither triton nor CUDA.
 """
 
-from adkit.ops import attention, cached_attention, linear, mlp, moe, norm, rope, rope_cache, triton
+from adkit.ops import (
+    attention,
+    cached_attention,
+    dist,
+    hints,
+    linear,
+    mlp,
+    moe,
+    norm,
+    rope,
+    rope_cache,
+    triton,
+)
 from adkit.ops.backends import pick
 from adkit.ops.mixers import MIXERS
 from adkit.ops.registry import OPS, OpInfo, define, info_of
@@ -15,6 +27,8 @@ __all__ = [
     "attention",
     "cached_attention",
     "define",
+    "dist",
+    "hints",
     "info_of",
     "linear",
     "mlp",

@@ -18,7 +18,7 @@ def pick(op: str, backend: str = "auto", device: torch.device | str | None = Non
     """
     found = {info.backend for name, info in OPS.items() if name == f"{info.backend}_{op}"}
     if not found:
-        known = {name.split("_", 1)[1] for name in OPS}
+        known = {name.removeprefix(f"{info.backend}_") for name, info in OPS.items()}
         raise ConfigError(f"no op is called {op!r}{nearest(op, known)}")
     if backend == "auto":
         cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"

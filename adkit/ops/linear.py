@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,14 +14,28 @@ from adkit.ops.registry import define
 
 
 @define(
-    "torch_linear_simple(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    'torch_linear_simple(Tensor input, Tensor weight, Tensor? bias=None, *, str tp_mode="none", '
+    'int[]? output_sizes=None, int tp_min_local_shape=1, str layer_type="unknown") -> Tensor',
     category="linear",
     token_local=True,
-    fake=lambda input, weight, bias=None: input.new_empty((*input.shape[:-1], weight.shape[0])),
+    fake=lambda input, weight, bias=None, **_: input.new_empty((*input.shape[:-1], weight.shape[0])),
     cost=costs.linear,
 )
-def torch_linear_simple(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input [..., D], weight [F, D], bias [F] -> [..., F]."""
+def torch_linear_simple(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tp_mode: str = "none",
+    output_sizes: Sequence[int] | None = None,
+    tp_min_local_shape: int = 1,
+    layer_type: str = "unknown",
+) -> Tensor:
+    """input [..., D], weight [F, D], bias [F] -> [..., F].
+
+    The rest are sharding hints (``ops/hints.py``) and change nothing: ``tp_mode`` colwise cuts F (each block of
+    ``output_sizes``; no piece below ``tp_min_local_shape``), rowwise cuts D, gather cuts F and joins the outputs.
+    """
     return F.linear(input, weight, bias)
 
 

@@ -29,7 +29,7 @@ def gate_fn(
     "torch_moe(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor down, "
     'Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str act="silu", bool transposed=False, '
     "bool interleaved=False, bool gated=True, float? alpha=None, float? limit=None, "
-    "float up_offset=0.0) -> Tensor",
+    'float up_offset=0.0, bool shardable=False, str layer_type="unknown") -> Tensor',
     category="moe",
     token_local=True,
     fake=lambda hidden, *_, **__: hidden.new_empty(hidden.shape),
@@ -52,12 +52,15 @@ def torch_moe(
     alpha: float | None = None,
     limit: float | None = None,
     up_offset: float = 0.0,
+    shardable: bool = False,
+    layer_type: str = "unknown",
 ) -> Tensor:
     """Sum over a token's k experts of weight * down(gate(gate_up(hidden))).
 
     hidden [T, D], topk_ids and topk_weights [T, k], gate_up [E, 2F, D] (gate rows then up rows;
     ``interleaved``: alternating), down [E, D, F]; ``transposed``: [E, D, 2F] and [E, F, D]. Not ``gated``:
     gate_up is [E, F, D]. An id of E or more means no expert. -> [T, D]
+    ``shardable`` and ``layer_type`` are sharding hints (``ops/hints.py``) and change nothing.
     """
     out = hidden.new_zeros(hidden.shape)
     for e in range(gate_up.shape[0]):

@@ -15,13 +15,14 @@ def _fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
-def _fake_rms(
+def fake_rmsnorm(
     input: Tensor,
     weight: Tensor | None,
     eps: float,
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
 ) -> Tensor:
+    """Shape and dtype of ``torch_rmsnorm``'s output."""
     promoted = (
         input.dtype if weight is None or weight_in_float else torch.promote_types(input.dtype, weight.dtype)
     )
@@ -31,7 +32,7 @@ def _fake_rms(
 def _fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     shape = torch.broadcast_shapes(input.shape, residual.shape)
     total = input.new_empty(shape, dtype=torch.promote_types(input.dtype, residual.dtype))
-    return _fake_rms(total, *args, **kwargs), total
+    return fake_rmsnorm(total, *args, **kwargs), total
 
 
 @define(
@@ -40,7 +41,7 @@ def _fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) ->
     "-> Tensor",
     category="norm",
     token_local=True,
-    fake=_fake_rms,
+    fake=fake_rmsnorm,
     cost=costs.per_element(4),
 )
 def torch_rmsnorm(
@@ -55,8 +56,20 @@ def torch_rmsnorm(
     input [..., D], weight [D] or None (scale-free) -> [..., D] in input's dtype. ``weight_offset`` 1 is
     Gemma's 1 + w. ``weight_in_float``: multiply before casting back (Gemma, OLMo2) instead of after (Llama).
     """
-    x = input.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    mean_square = input.float().square().mean(-1, keepdim=True)
+    return normalised(input, mean_square, weight, eps, weight_offset, weight_in_float)
+
+
+def normalised(
+    input: Tensor,
+    mean_square: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+) -> Tensor:
+    """``torch_rmsnorm`` of rows whose mean squares are known: input [..., D], mean_square float32 [..., 1]."""
+    x = input.float() * torch.rsqrt(mean_square + eps)
     if weight is None:
         return x.to(input.dtype).contiguous()
     if weight_in_float:

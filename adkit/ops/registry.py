@@ -52,12 +52,13 @@ def define(
     fake: Callable[..., Any],
     cost: CostFn | None = None,
     syncs: bool = False,
+    backend: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define ``torch.ops.adkit.<name>`` with the decorated function as implementation.
 
     ``schema`` is ``name(args) -> returns``; the name starts with its backend (``torch_``, ``triton_``...).
     ``cost`` counts FLOPs and bytes for the cost model; without one each element costs one operation.
-    ``syncs`` says that it reads values on the host.
+    ``syncs`` says that it reads values on the host; ``backend`` names it where the op's name does not.
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,8 +68,10 @@ def define(
         torch.library.register_fake(f"adkit::{name}", fake, lib=_LIB)
         if cost is not None:
             COSTS[f"adkit.{name}"] = cost
-        backend, doc = name.split("_", 1)[0], (fn.__doc__ or "").strip()
-        OPS[name] = OpInfo(name, schema, category, backend, token_local, fn, fake, doc, syncs)
+        doc = (fn.__doc__ or "").strip()
+        OPS[name] = OpInfo(
+            name, schema, category, backend or name.split("_", 1)[0], token_local, fn, fake, doc, syncs
+        )
         return fn
 
     return add

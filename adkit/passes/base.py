@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.fx import GraphModule, Node
 
-from adkit.contract import CachePool, CompiledModel, ConfigError, EngineConfig
+from adkit.contract import CachePool, CompiledModel, ConfigError, DistConfig, EngineConfig
 from adkit.graph.edit import Site, site
 from adkit.graph.step import PassInfo
 
@@ -68,7 +68,7 @@ class Context:
     by cache_init and compile. ``report(text)`` adds a line to the step's log; ``progress(done, total, what)``
     drives a progress bar. ``fingerprint`` hashes all that decided the graph so far (for ``pipeline_cache``).
     ``loaded`` names the weights that stand in the graph as the factory gives them (after going back), so that
-    they need not be read again.
+    they need not be read again. ``dist`` says which rank of how many this graph will be.
     """
 
     factory: Any
@@ -81,6 +81,7 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     fingerprint: str = ""
     loaded: frozenset[str] = frozenset()
+    dist: DistConfig = field(default_factory=DistConfig.of)
 
 
 class Pass(ABC):

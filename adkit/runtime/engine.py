@@ -25,6 +25,7 @@ from adkit.contract import (
     SamplingParams,
 )
 from adkit.runtime.detokenizer import Detokenizer, TokenDecoder
+from adkit.runtime.device import Device, OneDevice
 from adkit.runtime.launch import InFlight, Launcher
 from adkit.runtime.pages import PageAllocator
 from adkit.runtime.scheduler import Scheduler
@@ -38,10 +39,13 @@ class Engine:
     The handle that ``add`` returns is the request's state: it fills as steps run, whoever calls them, and
     gives the ``completion()`` in the end. Methods may be called from several threads. A step that fails ends
     the requests that were in it (finish reason "error"), gives their pages back, and leaves the others and
-    the engine as they were; an interrupt (Ctrl-C) cancels everything in flight.
+    the engine as they were; an interrupt (Ctrl-C) cancels everything in flight. Steps run on ``device`` (default:
+    the model's own, in this process).
     """
 
-    def __init__(self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None, device: Device | None = None
+    ) -> None:
         if model.caches.num_pages < 2:
             raise MemoryLimitError(
                 f"The cache has {model.caches.num_pages} pages; at least 2 are needed (one for "
@@ -49,6 +53,7 @@ class Engine:
             )
         self.model = model
         self.config = config
+        self.device: Device = OneDevice(model) if device is None else device
         self.tokenizer = tokenizer
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -63,7 +68,7 @@ class Engine:
 
     def _start_empty(self) -> None:
         self._in_flight: InFlight | None = None
-        self._launcher = Launcher(self.model, self.model.caches.page_size)
+        self._launcher = Launcher(self.model, self.model.caches.page_size, self.device)
         self.pages = PageAllocator(self.model.caches.num_pages, self.model.caches.page_size)
         self.scheduler = Scheduler(
             self.config, self.pages, lengths_matter="rope_lengths" in self.model.inputs
@@ -235,7 +240,7 @@ class Engine:
             pages = seq.pages.tolist()
             self.scheduler.remove(seq, keep_pages=False)
             # A masked-out NaN still spoils a sum of 0 x NaN, so the pages' next holders must not find any.
-            self.model.caches.wipe([p for p in pages if not self.pages.holders(p)])
+            self.device.wipe([p for p in pages if not self.pages.holders(p)])
             seen = len(seq.text), seq.num_output
             seq.finish("error", error)
             deltas.append(seq.delta(seq.id, *seen))

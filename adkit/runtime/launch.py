@@ -1,4 +1,4 @@
-"""The device's side of a step: launched without waiting, its tokens on their way back.
+"""The launch of a step: packed, started without waiting, its tokens on their way back.
 
 A step in flight was launched and its tokens are not known on the host yet. The step after it may be launched all
 the same: ids that are still being sampled are taken from the step in flight on the device (``BatchLayout.sources``).
@@ -15,12 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from adkit.contract import CompiledModel, HostBatch, TokenLogprob
+from adkit.contract import CompiledModel, HostBatch
 from adkit.runtime.batch import DecodeRows, build_batch
-from adkit.runtime.sampler import Sampled, sample
+from adkit.runtime.device import Device, Drawn, Running
 from adkit.runtime.sequence import Sequence
 
 
@@ -29,73 +26,54 @@ class InFlight:
     """A launched step of ``num_tokens`` tokens in R ``sequences``.
 
     ``computed`` [R]: tokens of each whose keys and values stand in the cache once the step is done. ``sampling`` are
-    those that get a token. ``sampled`` is on the device; ``fetched`` is its copy, to be read after :meth:`wait`.
+    those that get a token.
     """
 
     num_tokens: int
     sequences: list[Sequence]
     computed: list[int]
     sampling: list[Sequence]
-    sampled: Sampled | None
-    fetched: Sampled | None
-    done: torch.cuda.Event | None
+    running: Running
 
-    @property
-    def tokens(self) -> Tensor | None:
-        """The tokens [L] on the device, in the order of ``sampling``."""
-        return None if self.sampled is None else self.sampled.token_ids
-
-    def wait(self) -> list[tuple[int, TokenLogprob | None]]:
+    def wait(self) -> Drawn:
         """Wait for the step; a token (negative: logits not finite) for each of ``sampling``."""
-        if self.done is not None:
-            self.done.synchronize()
-        return [] if self.fetched is None else self.fetched.to_host([s.params for s in self.sampling])
+        return self.running.wait()
 
 
 class Launcher:
-    """Starts steps of ``model``, whose cache has pages of ``page_size`` tokens."""
+    """Packs steps of ``model``, whose cache has pages of ``page_size`` tokens, and starts them on ``device``."""
 
-    def __init__(self, model: CompiledModel, page_size: int) -> None:
-        self._model = model
+    def __init__(self, model: CompiledModel, page_size: int, device: Device) -> None:
+        self._replays = model.replay
         self._page_size = page_size
-        self._on_cuda = model.device.type == "cuda"
+        self._device = device
         #: The latest step, if it was a replayed decode step, and its rows.
         self._latest: tuple[InFlight, DecodeRows] | None = None
 
-    @torch.inference_mode()
     def __call__(self, sequences: list[Sequence], before: InFlight | None) -> InFlight:
         """Run the scheduled tokens of R sequences and sample; ``before`` is the step that is still in flight.
 
         Sequences are counted as if the step were done: ``num_cached`` grows, and a sampled token is pending; not when
         the model raises.
         """
-        previous = None if before is None else before.tokens
-        rows, best = self._rows(sequences, before), None
+        previous = None if before is None else before.running
+        rows, replayed = self._rows(sequences, before), True
         if rows is not None:
             sampling, num_tokens = sequences, len(sequences)
-            logits, best = self._replay(rows.advance(self._on_cuda), previous)
+            host = rows.advance(self._device.pinned)
         else:
             num_tokens = sum([s.num_scheduled for s in sequences])
             sampling = [s for s in sequences if s.samples]
             decode = len(sampling) == len(sequences) == num_tokens
-            replay = self._model.decode
-            padded = replay.layout(len(sequences)) if decode and replay is not None else None
+            replay = self._replays if decode or num_tokens > len(sequences) else None
+            padded = None if replay is None else replay.layout(num_tokens, len(sequences))
             if replay is not None and padded is not None:
-                ahead = replay.num_previous
-                host = self._pack(sequences, num_previous=ahead, padded=padded)
-                logits, best = self._replay(host, previous)
-                rows = DecodeRows(sequences, host, self._page_size)
+                host = self._pack(sequences, num_previous=replay.num_previous, padded=padded)
+                rows = DecodeRows(sequences, host, self._page_size) if decode else None
             else:
-                host = self._pack(sequences, num_previous=0 if previous is None else len(previous))
-                logits = self._model(host.to(self._model.device, previous))
-
-        sampled = fetched = done = None
-        if sampling:
-            sampled = sample(logits, sampling, previous, best)
-            fetched = sampled.fetch()
-        if self._on_cuda:
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._model.device))
+                host = self._pack(sequences, num_previous=0 if previous is None else previous.count)
+                replayed = False
+        running = self._device.start(host, replayed, sampling, previous)
 
         for row, seq in enumerate(sampling):
             seq.num_pending += 1
@@ -104,7 +82,7 @@ class Launcher:
             seq.num_cached += seq.num_scheduled
             seq.num_scheduled = 0
         computed = [s.num_cached for s in sequences]
-        step = InFlight(num_tokens, sequences, computed, sampling, sampled, fetched, done)
+        step = InFlight(num_tokens, sequences, computed, sampling, running)
         self._latest = None if rows is None else (step, rows)
         return step
 
@@ -116,8 +94,4 @@ class Launcher:
         return latest[1]
 
     def _pack(self, sequences: list[Sequence], **how: Any) -> HostBatch:
-        return build_batch(sequences, self._page_size, pinned=self._on_cuda, **how)
-
-    def _replay(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert self._model.decode is not None
-        return self._model.decode(host, previous)
+        return build_batch(sequences, self._page_size, pinned=self._device.pinned, **how)

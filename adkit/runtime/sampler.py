@@ -11,18 +11,36 @@ top-k, top-p, min-p.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adkit.contract import SamplingParams, TokenLogprob
-from adkit.ops.sampling import best_tokens
-from adkit.ops.triton.ops import attempt, kernels_can_run
-from adkit.runtime.sequence import Sequence
+from adkit.ops.sampling import best_tokens, drawn_tokens
+from adkit.ops.triton.ops import kernels_can_run
+
+
+class Drawing(Protocol):
+    """Whose next token is drawn: a :class:`~adkit.runtime.sequence.Sequence`, or what another process was told of it.
+
+    ``plain``: the best token is all that is wanted. ``tokens`` are those known, and ``num_pending`` more are being
+    sampled, the last of them in ``row`` of the step before.
+    """
+
+    params: SamplingParams
+    plain: bool
+    tokens: array[int]
+    num_pending: int
+    row: int
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of its own stream."""
+        ...
 
 
 @dataclass
@@ -68,7 +86,7 @@ class Sampled:
 
 def sample(
     logits: Tensor,
-    sequences: Seq[Sequence],
+    sequences: Seq[Drawing],
     previous: Tensor | None = None,
     best: Tensor | None = None,
 ) -> Sampled:
@@ -92,7 +110,7 @@ def sample(
     return sampled
 
 
-def _choose(scores: Tensor, sequences: Seq[Sequence]) -> Tensor:
+def _choose(scores: Tensor, sequences: Seq[Drawing]) -> Tensor:
     """The next tokens [L] by kernels where they run, else by torch; -1 where scores [L, V] are not finite."""
     params = [s.params for s in sequences]
     if all(p.greedy for p in params):
@@ -123,7 +141,7 @@ def _launch(scores: Tensor, params: Seq[SamplingParams], uniform: list[float]) -
         uniform,
     ]
     filters = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
-    return attempt("draw", "sampling", (scores, _tensor(settings, scores, torch.float64), *filters), {})
+    return drawn_tokens(scores, _tensor(settings, scores, torch.float64), *filters)
 
 
 def filter_scores(scores: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -168,7 +186,7 @@ def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
-def _penalise_repetition(logits: Tensor, sequences: Seq[Sequence], previous: Tensor | None = None) -> Tensor:
+def _penalise_repetition(logits: Tensor, sequences: Seq[Drawing], previous: Tensor | None = None) -> Tensor:
     """Lower the scores of tokens that stand in a sequence's prompt or output, where it asks for that."""
     rows = [i for i, s in enumerate(sequences) if s.params.repetition_penalty != 1]
     if not rows:

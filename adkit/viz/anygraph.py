@@ -49,7 +49,8 @@ def snapshot_of(graph: GraphModule | torch.export.ExportedProgram | Snapshot) ->
         module = graph
     else:
         raise TypeError(
-            f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram"
+            f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram "
+            "(torch.export.export(module, args) makes one of a module), or a snapshot (wb.graph)"
         )
     ids = {n: k for k, n in enumerate(module.graph.nodes)}
     return Snapshot(tuple(_record(n, ids, named, module) for n in module.graph.nodes))
@@ -210,7 +211,13 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         ):
             rows.append(old)
             continue
-        rows.append(replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id]))))
+        made = replace(n, id=ids[n.id], args=args, kwargs=kwargs, origins=tuple(sorted(origins[n.id])))
+        if (
+            made.origins and not made.module_path
+        ):  # subgraph_rewriter keeps no place: that of what it replaced
+            place = a[made.origins[0]]
+            made = replace(made, module_path=place.module_path, module_type=place.module_type)
+        rows.append(made)
     return Snapshot(tuple(rows))
 
 

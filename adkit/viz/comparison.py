@@ -6,12 +6,13 @@ the graph counts, so that a check in CI fails for a change of the graph and for 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from difflib import unified_diff
 
 from adkit.viz.record.format import OPS, Costs, Record, Step
-from adkit.viz.record.read import graph_rows
+from adkit.viz.record.read import graph_rows, load_record
 
 _MOST_LINES = 60
 
@@ -36,8 +37,16 @@ class Comparison:
         return "\n".join([*told, *([""] if self.program else []), *self.program])
 
 
-def compare(a: Record, b: Record, names: tuple[str, str] = ("a", "b")) -> Comparison:
-    """Compare two records step by step: which passes, what they matched, what stood in the graph after them."""
+def compare(
+    a: Record | str | os.PathLike[str],
+    b: Record | str | os.PathLike[str],
+    names: tuple[str, str] = ("a", "b"),
+) -> Comparison:
+    """Compare two records (or files of records) step by step: which passes, what they matched, what graph they left.
+
+    Raises RecordError for a file that is no record.
+    """
+    a, b = (r if isinstance(r, Record) else load_record(r) for r in (a, b))
     found = Comparison(names)
     _tell(found.facts, "model", a.name, b.name)
     for table in ("about", "versions"):

@@ -121,16 +121,18 @@ def _fit(drawing: Drawing) -> str:
     return drawing.html().replace('class="adkit-svg"', 'class="adkit-svg ak-fit"', 1)
 
 
-def rewrite_rows(change: Step | Diff, *, pictures: int = 1) -> tuple[list[dict[str, Any]], int]:
+def rewrite_rows(
+    change: Step | Diff, *, pictures: int = 1, most: int = _MOST_CLASSES
+) -> tuple[list[dict[str, Any]], int]:
     """Rewrite classes as rows for the templates, the first ``pictures`` drawn, and how many are left out."""
     classes = change.rewrites
     rows = []
-    for k, r in enumerate(classes[:_MOST_CLASSES]):
+    for k, r in enumerate(classes[:most]):
         row = _row(r)
         if k < pictures and len(change.before):
             row["picture"] = _fit(Drawing(rewrite_picture(change, r)))
         rows.append(row)
-    return rows, max(0, len(classes) - _MOST_CLASSES)
+    return rows, max(0, len(classes) - most)
 
 
 def _row(r: RewriteClass) -> dict[str, Any]:
@@ -264,7 +266,7 @@ def _steps(steps: Steps) -> str:
 def _diff(d: Diff) -> str:
     if d.empty:
         return fragment('<p class="ak-muted">Nothing changed.</p>')
-    rows, more = rewrite_rows(d)
+    rows, more = rewrite_rows(d, most=3 * _MOST_CLASSES)  # it may tell a whole walk
     counts = f"+{len(d.created)} −{len(d.erased)} ~{len(d.changed)}"
     head = f'<div class="ak-head"><span class="ak-fact"><b>{counts}</b> nodes</span></div>'
     module = _environment().get_template("macros.html").module
@@ -290,7 +292,10 @@ def _rewrite(r: RewriteClass) -> str:
         f'<details><summary>{r.count} sites</summary><div class="ak-body">'
         f'<table class="ak-table">{sites}</table>{more}</div></details>'
     )
-    return fragment(f"<div>{module.rewrite_line(_row(r))}</div>{table}")
+    picture = ""
+    if r.diff is not None and len(r.diff.before):
+        picture = f'<div class="ak-svgbox">{_fit(Drawing(rewrite_picture(r.diff, r)))}</div>'
+    return fragment(f"<div>{module.rewrite_line(_row(r))}</div>{picture}{table}")
 
 
 @register_html(Snapshot)

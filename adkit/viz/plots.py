@@ -20,10 +20,14 @@ from adkit.graph.step import Step
 
 INK = "#808792"
 GRID = "#9aa1ab55"
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
-    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800",
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#c9b800", "#7f7f7f",
 )  # fmt: skip
-CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW)
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY)
+#: Units that a figure goes through, each a thousand of the one before.
+UNITS = (("roofline us", "roofline ms", "roofline s"), ("GFLOP", "TFLOP", "PFLOP"), ("MB", "GB", "TB"))
+#: What :func:`cost_by_op` draws: unit and factor of a cost table's columns.
+COLUMNS = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}
 TEXT: Any = {"svg.fonttype": "none", "svg.hashsalt": "adkit", "font.family": "sans-serif"}
 
 
@@ -82,6 +86,15 @@ def _bars(
     return figure
 
 
+def _readable(values: list[float], unit: str) -> tuple[list[float], str]:
+    """Values of five digits and more in the next larger unit."""
+    names = next((u for u in UNITS if u[0] == unit), (unit,))
+    k = 0
+    while k + 1 < len(names) and max(values, default=0.0) >= 10_000:
+        values, k = [v / 1000 for v in values], k + 1
+    return values, names[k]
+
+
 def _stage_colours(steps: Iterable[Step]) -> dict[str, str]:
     stages = dict.fromkeys(str(s.stage) for s in steps)
     return {stage: CYCLE[k % len(CYCLE)] for k, stage in enumerate(stages)}
@@ -98,16 +111,21 @@ def nodes_by_stage(steps: Iterable[Step]) -> Plot:
 
 
 def time_by_pass(steps: Iterable[Step]) -> Plot:
-    """Seconds each pass took, coloured by stage; passes that did not run are left out."""
+    """Seconds each pass took, coloured by stage; passes of under half a millisecond are one bar together."""
     ran = [s for s in steps if s.status == "done" and s.seconds > 0]
-    colours = _stage_colours(ran)
-    labels = [f"{s.seconds:.2f} s" if s.seconds >= 0.1 else f"{s.seconds * 1e3:.0f} ms" for s in ran]
+    shown = [s for s in ran if s.seconds >= 5e-4]
+    colours = _stage_colours(shown)
+    bars = [(s.name, s.seconds, colours[str(s.stage)]) for s in shown]
+    if len(ran) > len(shown):
+        rest = sum(s.seconds for s in ran) - sum(s.seconds for s in shown)
+        bars.append((f"{len(ran) - len(shown)} others", rest, INK))
+    labels = [f"{t:.2f} s" if t >= 0.1 else f"{t * 1e3:.0f} ms" for _, t, _ in bars]
     figure = _bars(
         "Time a pass",
-        [s.name for s in ran],
-        [s.seconds for s in ran],
+        [n for n, *_ in bars],
+        [t for _, t, _ in bars],
         labels,
-        [colours[str(s.stage)] for s in ran],
+        [c for *_, c in bars],
         "seconds",
     )
     _legend(figure.axes[0], colours)
@@ -138,23 +156,23 @@ def cost_by_op(costs: Any, column: str = "seconds", most: int = 12) -> Plot:
 
     ``costs`` as :meth:`Snapshot.cost` makes it; beyond ``most`` operations the rest are one bar.
     """
-    unit, factor = {"seconds": ("roofline us", 1e6), "flops": ("GFLOP", 1e-9), "bytes": ("MB", 1e-6)}[column]
+    unit, factor = COLUMNS[column]
     sums = (costs.groupby("target")[column].sum() * factor).sort_values(ascending=False)
     sums = sums[sums > 0]
     shown = dict(sums.iloc[:most].items())
     if len(sums) > most:
         shown[f"{len(sums) - most} others"] = float(sums.iloc[most:].sum())
     whole = sum(shown.values()) or 1.0
-    names = [str(n).removeprefix("adkit.").removeprefix("aten.") for n in shown]
-    labels = [f"{_short(v)}  {v / whole:.0%}" for v in shown.values()]
-    values = [float(v) for v in shown.values()]
+    names = [_operation(n) for n in shown]
+    values, unit = _readable([float(v) for v in shown.values()], unit)
+    labels = [f"{_short(v)}  {_share(w / whole)}" for v, w in zip(values, shown.values(), strict=True)]
     return _bars("Cost by operation", names, values, labels, [BLUE] * len(shown), unit)
 
 
 def before_after(totals: Iterable[tuple[str, float]], unit: str = "roofline us") -> Plot:
     """One total a step: what the whole graph costs after each step that changed it."""
     rows = list(totals)
-    values = [v for _, v in rows]
+    values, unit = _readable([v for _, v in rows], unit)
     labels = [_short(v) for v in values]
     colours = [SKY] * (len(rows) - 1) + [BLUE]
     return _bars("The whole graph's cost, step by step", [n for n, _ in rows], values, labels, colours, unit)
@@ -175,7 +193,8 @@ def roofline(
     them. ``device`` is a :class:`Device`, the name of a known one, or left out where the table knows it; its peak is
     that of ``dtype``. ``peak_flops`` (FLOP/s) and ``bandwidth`` (bytes/s) go before the device's, which is then a
     name alone. The roof is min(peak, intensity x bandwidth) (Williams et al., CACM 2009). A dot's area is its
-    share of the time. Raises ValueError for a device that is not known.
+    share of the time; operations at one place (those of equal layers) are one dot. Raises ValueError for a
+    device that is not known.
     """
     peak_flops, bandwidth, name = _roof(costs, device, dtype, peak_flops, bandwidth)
     figure, axes = _figure(7.2, 4.2, f"Roofline on {name}")
@@ -201,9 +220,16 @@ def roofline(
         x = part["flops"] / part["bytes"]
         y = part["flops"] / seconds[part.index]
         share = seconds[part.index] / whole
-        label = f"{name}  {share.sum():.0%}" if k < 8 else "_hidden"
+        label = f"{_operation(name)}  {_share(share.sum())}" if k < 8 else "_hidden"
+        dots = share.groupby([x, y], sort=False).sum()  # operations at one place are one dot
         axes.scatter(
-            x, y, s=18 + 900 * share, color=CYCLE[k % len(CYCLE)], alpha=0.75, linewidths=0, label=label
+            dots.index.get_level_values(0),
+            dots.index.get_level_values(1),
+            s=18 + 900 * dots.to_numpy(),
+            color=CYCLE[k % len(CYCLE)],
+            alpha=0.75,
+            linewidths=0,
+            label=label,
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -254,6 +280,14 @@ def _legend(axes: Axes, colours: dict[str, str]) -> None:
 
     handles = [Patch(color=c, label=name) for name, c in colours.items()]
     axes.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right", labelcolor=INK)
+
+
+def _operation(name: Any) -> str:
+    return str(name).removeprefix("adkit.").removeprefix("aten.")
+
+
+def _share(part: float) -> str:
+    return f"{part:.0%}" if part >= 0.005 or part == 0 else "<1%"
 
 
 def _short(value: float) -> str:

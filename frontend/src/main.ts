@@ -27,7 +27,7 @@ export async function read(bytes: Uint8Array): Promise<Partial<RecordData>> {
   const data = await unpack(bytes);
   if (typeof data !== "object" || data === null || Array.isArray(data)) throw new Error("this is not a record: expected a JSON object");
   const version = (data as { adkit_record?: unknown }).adkit_record ?? 1;
-  if (version !== 1) throw new Error(`this record has version ${String(version)}; this explorer reads version 1`);
+  if (version !== 1 && version !== 2) throw new Error(`this record has version ${String(version)}; this explorer reads versions 1 and 2`);
   return data as Partial<RecordData>;
 }
 

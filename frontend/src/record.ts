@@ -100,7 +100,7 @@ export interface RecordData {
   note: string;
   texts: string[];
   modules: { parent: number[]; name: number[]; path: number[]; type: number[]; layer: number[] };
-  sources: { file: number[]; line: number[]; function: number[]; code: number[] };
+  sources: { file: number[]; line: number[]; function: number[]; code: number[]; context: number[]; first: number[] };
   values: { text: string; shape: (number | string)[] | null; dtype: string }[];
   targets: { name: string; short: string; signature: string; doc: string }[];
   calls: string[][];
@@ -136,7 +136,7 @@ function complete(given: Partial<RecordData>): RecordData {
     weights: {},
     ...given,
     modules: { parent: [], name: [], path: [], type: [], layer: [], ...given.modules },
-    sources: { file: [], line: [], function: [], code: [], ...given.sources },
+    sources: { file: [], line: [], function: [], code: [], context: [], first: [], ...given.sources },
     nodes: { id: [], born: [], gone: [], origins: EMPTY, ...given.nodes },
     rows: { node: [], name: [], op: [], target: [], call: [], inputs: EMPTY, value: [], module: [], source: [], category: [], ...given.rows },
     graphs: (given.graphs ?? []).map((g) => ({ ...{ base: -1, splices: [], symbols: {} }, ...g, view: g.view ? completeView(g.view) : null })),
@@ -190,7 +190,7 @@ export interface NodeInfo {
   path: string;
   type: string;
   layer: number;
-  source: { file: string; line: number; function: string; code: string } | null;
+  source: { file: string; line: number; function: string; code: string; context: string; first: number } | null;
   category: number;
 }
 
@@ -321,7 +321,7 @@ export class Walk {
       path: this.text(modules.path[module]!),
       type: this.text(modules.type[module]!),
       layer: modules.layer[module] ?? -1,
-      source: source < 0 ? null : { file: this.text(sources.file[source]!), line: sources.line[source]!, function: this.text(sources.function[source]!), code: this.text(sources.code[source]!) },
+      source: source < 0 ? null : { file: this.text(sources.file[source]!), line: sources.line[source]!, function: this.text(sources.function[source]!), code: this.text(sources.code[source]!), context: this.text(sources.context[source] ?? 0), first: sources.first[source] ?? 0 },
       category: rows.category[row]!,
     };
   }
@@ -354,7 +354,7 @@ export class Walk {
     const nodes = new Map<number, GraphNode>();
     for (const r of list) {
       const id = rows.node[r]!;
-      nodes.set(id, { id, name: this.text(rows.name[r]!), op: OPS[rows.op[r]!]!, target: targets[rows.target[r]!]?.short ?? "", path: home(this.text(modules.path[rows.module[r]!]!)), inputs: this.inputs(r) });
+      nodes.set(id, { id, name: this.text(rows.name[r]!), op: OPS[rows.op[r]!]!, target: targets[rows.target[r]!]?.short ?? "", path: this.text(modules.path[rows.module[r]!]!), inputs: this.inputs(r) });
     }
     const [repeats, representative] = this.repeats(k, list);
     const made = new Graph(nodes, repeats, representative);
@@ -448,11 +448,6 @@ export class Walk {
     if (born < 0) return null;
     return gone >= 0 ? Math.max(born, gone - 1) : born;
   }
-}
-
-/** torch.export's name for "no module" means the root. */
-function home(path: string): string {
-  return path.startsWith("_empty_nn_module_stack") ? "" : path;
 }
 
 export function list(ragged: Ragged, k: number): number[] {

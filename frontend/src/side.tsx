@@ -148,8 +148,23 @@ function Source({ n }: { n: NodeInfo }) {
     <>
       <h3>Modelling code</h3>
       <p class="adk-muted">{n.source.file}:{n.source.line}{n.source.function ? `, in ${n.source.function}` : ""}</p>
-      <pre class="adk-code">{n.source.code}</pre>
+      <Code source={n.source} />
     </>
+  );
+}
+
+/** The line between its neighbours, where the record has them. */
+function Code({ source }: { source: NonNullable<NodeInfo["source"]> }) {
+  if (source.context === "") return <pre class="adk-code">{source.code}</pre>;
+  const lines = source.context.split("\n");
+  const width = String(source.first + lines.length).length;
+  return (
+    <pre class="adk-code">
+      {lines.map((text, k) => {
+        const number = source.first + k;
+        return <span key={number} class={number === source.line ? "adk-here" : "adk-muted"}>{`${String(number).padStart(width)}  ${text}\n`}</span>;
+      })}
+    </pre>
   );
 }
 

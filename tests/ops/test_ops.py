@@ -87,7 +87,9 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
 
 
 CANONICAL = sorted(
-    n.removeprefix("torch_") for n in OPS if n.startswith("torch_") and not n.endswith("_cache")
+    n.removeprefix("torch_")
+    for n, info in OPS.items()
+    if info.backend == "torch" and info.category != "dist" and not n.endswith("_cache")
 )
 
 

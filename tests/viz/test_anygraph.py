@@ -45,6 +45,19 @@ def test_parameters_of_an_exported_program_are_shown_by_name() -> None:
     assert {n.target for n in s if n.op == "get_attr"} == {"a.weight", "a.bias", "b.weight", "b.bias"}
 
 
+def test_a_node_without_a_place_of_its_own_stands_where_its_predecessor_stood() -> None:
+    gm = torch.export.export(Net(), (torch.zeros(2, 4),)).module()
+    old = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
+    before = snapshot_of(gm)
+    with gm.graph.inserting_after(old):  # as subgraph_rewriter does: no metadata
+        new = gm.graph.call_function(torch.ops.aten.addmm.default, (old.args[2], old.args[0], old.args[1]))
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+    (rewrite,) = diff(before, gm).rewrites
+    assert (rewrite.before, rewrite.after) == (("aten.linear",), ("aten.addmm",))
+    assert rewrite.sites[0].module_path == "a"
+
+
 def test_matching_agrees_with_the_identity_that_a_walk_recorded() -> None:
     steps = sample("llama")
     before, after = steps["match_rmsnorm_pattern"].before, steps["match_rmsnorm_pattern"].after

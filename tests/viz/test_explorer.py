@@ -18,7 +18,7 @@ from adkit.viz import RecordError, compare, export, write_page
 from adkit.viz.explorer import Explorer
 from adkit.viz.exports import model_explorer
 from adkit.viz.page import page
-from adkit.viz.record import Record, RecordWriter, parse_record
+from adkit.viz.record import Record, RecordWriter, dump_record, parse_record
 from adkit.viz.record.format import OPS, Costs, Rewrite, View
 from adkit.viz.record.read import graph_rows
 from adkit.viz.static import static_html, walk_svg
@@ -260,6 +260,13 @@ def test_nothing_in_a_hostile_record_runs(chromium, tmp_path: Path) -> None:
 
 
 # --- comparison and export
+
+
+def test_files_are_compared_as_records(record: Record, tmp_path: Path) -> None:
+    paths = [dump_record(r, tmp_path / f"{k}.json") for k, r in enumerate((record, make(3)))]
+    assert compare(*paths).differences == compare(record, make(3)).differences != []
+    with pytest.raises(RecordError, match="no record at"):
+        compare(record, tmp_path / "missing.json")
 
 
 def test_equal_records_do_not_differ(record: Record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -117,3 +118,14 @@ def test_step_browser_without_ipywidgets_is_text(monkeypatch: pytest.MonkeyPatch
     bundle = browser._repr_mimebundle_()
     assert set(bundle) == {"text/plain"}
     assert "pip install ipywidgets" in bundle["text/plain"]
+
+
+def test_a_rewrite_class_draws_its_first_site() -> None:
+    rewrite = sample("llama")["match_rmsnorm_pattern"].rewrites[0]
+    drawn = html_of(rewrite)
+    assert drawn is not None
+    assert "torch_rmsnorm" in drawn
+    assert "svg" in drawn
+    alone = html_of(replace(rewrite, diff=None))  # one that nobody's diff made has nothing to draw
+    assert alone is not None
+    assert "svg" not in alone.split("</style>")[-1]

@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = 1
+VERSION = 2
+#: Versions that can be read; what version 2 added stays empty in one of version 1.
+READ = (1, 2)
 
 Index = Annotated[int, Field(ge=0)]
 #: An index, or -1 for none.
@@ -58,12 +60,17 @@ class Modules(Part):
 
 
 class Sources(Part):
-    """Lines of modelling code, a column each."""
+    """Lines of modelling code, a column each; the last two are empty in a record of version 1."""
 
     file: list[Index] = Field(default=[], description="File, as a path below its package (text).")
     line: list[int] = []
     function: list[Index] = Field(default=[], description="Function that the line is in (text).")
     code: list[Index] = Field(default=[], description="The line itself (text).")
+    context: list[Index] = Field(
+        default=[],
+        description="The line between its neighbours (text of up to three lines); empty where not readable.",
+    )
+    first: list[int] = Field(default=[], description="Number of the first line of context.")
 
 
 class Value(Part):
@@ -287,7 +294,7 @@ class Overlay(Part):
 class Record(Part):
     """A whole walk."""
 
-    adkit_record: Literal[1] = 1
+    adkit_record: Literal[1, 2] = 2
     name: str
     about: dict[str, str] = Field(
         default={}, description="Facts for the head: class, device, dtype, weights."

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from adkit.viz.dot import write_atomically
-from adkit.viz.record.format import VERSION, Graph, Ragged, Record, Segment
+from adkit.viz.record.format import READ, Graph, Ragged, Record, Segment, Sources
 from adkit.viz.record.write import apply_splices
 
 #: Bytes of JSON that are read at most; llama-3.1-405b takes under 4 MB.
@@ -83,8 +83,9 @@ def _told(error: ValidationError, data: bytes, name: str) -> str:
             "a saved run; Workbench.load reads it" if isinstance(head, dict) and "adkit_run" in head else ""
         )
         return f"{name} is not a record{f' but {kind}' if kind else ' (it has no adkit_record)'}"
-    if version != VERSION:
-        return f"{name} has record version {str(version)[:20]!r}; this version of adkit reads {VERSION}"
+    if version not in READ:
+        known = " and ".join(map(str, READ))
+        return f"{name} has record version {str(version)[:20]!r}; this version of adkit reads {known}"
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(p)[:40] for p in first["loc"])
     return f"{name} is a damaged record: {where}: {first['msg']} ({error.error_count()} such); write it again"
@@ -94,11 +95,14 @@ def check_record(r: Record) -> None:
     """Every index must lead somewhere, columns be of one length, graphs add up; raises RecordError."""
     texts, rows = len(r.texts), len(r.rows.node)
     for name, table in (("modules", r.modules), ("sources", r.sources), ("rows", r.rows), ("nodes", r.nodes)):
-        lengths = {k: len(v) for k, v in dict(table).items()}
+        columns = dict(table)
+        if r.adkit_record == 1 and isinstance(table, Sources):
+            del columns["context"], columns["first"]
+        lengths = {k: len(v) for k, v in columns.items()}
         if len(set(lengths.values())) > 1:
             raise RecordError(f"the columns of {name} differ in length")
     m, s = r.modules, r.sources
-    for column in (m.name, m.path, m.type, s.file, s.function, s.code):
+    for column in (m.name, m.path, m.type, s.file, s.function, s.code, s.context):
         _below(column, texts, "texts")
     if any(p >= k for k, p in enumerate(m.parent)) or (m.parent and m.parent[0] != -1):
         raise RecordError("a module stands before its parent")

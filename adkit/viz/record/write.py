@@ -18,7 +18,7 @@ import torch
 from adkit.graph.code import Symbols, dtype_text, lines, op_text
 from adkit.graph.cost import Device, NodeCost, device_named, node_costs
 from adkit.graph.diff import Diff, RewriteClass
-from adkit.graph.provenance import Source, layer_of, without_layer
+from adkit.graph.provenance import Source, context_of, layer_of, without_layer
 from adkit.graph.serialize import portable
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 from adkit.graph.step import Step
@@ -235,6 +235,9 @@ class RecordWriter:
             table.line.append(source.line)
             table.function.append(self._text(source.function))
             table.code.append(self._text(source.code))
+            context = context_of(source)
+            table.context.append(self._text(context.text if context else ""))
+            table.first.append(context.first if context else source.line)
         return self._sources[source]
 
     def _value(self, n: NodeRecord) -> int:

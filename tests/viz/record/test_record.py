@@ -15,7 +15,6 @@ from adkit.graph.code import lines
 from adkit.graph.history import History
 from adkit.graph.step import Step, Steps
 from adkit.viz.record import Record, RecordError, RecordWriter, dump_record, load_record, parse_record
-from adkit.viz.record.overlays import overlay
 from adkit.viz.record.read import graph_rows
 from adkit.viz.record.schema import PATH, schema_text
 from adkit.viz.record.write import apply_splices, rising, runs, splices
@@ -86,6 +85,24 @@ def test_origins_lead_to_the_lines_that_history_names(steps: Steps, record: Reco
                 assert (record.texts[t.file[at]], t.line[at]) == (r.source.file, r.source.line)
 
 
+def test_source_lines_stand_between_their_neighbours(steps: Steps, record: Record) -> None:
+    t = record.sources
+    assert t.file
+    for code, line, context, first in zip(t.code, t.line, t.context, t.first, strict=True):
+        shown = record.texts[context].split("\n")
+        assert shown[line - first].strip() == record.texts[code]
+        assert (first, len(shown)) == (line - 1, 3)
+
+
+def test_a_record_of_version_1_is_read(record: Record) -> None:
+    old = record.model_dump(mode="json") | {"adkit_record": 1}
+    del old["sources"]["context"], old["sources"]["first"]
+    read = parse_record(json.dumps(old).encode())
+    assert (read.adkit_record, read.sources.context, read.rows) == (1, [], record.rows)
+    with pytest.raises(RecordError, match="columns of sources"):
+        parse_record(json.dumps(old | {"adkit_record": 2}).encode())
+
+
 def test_folding_and_program_are_those_of_the_graph(steps: Steps, record: Record) -> None:
     s = [x for x in steps if len(x.after)][-1].after
     view = record.graphs[-1].view
@@ -143,7 +160,7 @@ def test_what_is_no_record_is_told(tmp_path: Path, record: Record) -> None:
         (b"", "cut short"),
         (b"[1]", "no adkit_record"),
         (b'{"adkit_run": 1}', "saved run"),
-        (b'{"adkit_record": 2, "name": "x"}', "version '2'"),
+        (b'{"adkit_record": 3, "name": "x"}', "version '3'; this version of adkit reads 1 and 2"),
         (b'{"adkit_record": 1, "name": 3}', "name"),
         (b'{"adkit_record": 1, "name": "x", "more": 1}', "more"),
         (b"[" * 100_000, "not a record"),
@@ -245,13 +262,3 @@ def test_a_pipeline_that_has_not_run_is_a_record_too() -> None:
     record = RecordWriter(steps).complete()
     assert [s.status for s in record.steps] == ["pending", "pending"]
     assert parse_record(record.model_dump_json().encode()) == record
-
-
-def test_overlays_hold_numbers_or_words() -> None:
-    assert overlay("e", {3: 1.5, 4: float("nan"), 5: None}).ids == [3]
-    shards = overlay("shard", {1: "rank 0", 2: "rank 1", 3: "rank 0"})
-    assert (shards.scale, shards.words, shards.values) == ("words", ["rank 0", "rank 1"], [0.0, 1.0, 0.0])
-    with pytest.raises(RecordError, match="node ids"):
-        overlay("x", {"a": 1})  # type: ignore[dict-item]
-    with pytest.raises(RecordError, match="all numbers or all words"):
-        overlay("x", {1: 1, 2: "a"})

@@ -1,0 +1,137 @@
+"""Where a model is cut, as data: the placement of a value over ranks, and the plan, a row a node."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from adkit.graph.display import mimebundle
+
+#: What is done at a node. ``colwise``/``rowwise``: a linear's output or input features are cut; ``gather``: output
+#: features cut and joined again at once; ``vocab``: an embedding's rows; ``experts``: a mixture of experts by expert
+#: and by hidden feature; ``follow``: works on pieces because its inputs are pieces; ``whole``: the same on every rank.
+Decision = Literal["colwise", "rowwise", "gather", "vocab", "experts", "follow", "whole"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What ranks hold of one value: all of it, a piece along ``dim``, or a term of its sum."""
+
+    kind: Literal["replicated", "cut", "partial"] = "replicated"
+    dim: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.dim is None else f"{self.kind}({self.dim})"
+
+
+REPLICATED, PARTIAL = Placement(), Placement("partial")
+
+
+def cut(dim: int) -> Placement:
+    """A piece along ``dim`` (counted from the front)."""
+    return Placement("cut", dim)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One node of a plan.
+
+    ``node`` is its id; ``weights`` the parameters that the decision cuts, along ``dim``, no piece smaller than
+    ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks follows;
+    ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user; ``why``: the
+    reason, for what stays whole the reason against.
+    """
+
+    node: int
+    name: str
+    module: str
+    op: str
+    decision: Decision
+    region: str = ""
+    layer_type: str = "unknown"
+    layer: int | None = None
+    weights: tuple[str, ...] = ()
+    dim: int | None = None
+    min_local: int = 1
+    sizes: tuple[int, ...] = ()
+    reduce: bool = False
+    placement: Placement = REPLICATED
+    source: str = "heuristic"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """What is cut where, and why: a row a node that has a weight or talks to other ranks, in graph order.
+
+    Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``: the
+    sizes it was made for.
+    """
+
+    rows: tuple[PlanRow, ...] = ()
+    tp: int = 1
+    moe_ep: int = 1
+    moe_tp: int = 1
+    attention_dp: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find(self, pattern: str) -> list[PlanRow]:
+        """Rows whose module path or node name matches ``pattern`` (``*`` any text: ``model.layers.0.mlp*``)."""
+        return [r for r in self.rows if _matches(r, pattern)]
+
+    def edit(self, pattern: str, decision: Decision, why: str = "edited by hand") -> ShardingPlan:
+        """The plan with another decision for the rows that match; KeyError when none does."""
+        if not self.find(pattern):
+            modules = sorted({r.module for r in self.rows})
+            raise KeyError(f"no row of the plan matches {pattern!r}; modules: {', '.join(modules[:8])}...")
+        rows = tuple(
+            replace(r, decision=decision, source="user", why=why) if _matches(r, pattern) else r
+            for r in self.rows
+        )
+        return replace(self, rows=rows)
+
+    def table(self) -> Any:
+        """The plan as a pandas DataFrame."""
+        import pandas as pd
+
+        names = (
+            "module",
+            "op",
+            "decision",
+            "dim",
+            "min_local",
+            "reduce",
+            "placement",
+            "layer_type",
+            "source",
+            "why",
+        )
+        return pd.DataFrame(
+            [[str(getattr(r, n)) if n == "placement" else getattr(r, n) for n in names] for r in self.rows],
+            columns=list(names),
+            index=[r.name for r in self.rows],
+        )
+
+    def __repr__(self) -> str:
+        counts: dict[str, int] = {}
+        for r in self.rows:
+            counts[r.decision] = counts.get(r.decision, 0) + 1
+        told = ", ".join(f"{n} {d}" for d, n in sorted(counts.items(), key=lambda c: -c[1]))
+        sums = sum(r.reduce for r in self.rows)
+        world = f"tp={self.tp}, moe {self.moe_ep}x{self.moe_tp}"
+        return f"ShardingPlan({world}: {told or 'nothing'}; {sums} sums over ranks)"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)
+
+
+def _matches(row: PlanRow, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (row.module, row.name, *row.weights))

@@ -1,0 +1,83 @@
+"""An engine over virtual ranks: the rest of the pipeline on each, one paged cache each, run in step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adkit.contract import CachePool, CompiledModel, ShardingError
+from adkit.passes.compile.compile_model import learned_positions
+from adkit.runtime.live import LiveModel
+from adkit.sharding.forks import graph_module
+from adkit.sharding.lockstep import Together
+
+if TYPE_CHECKING:
+    from adkit.workbench import Workbench
+
+
+@dataclass
+class RankPools(CachePool):
+    """Rank 0's cache, and with it those of the others: what is done to one is done to all."""
+
+    others: list[CachePool] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pools: Sequence[CachePool]) -> RankPools:
+        """Pools of the same pages: as many as the smallest has."""
+        pages = min(p.num_pages for p in pools)
+        for p in pools:
+            if p.num_pages != pages and p.tensors:
+                p.allocate(pages, next(iter(p.tensors.values())).device)
+        first, *others = pools
+        return cls(first.specs, first.page_size, pages, first.tensors, others)
+
+    def allocate(self, num_pages: int, device: torch.device | str) -> None:
+        """(Re)allocate every rank's."""
+        super().allocate(num_pages, device)
+        for pool in self.others:
+            pool.allocate(num_pages, device)
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Zero these pages of every rank's."""
+        super().wipe(pages)
+        for pool in self.others:
+            pool.wipe(pages)
+
+
+def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
+    """Ranks whose pipelines stand before compilation, as one model that the runtime can run."""
+    together = Together([graph_module(wb) for wb in ranks])
+    caches = [wb._state.caches for wb in ranks]
+    if any(c is None for c in caches):
+        raise ShardingError("the ranks' graphs have no caches: cache_init did not run")
+    pools = RankPools.of([c for c in caches if c is not None])
+
+    def forward(**feed: Any) -> Tensor:
+        feeds = [feed, *({**feed, **pool.tensors} for pool in pools.others)]
+        logits: Tensor = together.run(feeds)[0][0]
+        return logits
+
+    first = ranks[0]
+    output = together.rows[-1][0].args[0]
+    return CompiledModel(
+        forward=forward,
+        inputs=tuple(together.inputs),
+        caches=pools,
+        vocab_size=int(output[0].meta["val"].shape[-1]),  # type: ignore[index, union-attr]
+        device=first.device,
+        eos_token_ids=tuple(first.factory.eos_token_ids),
+        max_positions=learned_positions(together.graphs[0]),
+        details={"backend": f"{len(ranks)} virtual ranks"},
+    )
+
+
+def live(ranks: Sequence[Workbench]) -> LiveModel:
+    """Run what remains on every rank, to its cache, and an engine over them."""
+    for wb in ranks:
+        wb.run(until="cache_init")
+    first = ranks[0]
+    return LiveModel(compiled(ranks), first._context.engine, first.factory.tokenizer())
