@@ -20,10 +20,10 @@ from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
 from adkit.models.export import retarget_device
-from adkit.models.loading import graph_tensor_names, load_graph_tensors
+from adkit.models.loading import LOCAL, graph_memory, graph_tensor_names, load_graph_tensors
 from adkit.models.memory import MemoryEstimate
 from adkit.passes import Context, Pass, Stage, get_pass
-from adkit.passes.pipeline import State, ordered, pending_step, rebuild, run_pass
+from adkit.passes.pipeline import State, ordered, pending_step, rebuild, records_of, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 from adkit.progress import Bars
@@ -140,7 +140,14 @@ class Workbench:
         return any(name in names for name in self._state.tensors) and self._past_loading(self.position)
 
     def memory_estimate(self, device: torch.device | str | None = None) -> MemoryEstimate:
-        """What the model needs on the device (default: its own), before anything is loaded."""
+        """What the model needs on the device (default: its own), before anything is loaded; once the graph is cut, what
+        this rank needs."""
+        gm = self._state.module
+        if isinstance(gm, GraphModule) and LOCAL in gm.meta:
+            where = self.device if device is None else torch.device(device)
+            caches = self._state.caches
+            per_token = 0 if caches is None else int(caches.bytes_per_token)
+            return graph_memory(gm, self.factory, self._context.engine, where, per_token)
         return self.factory.memory_estimate(self._context.engine, self.device if device is None else device)
 
     def _past_loading(self, index: int) -> bool:
@@ -209,7 +216,7 @@ class Workbench:
             snapshot, holder, caches = entry
             gm = rebuild(snapshot, holder)
             snapshot = take(gm)  # records of the nodes just made, which later steps can then share
-            state = State(gm, snapshot, caches)
+            state = State(gm, snapshot, caches, records=records_of(gm))
             past = self._past_loading(i) and self.factory.weights != "none"
             if past:
                 with self.bars:
@@ -261,7 +268,7 @@ class Workbench:
             self._state, self._history = State(), []
             self._reset_steps(0)
         else:
-            gm = rebuild(target.snapshot, module)
+            gm = rebuild(target.snapshot, module, target.records)
             target = replace(
                 target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches)
             )

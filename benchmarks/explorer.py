@@ -166,29 +166,29 @@ def page_rounds(browser: Any, file: Path, rounds: int) -> dict[str, float]:
 
 def lab_rounds(browser: Any, name: str, rounds: int) -> dict[str, float]:
     """JupyterLab: from running the cell ``wb.explore()`` to the picture, then as on the page."""
-    from tests.e2e.lab import Notebook, lab
+    from tests.e2e.lab import open_notebook, serve
 
-    with tempfile.TemporaryDirectory() as folder, lab(Path(folder), ROOT) as address:
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder), ROOT) as address:
         page = browser.new_page(viewport={"width": 1440, "height": 1300})
-        notebook = Notebook.open(page, address)
+        lab = open_notebook(address, page)
         setup = f"import adkit, time\nwb = adkit.Workbench({name!r}, device='cpu', progress=False).run()"
-        notebook.run(setup, seconds=300)
+        lab.run(setup, seconds=300)
 
         def one() -> dict[str, float]:
             page.evaluate("window.from = performance.now()")
             page.evaluate(f"() => {{ {PAINT} }}")  # not its promise: nothing is painted yet
-            cell = notebook.run(
+            cell = lab.run(
                 "start = time.perf_counter(); explorer = wb.explore(); took = time.perf_counter() - start\nexplorer"
             )
             paint = float(page.evaluate("window.painted.then(at => at - window.from)"))
-            told = notebook.run("print('seconds', took)").locator(".jp-OutputArea-output").first
+            told = lab.run("print('seconds', took)").locator(".jp-OutputArea-output").first
             told.wait_for()
             seconds = float((told.text_content() or "").split()[1])
             cell.scroll_into_view_if_needed()
             page.wait_for_timeout(4000)  # the parts that were left out arrive
             found = Explored(page).round()
-            notebook.command("notebook:clear-all-cell-outputs")
-            notebook.run("explorer.close()")
+            lab.command("notebook:clear-all-cell-outputs")
+            lab.run("explorer.close()")
             return {"explore_to_paint_ms": paint, "explore_in_python_ms": seconds * 1e3, **found}
 
         found = medians(one, rounds)

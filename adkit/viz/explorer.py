@@ -16,6 +16,10 @@ import anywidget
 import traitlets
 from pydantic import TypeAdapter
 
+from adkit.graph.diff import RewriteClass, Site
+from adkit.graph.snapshot import NodeRecord
+from adkit.graph.step import Step
+from adkit.graph.times import NodeTimes
 from adkit.viz.page import asset
 from adkit.viz.record.format import Costs, Overlay, Record, Rewrite, View
 from adkit.viz.record.overlays import overlay
@@ -156,10 +160,15 @@ class Explorer(anywidget.AnyWidget):
         return steps[self.step].name if self.step >= 0 else ""
 
     def goto(
-        self, step: str | int, node: int | None = None, *, compare_to: str | int | None = None
+        self,
+        step: str | int | Step,
+        node: int | NodeRecord | Site | RewriteClass | Iterable[Any] | None = None,
+        *,
+        compare_to: str | int | Step | None = None,
     ) -> Explorer:
-        """Look at a step (name or index, negative from the end), at one node of it, against another step.
+        """Look at a step (name or index, negative from the end; a stage is its last step), against another one.
 
+        ``node`` is what to select: an id or node, a site or all sites of a rewrite class, or several of them.
         Returns itself. Raises KeyError for an unknown step, with the nearest ones; TraitError for an unknown node.
         """
         self.step = self._index(step)
@@ -170,23 +179,32 @@ class Explorer(anywidget.AnyWidget):
         elif not self.panes:
             self.against = -1
         if node is not None:
-            self.selection = [node]
+            self.selection = _ids(node)
         return self
 
-    def add_overlay(self, name: str, values: Mapping[int, Any] | Overlay, **options: Any) -> Explorer:
-        """Lay values over the graph, ``{node id: number or word}``, and show them; options as ``overlay`` takes."""
-        made = values if isinstance(values, Overlay) else overlay(name, values, **options)
+    def add_overlay(
+        self, name: str, values: Mapping[Any, Any] | NodeTimes | Overlay, **options: Any
+    ) -> Explorer:
+        """Lay values over the graph and show them: ``{node: number or word}``, a profile, ``wb.errors()``.
+
+        Options as :func:`adkit.viz.overlay` takes; RecordError for values that it refuses.
+        """
+        made = overlay(name, values, **options)
         self.data.overlays = [*(o for o in self.data.overlays if o.name != made.name), made]
         self.overlays = _zipped(_OVERLAYS.dump_json(self.data.overlays))
         self.overlay = made.name
         return self
 
-    def _index(self, step: str | int) -> int:
+    def _index(self, step: str | int | Step) -> int:
         names = [s.name for s in self.data.steps]
+        step = step.name if isinstance(step, Step) else step
         if isinstance(step, int):
             if not -len(names) <= step < len(names):
                 raise KeyError(f"no step {step}: the record has {len(names)}")
             return step % len(names)
+        stage = [k for k, s in enumerate(self.data.steps) if s.stage == step and s.after >= 0]
+        if step not in names and stage:
+            return stage[-1]
         if step not in names:
             raise KeyError(f"no step {step!r} in this record{_nearest(step, names)}")
         return names.index(step)
@@ -262,6 +280,21 @@ class Explorer(anywidget.AnyWidget):
             "image/svg+xml": walk_svg(self.data),
         }
         return {**(bundle or {}), **still}, meta
+
+
+def _ids(node: Any) -> list[int]:
+    """Ids of what :meth:`Explorer.goto` takes; of a site the nodes made or changed, else those erased."""
+    if isinstance(node, RewriteClass):
+        return _ids(node.sites)
+    if isinstance(node, Site):
+        return [*node.created, *node.changed] or list(node.erased)
+    if isinstance(node, NodeRecord):
+        return [node.id]
+    return (
+        [i for n in node for i in _ids(n)]
+        if isinstance(node, Iterable) and not isinstance(node, str)
+        else [node]
+    )
 
 
 def _last_change(data: Record) -> int:

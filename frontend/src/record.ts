@@ -118,6 +118,13 @@ export const OPS = ["placeholder", "get_attr", "call_function", "call_module", "
 
 const EMPTY: Ragged = { starts: [0], items: [] };
 
+/** Values with open sizes by their readable names: B for s44. */
+function named(values: RecordData["values"], graphs: Partial<GraphData>[]): RecordData["values"] {
+  const names = new Map(graphs.flatMap((g) => Object.entries(g.symbols ?? {})));
+  const read = (text: string): string => text.replace(/\b[a-z]+\d+\b/g, (word) => names.get(word) ?? word);
+  return values.map((v) => ({ ...v, text: read(v.text), shape: v.shape?.map((d) => (typeof d === "string" ? read(d) : d)) ?? null }));
+}
+
 /** What the writer leaves out because it is the default. */
 function complete(given: Partial<RecordData>): RecordData {
   const step = { doc: "", config: {}, reason: "", summary: "", matches: 0, details: {}, log: [], seconds: 0, memory_bytes: 0, altered: [], before: -1, after: -1, created: 0, erased: 0, changed: [], rewired: [], moved: [], rewrites: [], source: null };
@@ -129,7 +136,6 @@ function complete(given: Partial<RecordData>): RecordData {
     config: "",
     note: "",
     texts: [],
-    values: [],
     targets: [],
     calls: [],
     categories: [],
@@ -139,6 +145,7 @@ function complete(given: Partial<RecordData>): RecordData {
     sources: { file: [], line: [], function: [], code: [], context: [], first: [], ...given.sources },
     nodes: { id: [], born: [], gone: [], origins: EMPTY, ...given.nodes },
     rows: { node: [], name: [], op: [], target: [], call: [], inputs: EMPTY, value: [], module: [], source: [], category: [], ...given.rows },
+    values: named(given.values ?? [], given.graphs ?? []),
     graphs: (given.graphs ?? []).map((g) => ({ ...{ base: -1, splices: [], symbols: {} }, ...g, view: g.view ? completeView(g.view) : null })),
     steps: (given.steps ?? []).map((s) => ({ ...step, ...s, rewrites: s.rewrites === null ? null : completeRewrites(s.rewrites ?? []) })),
     costs: completeCosts(given.costs ?? []),

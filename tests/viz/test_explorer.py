@@ -61,6 +61,25 @@ def test_goto_and_selection(record: Record) -> None:
         explorer.step = 99
 
 
+def test_goto_takes_what_python_holds(record: Record) -> None:
+    explorer, steps = Explorer(record), sample("llama")
+    step = steps["match_rmsnorm_pattern"]
+    rewrite = step.rewrites[0]
+    assert explorer.goto(step, step.after.nodes[-2]).selection == [step.after.nodes[-2].id]
+    assert explorer.step_name == step.name
+    assert explorer.goto("match_rmsnorm_pattern", rewrite.sites[1]).selection == list(
+        rewrite.sites[1].created
+    )
+    assert explorer.goto(-3, rewrite).selection == [i for s in rewrite.sites for i in s.created]
+    dropped = steps["strip_asserts"].rewrites[0].sites[0]
+    assert explorer.goto("strip_asserts", dropped, compare_to="export_to_gm").selection == list(
+        dropped.erased
+    )
+    assert explorer.goto("pattern_matcher").step_name == "match_moe_pattern"
+    with pytest.raises(traitlets.TraitError):
+        explorer.goto(step, "linear")  # type: ignore[arg-type]
+
+
 def test_an_overlay_added_is_shown(record: Record) -> None:
     explorer = Explorer(record.model_copy())
     explorer.add_overlay("mine", {record.nodes.id[0]: 2.0}, unit="x")
@@ -93,7 +112,7 @@ def test_panes_from_python(record: Record) -> None:
         with pytest.raises(traitlets.TraitError, match="2 to 4 different steps"):
             explorer.panes = wrong
     with pytest.raises(traitlets.TraitError, match="did you mean 'export_to_gm'"):
-        explorer.panes = ["export", "match_rmsnorm_pattern"]
+        explorer.panes = ["exports", "match_rmsnorm_pattern"]
     assert explorer.panes == []
 
 
