@@ -48,6 +48,11 @@ def use(communicator: Communicator) -> Iterator[None]:
         _COMMUNICATOR = before
 
 
+def connected() -> bool:
+    """True where there is a communicator: this process is one of several ranks, and not all of them."""
+    return _COMMUNICATOR is not None
+
+
 def communicator() -> Communicator:
     """The communicator in use; ShardingError without one."""
     if _COMMUNICATOR is None:

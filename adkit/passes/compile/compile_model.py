@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
 from adkit.models.memory import limited
+from adkit.ops import dist
 from adkit.ops.registry import OPS, info_of
 from adkit.ops.triton.ops import fallen_back
 from adkit.passes.base import Context, Pass, PassConfig, Stage
@@ -124,6 +125,8 @@ class CompileModel(Pass):
         advice = "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
         with limited(for_graphs, ctx.device, advice):
             graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, most, ctx.device)
+            if ctx.dist.world_size > 1:  # ranks may differ in a logit's last bit, and must not in a token
+                graphs.agree = dist.communicator().broadcast
             graphs.warm_up(ctx.progress)
             why = _uncapturable(gm)
             if why:

@@ -44,12 +44,17 @@ def ladder(most: int) -> list[int]:
     return [*(n for n in sizes if n < most), min(most, LARGEST)]
 
 
+def _by_itself(best: Tensor) -> Tensor:
+    return best
+
+
 @dataclass
 class DecodeGraphs:
     """A :class:`~adkit.contract.DecodeReplay`: decode steps of ``forward`` over ``caches``, in place.
 
     ``inputs`` are the graph's placeholders, ``max_pages`` the width of the page table, ``num_previous`` the most tokens
-    that a step samples, ``sizes`` the ladder, ascending. Until :meth:`capture` it runs ``forward`` itself on the same
+    that a step samples, ``sizes`` the ladder, ascending. ``agree`` makes one of the best tokens [size] that ranks
+    found. Until :meth:`capture` it runs ``forward`` itself on the same
     buffers, on any device. ``seconds`` and ``bytes`` say what warming up and capturing took.
     """
 
@@ -60,6 +65,7 @@ class DecodeGraphs:
     max_pages: int
     num_previous: int
     device: torch.device
+    agree: Callable[[Tensor], Tensor] = _by_itself
     seconds: float = 0.0
     bytes: int = 0
     _graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = field(
@@ -138,7 +144,7 @@ class DecodeGraphs:
         given["input_ids"] = known.index_select(0, given["sources"])[None]
         feed = {n: self.caches.tensors[n] if n in self.caches.tensors else given[n] for n in self.inputs}
         logits = self.forward(**feed)[0]
-        best = best_tokens(logits)
+        best = self.agree(best_tokens(logits))
         torch.clamp_min(best, 0, out=self._previous[: layout.sequences])
         return logits, best
 
