@@ -1,6 +1,7 @@
 """Kernels by which ranks add up and gather tensors in each other's memory; ``collectives`` launches them.
 
-Messages are counted in words of 32 bits: one float32, or two numbers of 16 bits. Every rank adds the same numbers
+Messages are counted in words of 32 bits, one float32 or two numbers of 16 bits, and in quarters of 16 bytes, so that
+the compiler knows that it may read and write so much at once. Every rank adds the same numbers
 in the same order, rank 0's first, so that all have the same bits.
 """
 
@@ -69,7 +70,7 @@ def _arrived(at, live, epoch, patience, TRAPS: tl.constexpr):
     return sent.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["words"])
+@triton.jit(do_not_specialize=["quarters"])
 def oneshot_kernel(
     x_ptr,
     out_ptr,
@@ -78,7 +79,7 @@ def oneshot_kernel(
     normed_ptr,
     inboxes_ptr,
     counts_ptr,
-    words,
+    quarters,
     width,
     capacity,
     eps,
@@ -108,6 +109,7 @@ def oneshot_kernel(
     and a counter of its own, so programs need not know of each other.
     """
     pdl.release(PDL)
+    words = quarters * 4
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     at = program.to(tl.int64) * width + cols
@@ -169,7 +171,14 @@ def oneshot_kernel(
 
 @triton.jit
 def _meet(
-    flags_ptr, program, programs, epoch, patience, RANK: tl.constexpr, WORLD: tl.constexpr, TRAPS: tl.constexpr
+    flags_ptr,
+    program,
+    programs,
+    epoch,
+    patience,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    TRAPS: tl.constexpr,
 ):
     """Wait until this program has come here on every rank; then all that they wrote before can be read.
 
@@ -193,15 +202,14 @@ def _meet(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["words", "share"])
+@triton.jit(do_not_specialize=["share_quarters"])
 def twoshot_kernel(
     x_ptr,
     out_ptr,
     inboxes_ptr,
     flags_ptr,
     counts_ptr,
-    words,
-    share,
+    share_quarters,
     capacity,
     patience,
     RANK: tl.constexpr,
@@ -220,6 +228,7 @@ def twoshot_kernel(
     have, so nobody overwrites what another has yet to read.
     """
     pdl.release(PDL)
+    share = share_quarters * 4
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
@@ -232,13 +241,13 @@ def twoshot_kernel(
         theirs = _memory(inboxes_ptr, peer, tl.int32) + RANK * capacity
         for start in range(program * BLOCK, share, programs * BLOCK):
             here = start + cols
-            live = (here < share) & (peer * share + here < words)
+            live = here < share
             part = tl.load(x_ptr + peer * share + here, live, 0, eviction_policy="evict_first")
             tl.store(theirs + here, part, live)
     _meet(flags_ptr, program, programs, epoch - 1, patience, RANK, WORLD, TRAPS)
     for start in range(program * BLOCK, share, programs * BLOCK):
         here = start + cols
-        live = (here < share) & (RANK * share + here < words)
+        live = here < share
         low = tl.zeros((BLOCK,), tl.float32)
         high = tl.zeros((BLOCK,), tl.float32)
         for source in tl.static_range(WORLD):
@@ -259,7 +268,7 @@ def twoshot_kernel(
         peer = (RANK + step) % WORLD
         for start in range(program * BLOCK, share, programs * BLOCK):
             here = start + cols
-            live = (here < share) & (peer * share + here < words)
+            live = here < share
             part = tl.load(mine_ptr + sums + peer * capacity + here, live, 0, cache_modifier=".cg")
             tl.store(out_ptr + peer * share + here, part, live)
     tl.store(counts_ptr + program, epoch)

@@ -65,12 +65,13 @@ def twoshot_bytes(programs: int, width: int) -> int:
     return 2 * programs * width * 4
 
 
-def refused(x: Tensor, capacity: int) -> str:
-    """Why a message cannot travel in words, ``capacity`` of them at most; empty when it can."""
+def refused(x: Tensor, capacity: int, shares: int = 1) -> str:
+    """Why a message cannot travel: ``capacity`` words are too few, or it does not fall into ``shares`` of whole
+    16 bytes; empty when it can."""
     if x.dtype not in _KINDS:
         return f"{x.dtype} is not one of float32, bfloat16, float16"
-    if x.nbytes % 4:
-        return f"{x.numel()} numbers of {x.element_size()} bytes are not whole words of 4"
+    if x.nbytes % (16 * shares):
+        return f"{x.nbytes} bytes are not {shares} times a multiple of 16"
     if x.nbytes > 4 * capacity:
         return f"{x.nbytes} bytes are more than the {4 * capacity} that fit"
     return ""
@@ -78,7 +79,7 @@ def refused(x: Tensor, capacity: int) -> str:
 
 def _words(x: Tensor) -> Tensor:
     x = x.contiguous()
-    if x.data_ptr() % 16:  # a view that begins between two words
+    if x.data_ptr() % 16:  # a view that begins somewhere
         x = x.clone()
     return x.view(-1).view(torch.int32)
 
@@ -117,7 +118,7 @@ def _oneshot(
         sums if normed is None else normed.view(-1).view(torch.int32),
         inboxes.addresses,
         inboxes.counts,
-        count,
+        count // 4,
         width,
         inboxes.capacity,
         eps,
@@ -132,7 +133,7 @@ def _oneshot(
         IN_FLOAT=in_float,
         BLOCK=block,
         TRAPS=_traps(),
-        num_warps=min(16, max(1, block // 128)),
+        num_warps=min(32, max(1, block // 64)),  # two words a thread: 16 bytes on their way
         **_kind(x),
         **pdl.launch(),
     )
@@ -176,18 +177,15 @@ def twoshot_all_reduce(x: Tensor, inboxes: Inboxes) -> Tensor:
     assert inboxes.flags is not None
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     words = _words(x)
-    count = words.numel()
-    if not count:
+    if not words.numel():
         return out
-    share = -(-count // (4 * inboxes.world)) * 4
     twoshot_kernel[(inboxes.programs,)](
         words,
         out.view(-1).view(torch.int32),
         inboxes.addresses,
         inboxes.flags,
         inboxes.counts,
-        count,
-        share,
+        words.numel() // (4 * inboxes.world),
         inboxes.capacity // inboxes.world,
         inboxes.patience,
         RANK=inboxes.rank,
