@@ -61,9 +61,9 @@ def candidates(strategies: Any, widths: dict[int, Any], x: Tensor) -> dict[str, 
     """What can add up ``x``, by name."""
     from adkit.ops.triton import collectives
 
-    calls: dict[str, Callable[[], Tensor]] = {"NCCL": partial(strategies._get("NCCL").all_reduce, x)}
+    calls: dict[str, Callable[[], Tensor]] = {"NCCL": partial(strategies.get("NCCL").all_reduce, x)}
     for name in ("ONESHOT", "TWOSHOT"):
-        strategy = strategies._get(name)
+        strategy = strategies.get(name)
         if strategy is not None and not strategy.refuses(x):
             calls[name] = partial(strategy.all_reduce, x)
     for width, inboxes in widths.items():
@@ -142,7 +142,7 @@ def measure(rank: int, world: int, port: int, options: argparse.Namespace) -> No
         return float(spent) > options.seconds
 
     say(f"{world} ranks met; peer access {torch.cuda.can_device_access_peer(rank, (rank + 1) % world)}")
-    strategies._get("ONESHOT"), strategies._get("TWOSHOT")
+    strategies.get("ONESHOT"), strategies.get("TWOSHOT")
     say(f"fallen: {strategies.fallen}")
     report["fallen"] = strategies.fallen
     if options.chain:
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=100)
-    parser.add_argument("--patience", type=int, default=1 << 22)
+    parser.add_argument("--patience", type=int, default=1 << 24)
     parser.add_argument("--chain", action="store_true")
     options = parser.parse_args()
     with socket.socket() as free:

@@ -102,8 +102,8 @@ def oneshot_kernel(
 
     A word travels together with the number of the call, as 64 bits that are written and read in one piece: when the
     number is right the word is there, and no flag or fence is needed. Inboxes [2][WORLD][capacity] are used
-    in turn. A rank writes for call n only when it has read everybody's words of call n - 1, which they sent after reading those of
-    call n - 2, so nothing is overwritten that somebody has yet to read.
+    in turn. A rank writes for call n only when it has read everybody's words of call n - 1, which they sent after
+    reading those of call n - 2, so nothing is overwritten that somebody has yet to read.
 
     A program has ``width`` words of the message (a row, where there is a norm), always the same places in the inbox,
     and a counter of its own, so programs need not know of each other.

@@ -35,8 +35,8 @@ _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 class Inboxes:
     """Memory of ``world`` ranks that each can write, as rank ``rank`` sees it; all zero before the first call.
 
-    ``addresses`` [world] int64: where each rank's inbox begins, of ``inbox_bytes``. A one-shot sum splits a message of at
-    most ``programs * width`` words in rows of ``width``. ``flags`` [world] int64: where each rank's flags begin,
+    ``addresses`` [world] int64: where each rank's inbox begins. A message has at most ``programs * width`` words; a
+    one-shot sum splits it in rows of ``width``. ``flags`` [world] int64: where each rank's flags begin,
     int32 [world, programs]; two-shot sums alone need them. ``counts`` [programs] int32 is this rank's own.
     """
 

@@ -10,9 +10,9 @@
 | LOWPRECISION | float32 travels as bfloat16, otherwise AUTO | AUTO |
 | UB, MNNVL, NCCL_SYMMETRIC | user buffers, multi-node NVLink, registered windows: not there | AUTO, with a warning |
 
-A strategy is made once a world, when first asked for. Whether it can be had, and whether it takes a tensor (its size and
-dtype), depends on nothing that differs between ranks, so that all choose the same. Whatever the strategy, all ranks get
-the same bits.
+A strategy is made once a world, when first asked for. Whether it can be had, and whether it takes a tensor (its size
+and dtype), depends on nothing that differs between ranks, so that all choose the same. Whatever the strategy, all
+ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Strategies:
         """Every rank's ``x`` [...] -> [size, ...] in peers' memory (SYMM_MEM, and what AUTO finds small); else None."""
         if name == "AUTO" and x.nbytes > _AUTO[2][0]:
             return None
-        one_shot = self._get("ONESHOT") if name in ("AUTO", "SYMM_MEM") and self._peers() else None
+        one_shot = self.get("ONESHOT") if name in ("AUTO", "SYMM_MEM") and self._peers() else None
         return one_shot.all_gather(x) if isinstance(one_shot, OneShot) and not one_shot.refuses(x) else None
 
     def choose(self, x: Tensor, name: str) -> Strategy:
@@ -216,10 +216,10 @@ class Strategies:
         if names is None:  # AUTO, and LOWPRECISION of what is no longer than 16 bits
             names = automatic(x.nbytes, self.site.size) if self._peers() else ()
         for one in names:
-            strategy = self._get(one)
+            strategy = self.get(one)
             if strategy is not None and not strategy.refuses(x):
                 return strategy
-        library = self._get("NCCL")
+        library = self.get("NCCL")
         assert library is not None
         return library
 
@@ -227,7 +227,8 @@ class Strategies:
         """False where AUTO need not even try."""
         return self.site.device.type == "cuda" and self.site.size <= peers.MOST_RANKS
 
-    def _get(self, name: str) -> Strategy | None:
+    def get(self, name: str) -> Strategy | None:
+        """The strategy of exactly this name; None where it cannot be had."""
         if name not in self._made and name not in self.fallen:
             try:
                 self._made[name] = MAKERS[name](self.site)
