@@ -31,7 +31,7 @@ class Rank:
     @torch.inference_mode()
     def start(self, step: Step) -> Launched | None:
         """Start a step; on rank 0 returns what to wait for."""
-        agreed = step.replay and step.draws is None
+        agreed = step.replay and step.plain
         if self.communicator.rank == 0:
             before = self._before if step.host.continues else None
             launched = self.device.start(step.host, step.replay, step.sampling, before)

@@ -67,6 +67,6 @@ def build(
         settings = EngineConfig()
         compiled.decode = DecodeGraphs(
             forward, INPUTS, model.pool, ladder(settings.max_batch_size), 16, settings.max_batch_size,
-            torch.device(device),
+            torch.device(device), here.broadcast,
         )  # fmt: skip
     return compiled
