@@ -136,8 +136,18 @@ def limited(what: str, device: torch.device, advice: str) -> Iterator[None]:
     """Say what ran out of memory and what helps: MemoryLimitError for a device's own error inside."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(f"no memory left on {device} {what}: {advice}. {error}") from error
+    except RuntimeError as error:
+        cause = _out_of_memory(error)
+        if cause is None:
+            raise
+        raise MemoryLimitError(f"no memory left on {device} {what}: {advice}. {cause}") from error
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory that an error tells of or stems from: a capture that was broken off fails once more."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -152,7 +152,7 @@ class Failed:
     secondary: bool
 
 
-_HEADER = struct.Struct("<qqqqqqqBBB")  # number, rows, T, R, M, L, R without padding, then flags
+_HEADER = struct.Struct("<qqqqqqqBBB")  # number, rows, T, R, M, L, L without padding, then flags
 _STEP, _OTHER = b"S", b"O"
 
 
@@ -162,7 +162,7 @@ def encode(message: Any, with_draws: bool = True) -> bytes:
         return _OTHER + pickle.dumps(message)
     host, at = message.host, message.host.layout
     header = _HEADER.pack(
-        message.number, message.rows, at.tokens, at.sequences, at.pages, at.logits, host.sequences,
+        message.number, message.rows, at.tokens, at.sequences, at.pages, at.logits, host.logits,
         message.replay, message.plain, host.continues,
     )  # fmt: skip
     draws = pickle.dumps(message.draws) if message.draws and with_draws else b""
