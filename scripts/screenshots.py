@@ -8,6 +8,7 @@ you commit them.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import adkit
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MODEL = "llama-3.1-405b"
 NOTEBOOK = """
 import adkit
@@ -52,7 +54,7 @@ class Report:
         """Search, and choose the ``nth`` node found."""
         box = self.page.get_by_role("searchbox")
         box.fill(text)
-        self.page.get_by_role("list", name="found").get_by_role("button").nth(nth).click()
+        self.page.get_by_role("search").get_by_role("listitem").nth(nth).get_by_role("button").click()
 
     def unfold(self, title: str) -> None:
         """Open the module whose box says ``title``."""
@@ -90,8 +92,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import browser_path
-    from tests.e2e.lab import Notebook, lab
+    from tests.e2e.lab import open_notebook, serve
 
     wanted = sys.argv[1:] or [*PICTURES, "notebook"]
     unknown = set(wanted) - {*PICTURES, "notebook"}
@@ -99,7 +100,9 @@ def main() -> None:
         sys.exit(f"no picture {', '.join(unknown)}; there are {', '.join([*PICTURES, 'notebook'])}")
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=next(filter(None, map(shutil.which, BROWSERS)), None), args=["--no-sandbox"]
+        )
         view: dict[str, Any] = {"viewport": {"width": 1360, "height": 800}, "device_scale_factor": 1.25}
         if any(name in PICTURES for name in wanted):
             made = adkit.Workbench(MODEL, device="cpu", dtype="bfloat16", progress=False).run()
@@ -113,9 +116,9 @@ def main() -> None:
             page.locator("#adkit-explorer").screenshot(path=IMAGES / f"{name}.png")
             page.close()
         if "notebook" in wanted:
-            with lab(Path(folder), ROOT) as address:
+            with serve(Path(folder), ROOT) as address:
                 page = browser.new_page(**view)
-                notebook = Notebook.open(page, address)
+                notebook = open_notebook(address, page)
                 notebook.run(NOTEBOOK.strip()).get_by_role("tablist").wait_for()
                 page.wait_for_timeout(1500)
                 page.screenshot(path=IMAGES / "notebook.png")

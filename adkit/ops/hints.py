@@ -37,8 +37,10 @@ def view(
     tp_min_local_shape: int = 1,
     layer_type: str = "unknown",
 ) -> Tensor:
-    """``x.view(shape)``, where ``shape[tp_scaled_dim]`` counts something that is cut (heads), of which no rank has fewer
-    than ``tp_min_local_shape``; -1 and symbolic sizes are left to follow."""
+    """``x.view(shape)``, where ``shape[tp_scaled_dim]`` counts something that is cut (heads).
+
+    No rank has fewer of it than ``tp_min_local_shape``; -1 and symbolic sizes are left to follow.
+    """
     return x.reshape(shape).clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
@@ -24,24 +25,75 @@ DECISIONS: dict[object, tuple[Decision, ...]] = {
 }
 
 
-def follow(gm: GraphModule, decisions: Mapping[Node, Decision], source: str) -> Propagation:
+def follow(gm: GraphModule, decisions: Mapping[Node, Decision], dist: DistConfig, source: str) -> Propagation:
     """:func:`propagate`, its failure as a ShardingError that says what to do."""
     for node, decision in decisions.items():
         if decision not in DECISIONS.get(node.target, ("follow", "whole")):
             raise ShardingError(
-                f"{source}: {node.name} cannot be {decision!r}; it may be "
-                f"{' or '.join(repr(d) for d in DECISIONS.get(node.target, ('whole',)))}"
+                f"{source}: {module_of(node)} ({node.name}) cannot be {decision!r}, only "
+                f"{' or '.join(repr(d) for d in DECISIONS.get(node.target, ('follow',)))}"
             )
     try:
-        return propagate(gm, decisions)
+        found = propagate(gm, decisions, attention_dp=dist.enable_attention_dp)
     except Unaccounted as problem:
-        where = module_of(problem.node) if problem.node.op == "call_function" else "the model's output"
-        owners = ", ".join(sorted({module_of(n) for n in problem.owners}))
-        raise ShardingError(
-            f"{source} contradicts itself at {problem.node.name} ({where}): {problem.why}. "
-            + (f"What gets there cut comes from {owners}: " if owners else "")
-            + "make these whole, or cut this node to match"
-        ) from problem
+        raise ShardingError(_contradiction(problem, source)) from problem
+    _one_cut_a_weight(decisions, source)
+    return found
+
+
+def settled(
+    gm: GraphModule, choices: Mapping[Node, Choice], dist: DistConfig
+) -> tuple[dict[Node, Choice], Propagation]:
+    """Choices that hold for the whole graph, and what they come to.
+
+    Regions that the heuristic tried by themselves and that fail beside the others stay whole; a written plan that
+    fails is a ShardingError.
+    """
+    kept = dict(choices)
+    while True:
+        try:
+            found = propagate(
+                gm, {n: c.decision for n, c in kept.items()}, attention_dp=dist.enable_attention_dp
+            )
+            break
+        except Unaccounted as problem:
+            guessed = {n for n in problem.owners if n in kept and kept[n].source == "heuristic"}
+            if not guessed or len(guessed) < len(problem.owners):
+                written = sorted({kept[n].source for n in problem.owners if n in kept} - {"heuristic"})
+                source = f"the {written[0] if written else 'manual'} plan"
+                raise ShardingError(_contradiction(problem, source)) from problem
+            regions = {kept[n].region for n in guessed}
+            why = f"{problem.node.name} is in the way: {problem.why}"
+            for node, choice in kept.items():
+                if choice.region in regions and choice.source == "heuristic":
+                    kept[node] = replace(choice, decision="whole", why=why)
+    _one_cut_a_weight({n: c.decision for n, c in kept.items()}, "the plan")
+    return kept, found
+
+
+def _contradiction(problem: Unaccounted, source: str) -> str:
+    node = problem.node
+    where = "" if node.op == "output" else f" ({module_of(node)})"
+    owners = sorted({module_of(n) for n in problem.owners})
+    told = f"What is cut there comes from {', '.join(owners[:4])}: " if owners else ""
+    return (
+        f"{source} contradicts itself at {node.name}{where}: {problem.why}. {told}leave these whole, or decide "
+        "for this node so that it fits"
+    )
+
+
+def _one_cut_a_weight(decisions: Mapping[Node, Decision], source: str) -> None:
+    """A weight that several nodes read is cut along one dimension for all."""
+    said: dict[str, tuple[Node, int | None]] = {}
+    for node, decision in decisions.items():
+        for name in _weights(node, decision)[0][:1]:
+            dim = WEIGHT_DIM.get(decision)
+            before = said.setdefault(name, (node, dim))
+            if before[1] != dim:
+                raise ShardingError(
+                    f"{source} contradicts itself: {name} is read by {before[0].name} (cut on {before[1]}) and by "
+                    f"{node.name} (cut on {dim}), but it is one weight: decide the same for both"
+                )
 
 
 def min_local(node: Node, found: Propagation) -> int:
@@ -171,8 +223,8 @@ def _why_not(share: Share, nodes: Sequence[Node], every: Sequence[Share], tp: in
         sizes += f" (tp {_list(some)} for these)"
     first = modules[0]
     return (
-        f"{share.pieces} {what} of {first}{f' (and {len(modules) - 1} more)' if len(modules) > 1 else ''} cannot be shared by "
-        f"tp={tp} ranks: tp must {rule}. {sizes}; or leave it whole: manual_config={{'tp_plan': {{{_pattern(first)!r}: "
+        f"{share.pieces} {what} of {first}{f' (and {len(modules) - 1} more)' if len(modules) > 1 else ''} "
+        f"cannot be shared by tp={tp} ranks: tp must {rule}. {sizes}; or leave it whole: manual_config={{'tp_plan': {{{_pattern(first)!r}: "
         "'whole'}}"
     )
 
@@ -201,7 +253,7 @@ def _check_experts(node: Node, dist: DistConfig) -> None:
         if count % size:
             works = [n for n in range(1, dist.world_size + 1) if count % n == 0 and dist.world_size % n == 0]
             raise ShardingError(
-                f"{count} {what} of {module_of(node)} cannot be shared by {field}={size} ranks: it must divide their number. "
-                f"Of {dist.world_size} ranks {field} {_list(works)} would work; or leave them whole: "
+                f"{count} {what} of {module_of(node)} cannot be shared by {field}={size} ranks: it must divide their "
+                f"number. Of {dist.world_size} ranks {field} {_list(works)} would work; or leave them whole: "
                 f"manual_config={{'tp_plan': {{{_pattern(module_of(node) + '.')!r}: 'whole'}}}}"
             )

@@ -1,9 +1,9 @@
 """Which linears can be cut together: the heuristic source of a plan.
 
-A *region* ends at a linear whose product returns to the residual stream, and begins at the linears closest before it. All
-of these are tried colwise with the end rowwise; where the propagation meets a node without a rule, the linears whose cut got
-there stay whole and the rest is tried again. What remains is accepted only if the end reads pieces. Each trial walks its
-region alone, so a model of many layers costs as much as its layers together.
+A *region* ends at a linear whose product returns to the residual stream, and begins at the linears closest before it.
+All of these are tried colwise with the end rowwise; where the propagation meets a node without a rule, the linears
+whose cut got there stay whole and the rest is tried again. What remains is accepted only if the end reads pieces.
+Each trial walks its region alone, so a model of many layers costs as much as its layers together.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Choice:
 class Layout:
     """The graph as regions see it.
 
-    ``tokens``: lookups of input ids; ``stream``: values of the residual stream, where no region goes through; ``block``: how
-    many values that everything passes through lie before a node (nodes of one block have the same count); ``head``: the linear
-    whose product the model gives.
+    ``tokens``: lookups of input ids; ``stream``: values of the residual stream, where no region goes through;
+    ``block``: how many values that everything passes through lie before a node (nodes of one block have the same
+    count); ``head``: the linear whose product the model gives.
     """
 
     gm: GraphModule
@@ -60,6 +60,20 @@ class Layout:
     block: dict[Node, int] = field(default_factory=dict)
     expert_blocks: set[int] = field(default_factory=set)
     head: Node | None = None
+
+    def ends_of(self, node: Node) -> list[Node]:
+        """The linears that read what ``node`` makes, through whatever lies between."""
+        found, seen, pending = [], {node}, list(node.users)
+        while pending:
+            reader = pending.pop()
+            if reader in seen or reader in self.stream or reader.op != "call_function":
+                continue
+            seen.add(reader)
+            if reader.target is LINEAR:
+                found.append(reader)
+            elif reader.target is not MOE:
+                pending += reader.users
+        return sorted(found, key=self.at.__getitem__)
 
     @classmethod
     def of(cls, gm: GraphModule) -> Layout:
@@ -92,12 +106,13 @@ class Layout:
             if needed_until <= here:  # nothing from before is read after: everything goes through this value
                 self.stream.add(node)
                 passed += 1
-            elif node.target in _ADDS and len(node.all_input_nodes) == 2 and shape_of(node)[-1:] == width:
-                if same_shape(
-                    *node.all_input_nodes
-                ):  # parallel branches, values carried along the whole model
-                    self.stream.add(node)
+            elif _joins_branches(node) and shape_of(node)[-1:] == width:
+                self.stream.add(node)  # parallel branches, or other values are carried along the whole model
             needed_until = max(needed_until, max((self.at[u] for u in node.users), default=here))
+
+
+def _joins_branches(node: Node) -> bool:
+    return node.target in _ADDS and len(node.all_input_nodes) == 2 and same_shape(*node.all_input_nodes)
 
 
 def parameter(value: object) -> bool:
@@ -159,7 +174,7 @@ def choose(layout: Layout, taken: Mapping[Node, Choice]) -> dict[Node, Choice]:
     _one_cut_a_weight(found)
     for node in layout.nodes:
         if node.target in (LINEAR, EMBEDDING) and node not in found and node not in taken:
-            found[node] = Choice("whole", _why_whole(node, found), *_kind_of_rest(layout, node))
+            found[node] = Choice("whole", _why_whole(node, found), *kind_of_rest(layout, node))
     return found
 
 
@@ -300,7 +315,8 @@ def _why_whole(node: Node, found: Mapping[Node, Choice]) -> str:
     return "no linear before it whose cut it could read, and none after it in its region"
 
 
-def _kind_of_rest(layout: Layout, node: Node) -> tuple[str, str]:
+def kind_of_rest(layout: Layout, node: Node) -> tuple[str, str]:
+    """Layer type and region of a node that is in no region."""
     return ("moe" if layout.block[node] in layout.expert_blocks else "unknown"), module_of(node)
 
 

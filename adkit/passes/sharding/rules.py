@@ -1,17 +1,19 @@
 """The placement algebra: what a cut or a partial sum becomes at each op.
 
-:func:`propagate` walks the graph once, in order. Where every input is replicated nothing has to be known about an op. Where
-one is cut or a term of a sum, the op's rule says what its output is and what has to be done for it (a literal head count
-scaled, an operand sliced, a sum made), or raises :class:`Unaccounted`. Nothing is changed here.
+:func:`propagate` walks the graph once, in order. Where every input is replicated nothing has to be known about an op.
+Where one is cut or a term of a sum, the op's rule says what its output is and what has to be done for it (a literal
+head count scaled, an operand sliced, a sum made), or raises :class:`Unaccounted`. Nothing is changed here.
 
-spread -> shares and the record of what was found; regions -> which linears to try; sharding_transform_executor -> writes it down.
+spread -> shares and the record of what was found; regions -> which linears to try; sharding_transform_executor ->
+writes it down.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -44,7 +46,8 @@ ATTENTION = adkit_ops.torch_attention.default
 class Unaccounted(Exception):
     """No rule says how ``node`` works on pieces.
 
-    ``owners``: the nodes whose cut got there; ``rowwise``: the linear that would have to take the cut, where that is all.
+    ``owners``: the nodes whose cut got there; ``rowwise``: the linear that would have to take the cut, where that is
+    all.
     """
 
     def __init__(self, node: Node, why: str, owners: Iterable[Node] = (), rowwise: bool = False) -> None:
@@ -53,14 +56,15 @@ class Unaccounted(Exception):
 
 
 def propagate(
-    gm: GraphModule, decisions: Mapping[Node, Decision], nodes: Iterable[Node] | None = None
+    gm: GraphModule, decisions: Mapping[Node, Decision], *, attention_dp: bool = False
 ) -> Propagation:
     """Follow ``decisions`` (colwise, rowwise, gather, vocab, experts; others are whole) through the graph.
 
-    ``nodes``: the part of the graph to walk, in order (default all). Raises Unaccounted at the first node without a rule.
+    ``attention_dp``: every rank has tokens of its own, and what experts give back is whole. Raises Unaccounted at the
+    first node without a rule.
     """
-    walk = Walk(decisions)
-    for node in gm.graph.nodes if nodes is None else nodes:
+    walk = Walk(decisions, attention_dp)
+    for node in gm.graph.nodes:
         walk.visit(node)
     return walk.found
 
@@ -68,8 +72,8 @@ def propagate(
 class Walk:
     """One propagation under way."""
 
-    def __init__(self, decisions: Mapping[Node, Decision]) -> None:
-        self.decisions = decisions
+    def __init__(self, decisions: Mapping[Node, Decision], attention_dp: bool = False) -> None:
+        self.decisions, self.attention_dp = decisions, attention_dp
         self.found = Propagation()
 
     def visit(self, node: Node) -> None:
@@ -260,7 +264,7 @@ def _blocks_wanted(node: Node, out: int) -> tuple[int, ...]:
                 seen.add(reader)
                 pending.append(reader)
     ends = sorted(bounds)
-    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 def _bounds(node: Node, last: int, size: int) -> set[int] | None:
@@ -286,8 +290,8 @@ def _slice_bounds(node: Node, size: int) -> tuple[int, int] | None:
 
 def _split_sizes(node: Node, size: int) -> tuple[int, ...] | None:
     if node.target is aten.split_with_sizes.default:
-        sizes = tuple(node.args[1])  # type: ignore[arg-type]
-        return sizes if all(isinstance(s, int) for s in sizes) else None  # type: ignore[return-value]
+        sizes = tuple(cast(Any, node.args[1]))
+        return sizes if all(isinstance(s, int) for s in sizes) else None
     given = node.args[1]
     if not isinstance(given, int):
         return None
@@ -314,14 +318,15 @@ def _moe(w: Walk, node: Node, decision: str) -> Spread:
     w.sum_inputs(node)
     if any(w.found.of(a).kind == "cut" for a in node.all_input_nodes):
         raise w.unaccounted(node, "experts read whole tokens, but these are cut")
-    return TERM if decision == "experts" else WHOLE
+    return TERM if decision == "experts" and not w.attention_dp else WHOLE
 
 
 # --- elementwise ------------------------------------------------------------------------------------
 
 
 def _broadcast(w: Walk, node: Node, operands: Iterable[Any], out_rank: int) -> Spread:
-    """Operands laid over each other from the right; all pieces on one dimension, whole ones sliced where they have it."""
+    """Operands laid over each other from the right; all pieces on one dimension, whole ones sliced where they have
+    it."""
     tensors = [a for a in operands if isinstance(a, Node) and shape_of(a)]
     lead: Spread | None = None
     size: Any = None
@@ -427,7 +432,7 @@ def _transpose(w: Walk, node: Node) -> Spread:
     s, rank = w.found.of(node.args[0]), rank_of(node.args[0])
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+        order = [int(d) % rank for d in cast(Any, node.args[1])]
     else:
         a, b = (0, 1) if node.target is aten.t.default else (-2, -1)
         if len(node.args) == 3:

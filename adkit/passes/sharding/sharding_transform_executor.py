@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 from torch.fx import GraphModule, Node
 
@@ -12,12 +13,13 @@ from adkit.contract import ShardingError
 from adkit.graph.edit import Site
 from adkit.graph.identity import tag_of
 from adkit.graph.matching import arg, aten
-from adkit.graph.placement import Decision, PlanRow, ShardingPlan
+from adkit.graph.placement import PLAN, Decision, PlanRow, ShardingPlan
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
-from adkit.passes.sharding.planning import follow, min_local, sizes_of
+from adkit.passes.sharding.planning import check_sizes, follow, min_local, sizes_of
 from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE, adkit_ops
+from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of, shape_of
 
 
@@ -25,8 +27,8 @@ from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of, sh
 class ShardingTransformExecutor(Pass):
     """Write the plan of ``detect_sharding`` into the graph as hints, which compute what was there before.
 
-    Why: the graph is still the whole model and can be checked on one device; every hint says by itself what a rank does at
-    that node, so cutting needs no look at its neighbours.
+    Why: the graph is still the whole model and can be checked on one device; every hint says by itself what a rank
+    does at that node, so cutting needs no look at its neighbours.
 
         before: view(linear(x, W), [B, S, 32, 128])
         after:  view(linear(x, W, tp_mode="colwise", tp_min_local_shape=128), [B, S, 32, 128], tp_scaled_dim=2)
@@ -34,16 +36,27 @@ class ShardingTransformExecutor(Pass):
 
     key = "sharding_transform_executor"
     stage = Stage.SHARDING
+    Config: ClassVar[type[ShardingConfig]] = ShardingConfig
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Write every hint; ShardingError where the plan (edited, perhaps) contradicts itself."""
-        plan = gm.meta.get("adkit_plan")
+        dist = agreed_world(self.config, ctx.dist)
+        plan = gm.meta.get(PLAN)
         if not isinstance(plan, ShardingPlan):
             return PassInfo(skipped=True, reason="no plan: one rank, or detect_sharding has not run")
-        rows = rows_by_node(gm, plan)
+        rows = {n: _kept(r, self.config) for n, r in rows_by_node(gm, plan).items()}
         decisions: dict[Node, Decision] = {n: r.decision for n, r in rows.items() if r.decision != "follow"}
-        count = _Writer(self, gm, follow(gm, decisions, "the plan"), rows).write()
+        found = follow(gm, decisions, dist, "the plan")
+        check_sizes(found, decisions, dist)
+        count = _Writer(self, gm, found, rows).write()
         return PassInfo(num_matches=count)
+
+
+def _kept(row: PlanRow, config: ShardingConfig) -> PlanRow:
+    """The row, or whole where ``shard_layers`` leaves it out."""
+    if row.decision in ("whole", "follow") or config.cuts(row.layer_type):
+        return row
+    return replace(row, decision="whole")
 
 
 def rows_by_node(gm: GraphModule, plan: ShardingPlan) -> dict[Node, PlanRow]:
@@ -55,8 +68,8 @@ def rows_by_node(gm: GraphModule, plan: ShardingPlan) -> dict[Node, PlanRow]:
         node = by_id.get(row.node) if row.node >= 0 else by_name.get(row.name)
         if node is None:
             raise ShardingError(
-                f"the plan names {row.name} ({row.module}), which is not in this graph: it was made for another one; run "
-                "detect_sharding again"
+                f"the plan names {row.name} ({row.module}), which is not in this graph: it was made for "
+                "another one; run detect_sharding again"
             )
         rows[node] = row
     return rows
@@ -71,6 +84,8 @@ class _Writer:
         self.summed: dict[Node, Node] = {}
         self.parts: dict[tuple[Node, tuple[int, ...]], Node] = {}
         self.kinds: dict[Node, str] = {n: r.layer_type for n, r in rows.items()}
+        for node in gm.graph.nodes:
+            self.kinds.setdefault(node, self._kind_behind(node))
         self.needs: dict[Node, list[Node]] = {}
         self.cuts: dict[Node, list[tuple[Node, Slices]]] = {}
         for term, readers in found.sums.items():
@@ -83,8 +98,6 @@ class _Writer:
     def write(self) -> int:
         """Write all; returns how many hints."""
         for node in list(self.gm.graph.nodes):
-            if node.op == "call_function":
-                self.kinds.setdefault(node, self._kind_behind(node))
             for operand, slices in self.cuts.get(node, ()):
                 self._reads_part(node, operand, slices)
             for term in self.needs.get(node, ()):
@@ -114,7 +127,7 @@ class _Writer:
     def _reads_part(self, node: Node, operand: Node, slices: Slices) -> None:
         now = self._now(operand)
         with self.of.site(self.gm, [now], label="shard", before=node) as s:
-            part = self._shard(s, now, slices, self.kinds.get(node, "unknown"))
+            part = self._shard(s, now, slices, self.kinds[node])
         node.replace_input_with(now, part)
 
     def _shard(self, s: Site, x: Node, slices: Slices, kind: str) -> Node:
@@ -128,7 +141,7 @@ class _Writer:
     def _sum(self, node: Node) -> None:
         now = self._now(node)
         with self.of.site(self.gm, [now], label="all_reduce", before=now.next) as s:
-            kwargs = {"layer_type": self.kinds.get(node, "unknown")}
+            kwargs = {"layer_type": self.kinds[node]}
             self.summed[node] = s.call(adkit_ops.all_reduce.default, (now,), kwargs, like=now)
         self.count += 1
 
@@ -138,10 +151,10 @@ class _Writer:
             total = self._now(terms[0])
             for term in terms[1:]:
                 total = s.call(aten.add.Tensor, (total, self._now(term)))
-            kwargs = {"layer_type": self.kinds.get(terms[0], "unknown")}
+            kwargs = {"layer_type": self.kinds[terms[0]]}
             total = s.call(adkit_ops.all_reduce.default, (total,), kwargs)
             for value in rest:
-                total = s.call(aten.add.Tensor, (self._now(value), total))
+                total = s.call(aten.add.Tensor, (self.summed.get(value, self._now(value)), total))
             self.now[node] = total
             s.replace(node, total)
         self.count += 1
@@ -149,7 +162,7 @@ class _Writer:
     def _make_part(self, node: Node) -> None:
         readers = list(node.users)
         with self.of.site(self.gm, [node], label="shard", before=node.next) as s:
-            part = self._shard(s, node, self.found.made[node], self.kinds.get(node, "unknown"))
+            part = self._shard(s, node, self.found.made[node], self.kinds[node])
         self.now[node] = part
         for reader in readers:
             reader.replace_input_with(node, part)
@@ -163,7 +176,7 @@ class _Writer:
         with self.of.site(self.gm, [node], label="split", before=node) as s:
             parts = self.parts.get((x, sizes))
             if parts is None:
-                kwargs = {**_least(blocks), "layer_type": self.kinds.get(node, "unknown")}
+                kwargs = {**_least(blocks), "layer_type": self.kinds[node]}
                 parts = s.call(adkit_ops.split_with_sizes.default, (x, list(sizes), at), kwargs)
                 self.parts[x, sizes] = parts
                 self.count += 1
@@ -197,7 +210,7 @@ class _Writer:
 
     def _call(self, node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any], str] | None:
         """The hint in a node's place: target, arguments, keywords, label; None where it stays."""
-        found, kind = self.found, {"layer_type": self.kinds.get(node, "unknown")}
+        found, kind = self.found, {"layer_type": self.kinds[node]}
         decision = self.rows[node].decision if node in self.rows else "follow"
         if node.target is LINEAR and decision in ("colwise", "rowwise", "gather"):
             kwargs: dict[str, Any] = {"tp_mode": decision}
@@ -217,9 +230,9 @@ class _Writer:
             kwargs = {"tp_scaled_dim": at, **_least([(size, share) for share in shares])}
             return adkit_ops.view.default, node.args, {**kwargs, **kind}, "view"
         if node in found.expanded:
-            sizes = list(node.args[1])  # type: ignore[arg-type]
-            sizes[found.expanded[node]] = -1
-            return node.target, (node.args[0], sizes), node.kwargs, "expand"
+            shape = list(cast(Any, node.args[1]))
+            shape[found.expanded[node]] = -1
+            return node.target, (node.args[0], shape), node.kwargs, "expand"
         return None
 
 

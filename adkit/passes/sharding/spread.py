@@ -1,7 +1,8 @@
 """What the propagation knows of one value: how ranks hold it, and which linears' cut that goes back to.
 
-:class:`Share` is one cut, made by a weight's owner (a linear, a table of embeddings) and followed through views, norms
-and attention, which say what may not be taken apart (a head). :class:`Spread` is a value's placement with its shares.
+:class:`Share` is one cut, made by a weight's owner (a linear, a table of embeddings) and followed through views,
+norms and attention, which say what may not be taken apart (a head). :class:`Spread` is a value's placement with its
+shares.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from adkit.graph.placement import PARTIAL, REPLICATED, Placement, cut
 class Share:
     """One cut of features into ``pieces`` parts that may not be taken apart (features, heads, kv heads).
 
-    Two values computed together are cut alike, so their shares are one (:meth:`join`). ``exact``: every rank needs pieces
-    of its own; else ranks may hold copies (key and value heads fewer than ranks). ``heads`` names the pieces.
+    Two values computed together are cut alike, so their shares are one (:meth:`join`). ``exact``: every rank needs
+    pieces of its own; else ranks may hold copies (key and value heads fewer than ranks). ``heads`` names the pieces.
     """
 
     def __init__(self, pieces: int, owners: tuple[Node, ...] = ()) -> None:
@@ -85,8 +86,8 @@ class Share:
 class Spread:
     """How ranks hold a value.
 
-    ``blocks``: along ``dim`` lie several cuts side by side, as (size, share) (a fused Q|K|V). ``terms`` and ``rest``: a sum
-    not yet made, of terms (each with the node that adds it) and of values that every rank has.
+    ``blocks``: along ``dim`` lie several cuts side by side, as (size, share) (a fused Q|K|V). ``terms`` and ``rest``:
+    a sum not yet made, of terms (each with the node that adds it) and of values that every rank has.
     """
 
     kind: str = "replicated"
@@ -130,11 +131,12 @@ class Slices:
 class Propagation:
     """What following the decisions through the graph found; all that the executor writes.
 
-    ``spreads``: of every node reached by a cut or a partial sum (others are replicated; several outputs: a tuple). ``cuts``:
-    blocks of each cut linear. ``scaled``: views, and the dimension whose literal counts what is cut, its size and shares. ``blocks``: splits and slices along
-    a cut, as block sizes. ``sliced``: (reader, operand) -> what a rank takes of it. ``made``: values without content that are
-    cut as they are made. ``norms`` over a cut dimension. ``sums``: partial value -> its readers that need the sum.
-    ``merged``: node -> (terms, rest), a sum put in another order so that it takes one exchange.
+    ``spreads``: of every node reached by a cut or a partial sum (others are replicated; several outputs: a tuple).
+    ``cuts``: blocks of each cut linear. ``scaled``: views, and the dimension whose literal counts what is cut, its
+    size and shares. ``blocks``: splits and slices along a cut, as block sizes. ``sliced``: (reader, operand) -> what
+    a rank takes of it. ``made``: values without content that are cut as they are made. ``norms`` over a cut
+    dimension. ``sums``: partial value -> its readers that need the sum. ``merged``: node -> (terms, rest), a sum put
+    in another order so that it takes one exchange.
     """
 
     spreads: dict[Node, Spread | tuple[Spread, ...]] = field(default_factory=dict)
@@ -189,8 +191,8 @@ def rank_of(node: Any) -> int:
 def regroup(before: tuple[Any, ...], after: tuple[Any, ...], dim: int) -> int | None:
     """Where the leading part of dimension ``dim`` of a value is after a view; None when it is torn apart.
 
-    A share is a run along ``dim``. It stays one along the first dimension of the group that ``dim`` becomes, if ``dim``
-    leads its own group.
+    A share is a run along ``dim``. It stays one along the first dimension of the group that ``dim`` becomes, if
+    ``dim`` leads its own group.
     """
     return _regroup(tuple(map(_size, before)), tuple(map(_size, after)), dim)
 
