@@ -1,6 +1,6 @@
 """The data that rooms hand to each other: batches, caches, requests, engine settings, errors."""
 
-from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
+from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch, fitting_layout
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
 from adkit.contract.dist import (
     AllGatherStrategy,
@@ -10,7 +10,7 @@ from adkit.contract.dist import (
     DistConfig,
     LocalWeight,
 )
-from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
+from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -42,7 +42,6 @@ __all__ = [
     "Completions",
     "ConfigError",
     "Cut",
-    "DecodeReplay",
     "Delta",
     "DistConfig",
     "EngineConfig",
@@ -56,10 +55,12 @@ __all__ = [
     "ModelError",
     "PassError",
     "RankError",
+    "Replay",
     "RequestError",
     "SamplingParams",
     "SequenceBatch",
     "ShardingError",
     "TokenLogprob",
+    "fitting_layout",
     "nearest",
 ]

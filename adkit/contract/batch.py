@@ -7,7 +7,7 @@ chunk of it, or one decode token. R sequences, T tokens, L rows of logits asked 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -113,18 +113,29 @@ def _places(layout: BatchLayout) -> tuple[list[Place], int]:
     return places, at
 
 
+def fitting_layout(layouts: Iterable[BatchLayout], tokens: int, sequences: int) -> BatchLayout | None:
+    """The first of ``layouts`` that holds a step of T tokens in R sequences; with T = R one for decode steps."""
+    decode = tokens == sequences
+    fits = (
+        x
+        for x in layouts
+        if tokens <= x.tokens and sequences <= x.sequences and decode == (x.tokens == x.sequences)
+    )
+    return next(fits, None)
+
+
 @dataclass(slots=True)
 class HostBatch:
     """A step's inputs as they leave the host: one buffer (uint8; pinned for a GPU), laid out by ``layout``.
 
-    ``sequences``: R without those that only pad the batch. ``continues``: some ids are not known on the host
+    ``logits``: L without rows that only pad the batch. ``continues``: some ids are not known on the host
     yet, because the step before is still running. Its tokens [L'] are needed to complete the batch on the
     device.
     """
 
     layout: BatchLayout
     buffer: Tensor
-    sequences: int
+    logits: int
     continues: bool = False
 
     def to(self, device: torch.device | str, previous: Tensor | None = None) -> SequenceBatch:

@@ -107,11 +107,13 @@ class Cut:
 class LocalWeight:
     """One rank's part of a weight: the whole weight's name, and its cuts, one a dimension at most.
 
+    ``zero``: this rank has zeros of that shape instead (a bias that is added once, by another rank).
     ``gm.meta["adkit_local"]`` maps the name that a graph reads to one. Loading needs nothing else.
     """
 
     name: str
-    cuts: tuple[Cut, ...]
+    cuts: tuple[Cut, ...] = ()
+    zero: bool = False
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
         """Shape of the part, for a weight of shape ``whole``."""
@@ -121,18 +123,30 @@ class LocalWeight:
         return tuple(local)
 
     def take(self, whole: Tensor) -> Tensor:
-        """The part of a tensor that is there as a whole; contiguous, memory of its own."""
-        part = whole
-        for cut in self.cuts:
-            pieces = [part.narrow(cut.dim, a, b - a) for a, b in cut.ranges]
-            part = pieces[0] if len(pieces) == 1 else _join(pieces, cut.dim)
-        return part.contiguous() if part is not whole else part
+        """The part of a tensor that is there as a whole; contiguous, memory of its own (``whole`` itself if uncut)."""
+        if not self.cuts and not self.zero:
+            return whole
+        part = whole.new_empty(self.shape(whole.shape))
+        self.copy(whole, part)
+        return part
+
+    def copy(self, whole: Tensor, part: Tensor) -> None:
+        """Write the part of ``whole`` into ``part``, range by range; it may lie elsewhere and be of another dtype."""
+        if self.zero:
+            part.zero_()
+        else:
+            _copy(part, whole, self.cuts)
 
 
-def _join(pieces: list[Tensor], dim: int) -> Tensor:
-    import torch
-
-    return torch.cat(pieces, dim)
+def _copy(part: Tensor, whole: Tensor, cuts: tuple[Cut, ...]) -> None:
+    if not cuts:
+        part.copy_(whole)
+        return
+    at = 0
+    for start, stop in cuts[0].ranges:
+        size = stop - start
+        _copy(part.narrow(cuts[0].dim, at, size), whole.narrow(cuts[0].dim, start, size), cuts[1:])
+        at += size
 
 
 class Communicator(Protocol):

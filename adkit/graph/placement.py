@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from adkit.graph.display import mimebundle
 
+PLAN = "adkit_plan"  # gm.meta[PLAN]: the ShardingPlan that was made for a graph
+
 #: What is done at a node. ``colwise``/``rowwise``: a linear's output or input features are cut; ``gather``: output
 #: features cut and joined again at once; ``vocab``: an embedding's rows; ``experts``: a mixture of experts by expert
 #: and by hidden feature; ``follow``: works on pieces because its inputs are pieces; ``whole``: the same on every rank.

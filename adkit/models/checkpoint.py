@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adkit.contract import CheckpointError
+from adkit.contract import CheckpointError, LocalWeight
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,13 +59,31 @@ class Checkpoint:
 
     def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """A copy of one stored tensor on ``device``, cast to ``dtype`` when given."""
+        return self.mapped(name).to(device=device, dtype=dtype, copy=True)
+
+    def read_part(self, name: str, part: LocalWeight, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A copy of one rank's part of a stored tensor; no more than that comes into memory."""
+        whole = self.mapped(name)
+        made = torch.empty(part.shape(whole.shape), dtype=dtype, device=device)
+        part.copy(whole, made)
+        return made
+
+    def same(self, one: str, other: str, rows: int = 1024) -> bool:
+        """Whether two stored tensors hold the same, looked at few rows at a time."""
+        a, b = self.mapped(one), self.mapped(other)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return a.shape == b.shape and torch.equal(a, b)
+        return all(torch.equal(x, y) for x, y in zip(a.split(rows), b.split(rows), strict=True))
+
+    def mapped(self, name: str) -> Tensor:
+        """One stored tensor as it lies in its mapped file: it takes no memory of its own, and must not be kept."""
         file = self.tensors[name].file
         handle = self._handle(file)
         try:
             tensor = handle[name] if self.pickled else handle.get_tensor(name)
         except Exception as error:
             raise CheckpointError(f"cannot read {name!r} from {file}: {error}") from error
-        return tensor.detach().to(device=device, dtype=dtype, copy=True)
+        return tensor.detach()
 
     def close(self) -> None:
         """Let go of the open files."""

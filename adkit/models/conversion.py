@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -44,16 +47,47 @@ class Group:
     converter: WeightConverter | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def convert(self, tensors: Iterable[Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The model's tensors made from the stored ones (in the order of ``sources``)."""
+    def convert(
+        self, tensors: Iterable[Tensor], model: nn.Module, sources: list[tuple[str, str]] | None = None
+    ) -> dict[str, Tensor]:
+        """The model's tensors made from the stored ones (in the order of ``sources``; default: all of them)."""
         if self.converter is None:
             (tensor,) = tensors
             return {self.key: tensor}
         converter = deepcopy(self.converter)
-        for (name, pattern), tensor in zip(self.sources, tensors, strict=True):
+        for (name, pattern), tensor in zip(sources or self.sources, tensors, strict=True):
             converter.add_tensor(self.key, name, pattern, cast(Any, tensor))
         made = converter.convert(self.key, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def experts(self) -> list[list[tuple[str, str]]] | None:
+        """The sources of each index of dimension 0, where the conversion works index by index; else None.
+
+        That is so where it stacks as many tensors a pattern as the dimension is long, and then joins or turns other
+        dimensions.
+        """
+        if self.converter is None or len(self.shapes) != 1:
+            return None
+        first, *rest = self.converter.operations
+        if not isinstance(first, MergeModulelist) or first.dim != 0:
+            return None
+        (shape,) = self.shapes.values()
+        for op in rest:
+            dims = (
+                (op.dim0, op.dim1)
+                if isinstance(op, Transpose)
+                else (op.dim,)
+                if isinstance(op, Concatenate)
+                else (0,)
+            )
+            if any(d % len(shape) == 0 for d in dims):
+                return None
+        by_pattern: dict[str, list[tuple[str, str]]] = {}
+        for source in self.sources:
+            by_pattern.setdefault(source[1], []).append(source)
+        if any(len(found) != shape[0] for found in by_pattern.values()):
+            return None
+        return [list(row) for row in zip(*by_pattern.values(), strict=True)]
 
 
 @dataclass

@@ -8,9 +8,11 @@ bytes; ``loading`` fills a graph module from a factory.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adkit.contract import CheckpointError, EngineConfig, ModelError
+from adkit.contract import CheckpointError, EngineConfig, LocalWeight, ModelError
 from adkit.models import conversion, initialise, memory
 from adkit.models.checkpoint import Checkpoint
 
@@ -93,28 +95,32 @@ class ModelFactory:
         names: Iterable[str] | None = None,
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
+        parts: Mapping[str, LocalWeight] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Stream tensors by name, on ``device``, in the model's dtypes: all of them, or those in ``names``.
 
         Parameters and persistent buffers come from the checkpoint or the seed, computed buffers are rebuilt.
-        Tied names come one after the other with the same tensor. Only what is needed is read.
+        Tied names come one after the other with the same tensor. Only what is needed is read. A name in ``parts``
+        stands for one rank's part of the weight that the part names: equal to that part of the whole tensor.
         ``progress(done, total)`` counts bytes. Raises CheckpointError listing every missing or mis-shaped
         tensor (before anything is read), ModelError for an unknown name or when there are no weights.
         """
         device = torch.device(device)
-        table = self.tensors
+        table, parts = self.tensors, parts or {}
         wanted = list(table) if names is None else list(dict.fromkeys(names))
-        unknown = [n for n in wanted if n not in table]
+        unknown = [n for n in wanted if (parts[n].name if n in parts else n) not in table]
         if unknown:
             raise ModelError(f"{self.name} has no tensor {_some(unknown)}")
         if self.weights == "none":
             raise ModelError(f"{self.name} has no weights: {self.why_no_weights}")
-        aliases: dict[str, list[str]] = {}
+        aliases: dict[LocalWeight, list[str]] = {}
         for n in wanted:
-            aliases.setdefault(self._canonical[n], []).append(n)
-        computed = [n for n in aliases if n in self.computed]
-        stored = [n for n in aliases if n not in self.computed]
-        total = sum(_bytes(table[n]) for n in aliases)
+            part = parts.get(n, LocalWeight(n))
+            aliases.setdefault(replace(part, name=self._canonical[part.name]), []).append(n)
+        computed = [p for p in aliases if p.name in self.computed]
+        stored = [p for p in aliases if p.name not in self.computed]
+        sizes = {p: math.prod(p.shape(table[p.name].shape)) * table[p.name].itemsize for p in aliases}
+        total = sum(sizes.values())
         done = 0
         source = (
             self._from_checkpoint(stored, device)
@@ -122,9 +128,9 @@ class ModelFactory:
             else self._from_seed(stored, device)
         )
         for stream in (source, self._computed(computed, device)):
-            for name, tensor in stream:
-                done += _bytes(table[name])
-                for alias in aliases[name]:
+            for part, tensor in stream:
+                done += sizes[part]
+                for alias in aliases[part]:
                     yield alias, tensor
                 if progress is not None:
                     progress(done, total)
@@ -276,10 +282,12 @@ class ModelFactory:
         for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             groups = [plan.where.get(one), plan.where.get(other)]
             stored = [g.sources[0][0] for g in groups if g is not None and g.converter is None]
-            if len(stored) == 2 and stored[0] != stored[1]:
-                a, b = (self._checkpoint.read(n) for n in stored)
-                if a.shape != b.shape or not torch.equal(a, b):
-                    return False
+            if (
+                len(stored) == 2
+                and stored[0] != stored[1]
+                and not self._checkpoint.same(stored[0], stored[1])
+            ):
+                return False
         return True
 
     @cached_property
@@ -313,9 +321,11 @@ class ModelFactory:
                     wrong[name] = f"stored as {stored.dtype_name}, the model has {self.tensors[name].dtype}"
         return wrong
 
-    def _from_checkpoint(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def _from_checkpoint(
+        self, wanted: list[LocalWeight], device: torch.device
+    ) -> Iterator[tuple[LocalWeight, Tensor]]:
         plan, report = self._fit
-        asked = {alias for first in names for alias in self._members[first]}
+        asked = {alias for part in wanted for alias in self._members[part.name]}
         missing = [n for n in report.missing if n in asked]
         mismatched = {n: why for n, why in report.mismatched.items() if n in asked}
         if missing or mismatched:
@@ -325,38 +335,96 @@ class ModelFactory:
                 f"{type(self._skeleton).__name__}:\n{bad!r}\n"
                 "check that config.json and the weights belong together; random_weights=True needs none"
             )
-        pending: dict[int, tuple[conversion.Group, dict[str, str]]] = {}
-        for first in names:
-            supplier = next((a for a in self._members[first] if a in plan.where), None)
+        pending: dict[int, tuple[conversion.Group, list[tuple[str, LocalWeight]]]] = {}
+        for part in wanted:
+            supplier = next((a for a in self._members[part.name] if a in plan.where), None)
             if supplier is not None:
                 group = plan.where[supplier]
-                pending.setdefault(id(group), (group, {}))[1][supplier] = first
+                pending.setdefault(id(group), (group, []))[1].append((supplier, part))
         order = {id(g): i for i, g in enumerate(plan.groups)}
-        for _, (group, wanted) in sorted(pending.items(), key=lambda item: order[item[0]]):
-            target = self.tensors[group.key].dtype
-            read = [self._checkpoint.read(n, device, target) for n, _ in group.sources]
-            made = group.convert(read, self._skeleton)
-            del read
-            for supplier, first in wanted.items():
-                tensor = made.pop(supplier).to(device=device, dtype=self.tensors[first].dtype).contiguous()
-                yield first, tensor
+        for _, (group, found) in sorted(pending.items(), key=lambda item: order[item[0]]):
+            if any(part.cuts or part.zero for _, part in found):
+                yield from self._parts_of(group, found, device)
+            else:
+                yield from self._whole(group, found, device)
         self._checkpoint.close()
         made_up = set(report.made)
-        rest = [n for n in names if n in made_up]
+        rest = [p for p in wanted if p.name in made_up]
         if rest:
             yield from self._from_seed(rest, device)
 
-    def _from_seed(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        return initialise.random_tensors(self._skeleton, names, device, self.seed)
+    def _whole(
+        self, group: conversion.Group, found: list[tuple[str, LocalWeight]], device: torch.device
+    ) -> Iterator[tuple[LocalWeight, Tensor]]:
+        """Tensors of one group, converted as Hugging Face does; a part is cut from the whole."""
+        target = self.tensors[group.key].dtype
+        read = [self._checkpoint.read(n, device, target) for n, _ in group.sources]
+        made = group.convert(read, self._skeleton)
+        del read
+        left = Counter(supplier for supplier, _ in found)
+        for supplier, part in found:
+            left[supplier] -= 1
+            whole = made[supplier] if left[supplier] else made.pop(supplier)
+            tensor = whole.to(device=device, dtype=self.tensors[part.name].dtype).contiguous()
+            del whole
+            yield part, part.take(tensor)
 
-    def _computed(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        if not names:
+    def _parts_of(
+        self, group: conversion.Group, found: list[tuple[str, LocalWeight]], device: torch.device
+    ) -> Iterator[tuple[LocalWeight, Tensor]]:
+        """Parts of one group's tensors, reading no more than them where the conversion allows it."""
+        experts = group.experts()
+        if group.converter is None:
+            for _, part in found:
+                dtype = self.tensors[part.name].dtype
+                yield part, self._checkpoint.read_part(group.sources[0][0], part, device, dtype)
+        elif experts is None:
+            yield from self._whole(group, found, device)
+        else:
+            for _, part in found:
+                yield part, self._expert_by_expert(group, experts, part, device)
+
+    def _expert_by_expert(
+        self,
+        group: conversion.Group,
+        experts: list[list[tuple[str, str]]],
+        part: LocalWeight,
+        device: torch.device,
+    ) -> Tensor:
+        """A part of a tensor of experts: those of this rank, one after another."""
+        meta = self.tensors[part.name]
+        made = torch.zeros(part.shape(meta.shape), dtype=meta.dtype, device=device)
+        if part.zero:
+            return made
+        kept = next((c.ranges for c in part.cuts if c.dim == 0), ((0, len(experts)),))
+        within = replace(part, cuts=tuple(c for c in part.cuts if c.dim != 0))
+        for at, expert in enumerate(e for start, stop in kept for e in range(start, stop)):
+            sources = experts[expert]
+            stored = [self._checkpoint.mapped(name) for name, _ in sources]
+            (one,) = group.convert(stored, self._skeleton, sources).values()
+            within.copy(one, made[at : at + 1])
+        return made
+
+    def _from_seed(
+        self, wanted: list[LocalWeight], device: torch.device
+    ) -> Iterator[tuple[LocalWeight, Tensor]]:
+        by_name = _by_name(wanted)
+        for name, tensor in initialise.random_tensors(self._skeleton, list(by_name), device, self.seed):
+            for part in by_name[name]:
+                yield part, part.take(tensor)
+
+    def _computed(
+        self, wanted: list[LocalWeight], device: torch.device
+    ) -> Iterator[tuple[LocalWeight, Tensor]]:
+        if not wanted:
             return
+        by_name = _by_name(wanted)
         made = initialise.computed_buffers(
-            self._skeleton, names, lambda: self._construct(torch.device("cpu"), None)
+            self._skeleton, list(by_name), lambda: self._construct(torch.device("cpu"), None)
         )
-        for name in names:
-            yield name, made[name].to(device)
+        for name, found in by_name.items():
+            for part in found:
+                yield part, part.take(made[name].to(device))
 
     def _construct(self, device: torch.device, tied: bool | None) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -410,8 +478,11 @@ def _empty(model: nn.Module) -> None:
                 table[name] = memo[id(tensor)]
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _by_name(parts: list[LocalWeight]) -> dict[str, list[LocalWeight]]:
+    found: dict[str, list[LocalWeight]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part)
+    return found
 
 
 def _some(names: list[str], sep: str = ", ") -> str:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from adkit.contract import ModelError
+import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
+from adkit.contract import EngineConfig, LocalWeight, ModelError
 from adkit.graph.snapshot import attribute
 from adkit.models.factory import ModelFactory, Progress
+from adkit.models.memory import MemoryEstimate, estimate
 
 FUSED = "adkit_weights"  # gm.meta[FUSED]: new name -> the old names it concatenates on dim 0
+LOCAL = "adkit_local"  # gm.meta[LOCAL]: name -> the LocalWeight that one rank's graph reads under it
 
 
 @dataclass
@@ -47,9 +50,10 @@ def load_graph_tensors(
 ) -> Loaded:
     """Fill the named tensors of a graph module (None: all that its graph reads) on ``device``.
 
-    A name is a tensor of the Hugging Face module, or one that ``gm.meta["adkit_weights"]`` says is made of
-    several concatenated on dim 0; parts are copied as they arrive, so the peak is the fused tensors and one
-    part. Constants of the graph itself that hold data are moved to the device. Tied names stay one tensor.
+    A name is a tensor of the Hugging Face module; or one rank's part of it, as ``gm.meta["adkit_local"]`` says; or
+    several of these concatenated on dim 0, as ``gm.meta["adkit_weights"]`` says. What is concatenated is copied as it
+    arrives, so the peak is the fused tensors and one of theirs. Constants of the graph itself that hold data are
+    moved to the device. Tied names stay one tensor.
     Raises ModelError for a name that is none of these, CheckpointError as the factory does.
     """
     began = time.perf_counter()
@@ -58,12 +62,13 @@ def load_graph_tensors(
     fused: dict[str, tuple[str, ...]] = {
         n: tuple(p) for n, p in gm.meta.get(FUSED, {}).items() if n in set(wanted)
     }
-    known = factory.tensors
+    local: dict[str, LocalWeight] = gm.meta.get(LOCAL, {})
+    shapes = _Shapes(factory.tensors, local)
     plain, constants, lost = [], [], []
     for name in wanted:
         if name in fused:
-            lost += [f"{p} (part of {name})" for p in fused[name] if p not in known]
-        elif name in known:
+            lost += [f"{p} (part of {name})" for p in fused[name] if p not in shapes]
+        elif name in shapes:
             plain.append(name)
         elif isinstance(held := attribute(gm, name), Tensor) and not held.is_meta:
             constants.append(name)
@@ -75,14 +80,15 @@ def load_graph_tensors(
             f"not hold: a pass that makes a parameter records its parts in gm.meta[{FUSED!r}]"
         )
 
-    slots = _slots(fused, known)
+    slots = _slots(fused, shapes)
     result = Loaded(constants=len(constants))
     partial: dict[str, Tensor] = {}
     left = {name: len(parts) for name, parts in fused.items()}
     # holds each tensor too: an id says which tensor it is only while that tensor lives
     set_as: dict[int, tuple[str, nn.Parameter | Tensor, Tensor]] = {}
     keep = set(plain)
-    for name, tensor in factory.load([*plain, *(p for p in slots if p not in keep)], device, progress):
+    names = [*plain, *(p for p in slots if p not in keep)]
+    for name, tensor in factory.load(names, device, progress, local):
         if name in keep:
             if id(tensor) in set_as:
                 first, value, _ = set_as[id(tensor)]
@@ -94,7 +100,7 @@ def load_graph_tensors(
             result.tensors += 1
         for target, start in slots.get(name, ()):
             if target not in partial:
-                rows = sum(known[p].shape[0] for p in fused[target])
+                rows = sum(shapes[p][0] for p in fused[target])
                 partial[target] = tensor.new_empty((rows, *tensor.shape[1:]))
             partial[target][start : start + tensor.shape[0]] = tensor
             left[target] -= 1
@@ -110,15 +116,51 @@ def load_graph_tensors(
     return result
 
 
-def _slots(fused: dict[str, tuple[str, ...]], known: dict[str, Tensor]) -> dict[str, list[tuple[str, int]]]:
+class _Shapes:
+    """Shapes of what can be loaded by name: the model's tensors, and parts of them."""
+
+    def __init__(self, known: dict[str, Tensor], local: dict[str, LocalWeight]) -> None:
+        self._known, self._local = known, local
+
+    def __contains__(self, name: str) -> bool:
+        return (self._local[name].name if name in self._local else name) in self._known
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        part = self._local.get(name, LocalWeight(name))
+        return part.shape(self._known[part.name].shape)
+
+
+def _slots(fused: dict[str, tuple[str, ...]], shapes: _Shapes) -> dict[str, list[tuple[str, int]]]:
     """Part name -> (fused name, its first row there)."""
     slots: dict[str, list[tuple[str, int]]] = {}
     for name, parts in fused.items():
         row = 0
         for part in parts:
             slots.setdefault(part, []).append((name, row))
-            row += known[part].shape[0]
+            row += shapes[part][0]
     return slots
+
+
+def graph_memory(
+    gm: GraphModule, factory: ModelFactory, engine: EngineConfig, device: torch.device, kv_per_token: int = 0
+) -> MemoryEstimate:
+    """What a graph needs on a device: the weights that it reads and its own heads' cache, as one rank has them.
+
+    ``kv_per_token``: bytes of cache a token, once that is known; 0: as the graph's attention reads keys and values.
+    """
+    names = graph_tensor_names(gm)
+    once = {id(t): t for t in (cast(Tensor, attribute(gm, n)) for n in names)}
+    values = [
+        node.args[i].meta["val"]
+        for node in gm.graph.nodes
+        if node.target is torch.ops.adkit.torch_attention.default
+        and node.kwargs.get("layout", "bsnd") == "bsnd"
+        for i in (1, 2)
+    ]
+    per_token = kv_per_token or int(sum(v.shape[2] * v.shape[3] * v.dtype.itemsize for v in values))
+    return estimate(
+        factory.name, factory.config, factory.dtype, once.values(), engine, device, per_token or None
+    )
 
 
 def _set(gm: nn.Module, name: str, value: Tensor) -> nn.Parameter | Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from adkit.contract import Communicator, ShardingError
 from adkit.graph.cost import CostFn
 from adkit.ops import costs
-from adkit.ops.norm import fake_rmsnorm, normalised
+from adkit.ops.backends import pick
+from adkit.ops.norm import fake_add_rms, fake_rmsnorm, normalised
 from adkit.ops.registry import define, info_of
 
 
@@ -178,6 +179,20 @@ def torch_dist_all_gather(x: Tensor, dim: int, world: int, strategy: str = "AUTO
     return (yield Exchange("all_gather", x, dim % x.dim(), strategy))
 
 
+def _scattered(x: Tensor, dim: int, world: int, *_: Any, **__: Any) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] // world
+    return x.new_empty(shape)
+
+
+@define_over_ranks(
+    'torch_dist_reduce_scatter(Tensor x, int dim, int world, str strategy="AUTO") -> Tensor', fake=_scattered
+)
+def torch_dist_reduce_scatter(x: Tensor, dim: int, world: int, strategy: str = "AUTO") -> Steps:
+    """The sum of every rank's ``x`` [..., n, ...], of which each keeps its share of ``dim`` [..., n / world, ...]."""
+    return (yield Exchange("reduce_scatter", x, dim % x.dim(), strategy))
+
+
 @define_over_ranks(
     "torch_dist_sharded_rmsnorm(Tensor input, Tensor? weight, float eps, float weight_offset=0.0, "
     'bool weight_in_float=False, *, int world, str strategy="AUTO") -> Tensor',
@@ -203,3 +218,28 @@ def torch_dist_sharded_rmsnorm(
     """
     total = yield Exchange("all_reduce", input.float().square().mean(-1, keepdim=True), strategy=strategy)
     return normalised(input, total / world, weight, eps, weight_offset, weight_in_float)
+
+
+@define_over_ranks(
+    "torch_dist_allreduce_residual_rmsnorm(Tensor x, Tensor residual, Tensor? weight, float eps, "
+    'float weight_offset=0.0, bool weight_in_float=False, *, str strategy="AUTO") -> (Tensor normed, Tensor sum)',
+    fake=lambda x, residual, *args, strategy="AUTO", **kwargs: fake_add_rms(x, residual, *args, **kwargs),
+    cost=costs.per_element(6),
+)
+def torch_dist_allreduce_residual_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+    *,
+    strategy: str = "AUTO",
+) -> Steps:
+    """``torch_fused_add_rmsnorm`` of the ranks' sum of ``x`` and the residual, which every rank has.
+
+    x and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
+    """
+    total = yield Exchange("all_reduce", x.clone(), strategy=strategy)
+    norm = pick("fused_add_rmsnorm", "auto", x.device)
+    return norm(total, residual, weight, eps, weight_offset, weight_in_float)

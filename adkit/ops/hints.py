@@ -22,31 +22,47 @@ TP_MODES = ("colwise", "rowwise", "gather", "none")
 
 
 @define(
-    'view(Tensor x, SymInt[] shape, *, int? tp_scaled_dim=None, str layer_type="unknown") -> Tensor',
+    "view(Tensor x, SymInt[] shape, *, int? tp_scaled_dim=None, int tp_min_local_shape=1, "
+    'str layer_type="unknown") -> Tensor',
     category="hint",
     token_local=False,
     backend="hint",
     fake=lambda x, shape, **_: torch.empty_like(x.reshape(shape)),
 )
 def view(
-    x: Tensor, shape: Sequence[int], *, tp_scaled_dim: int | None = None, layer_type: str = "unknown"
+    x: Tensor,
+    shape: Sequence[int],
+    *,
+    tp_scaled_dim: int | None = None,
+    tp_min_local_shape: int = 1,
+    layer_type: str = "unknown",
 ) -> Tensor:
-    """``x.view(shape)``, where ``shape[tp_scaled_dim]`` counts something that is cut (heads)."""
+    """``x.view(shape)``, where ``shape[tp_scaled_dim]`` counts something that is cut (heads).
+
+    No rank has fewer of it than ``tp_min_local_shape``; -1 and symbolic sizes are left to follow.
+    """
     return x.reshape(shape).clone()
 
 
 @define(
     "split_with_sizes(Tensor x, SymInt[] sizes, int dim=-1, *, bool shardable=True, "
-    'str layer_type="unknown") -> Tensor[]',
+    'int tp_min_local_shape=1, str layer_type="unknown") -> Tensor[]',
     category="hint",
     token_local=False,
     backend="hint",
     fake=lambda x, sizes, dim=-1, **_: [torch.empty_like(t) for t in x.split(sizes, dim)],
 )
 def split_with_sizes(
-    x: Tensor, sizes: Sequence[int], dim: int = -1, *, shardable: bool = True, layer_type: str = "unknown"
+    x: Tensor,
+    sizes: Sequence[int],
+    dim: int = -1,
+    *,
+    shardable: bool = True,
+    tp_min_local_shape: int = 1,
+    layer_type: str = "unknown",
 ) -> list[Tensor]:
-    """``x.split(sizes, dim)``, where each size shrinks with the ranks if ``shardable``."""
+    """``x.split(sizes, dim)``, where each size shrinks with the ranks if ``shardable``, to no less than
+    ``tp_min_local_shape`` (fused Q|K|V with fewer kv heads than ranks)."""
     return [t.clone() for t in x.split(list(sizes), dim)]
 
 

@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from adkit.contract import AdkitError, CachePool, CompiledModel, PassError
 from adkit.graph.edit import SiteRecord, clean, fake_value, journal
 from adkit.graph.identity import identities, node_id
+from adkit.graph.placement import PLAN
 from adkit.graph.snapshot import Snapshot, take, unchanged
 from adkit.graph.step import PassInfo, Step
+from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.base import BuildPass, Context, Pass
 from adkit.passes.tensors import Stamps, altered, put_tensor, take_stamps, tensor_at
 
+#: Keys of a module's ``meta`` that belong to a place in the pipeline: going back brings back what they said there.
+RECORDS = (FUSED, LOCAL, PLAN)
 #: Device memory may change by this much (bytes) without being mentioned: allocator rounding, scratch.
 _MEMORY_NOISE = 1 << 20
 
@@ -30,7 +35,7 @@ class State:
     """Where a pipeline stands: the module, its snapshot, and what the context held then.
 
     ``tensors`` says what data stood under each name; ``clean`` that there is no dead code, ``valued`` that
-    every node's ``meta["val"]`` holds.
+    every node's ``meta["val"]`` holds; ``records`` is what the module's ``meta`` said of weights and plan.
     """
 
     module: torch.nn.Module | None = None
@@ -40,6 +45,7 @@ class State:
     tensors: Stamps = field(default_factory=dict)
     clean: bool = True
     valued: bool = True
+    records: dict[str, Any] = field(default_factory=dict)
 
 
 def ordered(passes: Iterable[Pass]) -> list[Pass]:
@@ -117,6 +123,7 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
             after.snapshot = take(module)
             after.tensors = take_stamps(module, after.snapshot, {}, ctx.factory)
             after.clean, after.valued = info.is_clean, info.has_valid_shapes
+            after.records = records_of(module)
         return after, info, (), time.perf_counter() - begin
     gm = state.module
     if not isinstance(gm, GraphModule):
@@ -158,6 +165,7 @@ def _apply(p: Pass, state: State, ctx: Context) -> tuple[State, PassInfo, tuple[
     after = State(
         gm, snapshot, ctx.caches, ctx.compiled, tensors,
         clean=cleaned or ((state.clean or p.config.requires_clean_graph) and info.is_clean), valued=valued,
+        records=records_of(gm),
     )  # fmt: skip
     return after, info, tuple(log.sites), time.perf_counter() - begin
 
@@ -196,10 +204,31 @@ def _refuse_broken(
 
 
 def propagate_values(gm: GraphModule) -> None:
-    """Recompute every call's value (``meta["val"]``) from its inputs' values."""
+    """Recompute every call's value (``meta["val"]``) from its inputs' values.
+
+    Layers are alike, and a fake call takes milliseconds: calls of one target on alike values share their result. A
+    value that comes out as it was stays the same object.
+    """
+    known: dict[Any, Any] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function":
-            node.meta["val"] = fake_value(node.target, node.args, node.kwargs, gm)
+        if node.op != "call_function":
+            continue
+        inputs: dict[Node, Any] = {n: alike(n.meta.get("val")) for n in node.all_input_nodes}
+        key = (node.target, repr((map_arg(node.args, inputs.get), map_arg(node.kwargs, inputs.get))))
+        if key not in known:
+            known[key] = fake_value(node.target, node.args, node.kwargs, gm)
+        if alike(node.meta.get("val")) != alike(known[key]):
+            node.meta["val"] = known[key]
+
+
+def alike(value: Any) -> Any:
+    """What of a value decides others' values: sizes (symbolic ones as formulas), strides, dtype, device."""
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(str(d) for d in value.shape), tuple(str(d) for d in value.stride())
+        return "tensor", *sizes, str(value.dtype), str(value.device)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(alike, value))
+    return str(value)
 
 
 def _valueless(n: Any) -> bool:
@@ -210,19 +239,38 @@ def _undo(state: State) -> None:
     """Rebuild ``state``'s graph over what tensors its module still has."""
     gm = state.module
     if isinstance(gm, GraphModule) and len(state.snapshot):
-        state.module = rebuild(state.snapshot, gm)
+        state.module = rebuild(state.snapshot, gm, state.records)
 
 
-def rebuild(snapshot: Snapshot, tensors: torch.nn.Module) -> GraphModule:
-    """A graph module of ``snapshot`` over ``tensors``; tensors it lacks become meta placeholders to be
-    reloaded."""
+def records_of(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module's ``meta`` says of its weights and its plan; passes may go on changing the original."""
+    meta = getattr(module, "meta", {})
+    return {k: dict(meta[k]) if isinstance(meta[k], dict) else meta[k] for k in RECORDS if k in meta}
+
+
+def rebuild(
+    snapshot: Snapshot, tensors: torch.nn.Module, records: dict[str, Any] | None = None
+) -> GraphModule:
+    """A graph module of ``snapshot`` over ``tensors``.
+
+    Tensors that are absent or of another shape (a rank's part where the snapshot has the whole) become meta
+    placeholders, to be reloaded. ``records`` replace what ``tensors`` says of weights and plan (:func:`records_of`).
+    """
     for n in snapshot:
-        if n.op == "get_attr" and tensor_at(tensors, n.target) is None:
-            shape = tuple(int(d) for d in n.val.shape)
-            put_tensor(tensors, n.target, torch.empty(shape, dtype=n.val.dtype, device="meta"))
+        if n.op != "get_attr":
+            continue
+        have = tensor_at(tensors, n.target)
+        if n.val is None or (have is not None and have.shape == n.val.shape):
+            continue
+        shape = tuple(int(d) for d in n.val.shape)
+        put_tensor(tensors, n.target, torch.empty(shape, dtype=n.val.dtype, device="meta"))
     gm = snapshot.build(tensors)
     meta = getattr(tensors, "meta", {})
     gm.meta.update({k: v for k, v in meta.items() if k != "adkit_ids"})
+    if records is not None:
+        for key in RECORDS:
+            gm.meta.pop(key, None)
+        gm.meta.update({k: dict(v) if isinstance(v, dict) else v for k, v in records.items()})
     if "adkit_ids" in meta:
         own = identities(gm)
         own.next_id = max(own.next_id, meta["adkit_ids"].next_id)

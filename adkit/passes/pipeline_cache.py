@@ -8,20 +8,22 @@ import logging
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch.fx import GraphModule
 
-from adkit.contract import CachePool, CacheSpec
+from adkit.contract import CachePool, CacheSpec, LocalWeight
+from adkit.graph.placement import PLAN, ShardingPlan
 from adkit.graph.serialize import SnapshotReader, SnapshotWriter
 from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import PassInfo
-from adkit.models.loading import FUSED
+from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 from adkit.passes.tensors import put_tensor, tensor_at
@@ -107,6 +109,7 @@ def fingerprint(ctx: Context, before: list[Pass]) -> str:
         "tied": sorted(ctx.factory.tied.items()),
         "dtype": str(ctx.factory.dtype),
         "engine": ctx.engine.model_dump(),
+        "dist": ctx.dist.model_dump(),
         "transforms": [(p.key, _code_of(type(p)), p.config.model_dump(mode="json")) for p in before],
         "versions": (_package_hash(), torch.__version__, transformers.__version__),
         "weights": ctx.weights,
@@ -152,7 +155,8 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     snapshot = take(gm)
     writer = SnapshotWriter()
     rows = writer.add(snapshot)
-    owned = set(ctx.factory.tensors)
+    local: dict[str, LocalWeight] = gm.meta.get(LOCAL, {})
+    owned = {*ctx.factory.tensors, *local}
     recipes: dict[str, Any] = gm.meta.get(FUSED, {})
     constants = {
         n.target: _tensor(gm, n.target).detach().cpu().contiguous()
@@ -165,7 +169,8 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     pages = 0 if ctx.caches is None else ctx.caches.num_pages
     data = {
         "graphs": writer.payload(), "rows": rows, "recipes": {k: list(v) for k, v in recipes.items()},
-        "specs": specs, "pages": pages,
+        "local": {k: asdict(v) for k, v in local.items()},
+        "plan": asdict(gm.meta[PLAN]) if PLAN in gm.meta else None, "specs": specs, "pages": pages,
     }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
@@ -189,15 +194,17 @@ def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, C
     constants = load_file(str(folder / "constants.safetensors"))
     for name, tensor in constants.items():
         put_tensor(holder, name, tensor)
-    owned = set(ctx.factory.tensors)
+    local = TypeAdapter(dict[str, LocalWeight]).validate_python(data["local"])
+    owned = {*ctx.factory.tensors, *local}
     for n in snapshot:
         if n.op == "get_attr":
             n.meta[CONSTANT] = n.target in constants
             if not (n.target in constants or n.target in owned or n.target in data["recipes"]):
                 raise ValueError(f"the graph reads {n.target}, which neither the entry nor the model has")
-    holder.meta = {  # type: ignore[assignment]
-        FUSED: {k: tuple(v) for k, v in data["recipes"].items()}
-    }
+    records: dict[str, Any] = {FUSED: {k: tuple(v) for k, v in data["recipes"].items()}, LOCAL: local}
+    if data["plan"] is not None:
+        records[PLAN] = TypeAdapter(ShardingPlan).validate_python(data["plan"])
+    holder.meta = {k: v for k, v in records.items() if v}  # type: ignore[assignment]
     specs = tuple(
         CacheSpec(n, tuple(s), getattr(torch, d.removeprefix("torch."))) for n, s, d in data["specs"]
     )

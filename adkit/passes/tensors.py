@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from adkit.graph.snapshot import Snapshot
-from adkit.models.loading import FUSED
+from adkit.models.loading import FUSED, LOCAL
 
 
 class Stamp:
@@ -19,13 +19,14 @@ class Stamp:
 
     ``loadable``: the factory gives the same data again. Such a tensor is held weakly, so that a pass can
     free it; a graph's own constant is small and cannot be had again, so it is held. Changes in place are
-    told by torch's version counter and by a few sampled elements (``.data`` writes past the counter).
+    told by torch's version counter and by a few sampled elements (``.data`` writes past the counter). ``recipe``: what
+    of the model's weights it was made of (:func:`recipe_of`).
     """
 
-    __slots__ = ("_get", "_sample", "_version", "loadable")
+    __slots__ = ("_get", "_sample", "_version", "loadable", "recipe")
 
-    def __init__(self, tensor: Tensor, *, loadable: bool, hold: bool = False) -> None:
-        self.loadable = loadable
+    def __init__(self, tensor: Tensor, *, loadable: bool, hold: bool = False, recipe: Any = None) -> None:
+        self.loadable, self.recipe = loadable, recipe
         self._take(tensor, hold)
 
     def _take(self, tensor: Tensor, hold: bool) -> None:
@@ -69,7 +70,7 @@ def take_stamps(
 
     ``loads``: the step just run read weights, so what is new under a weight's name is what the factory gives.
     """
-    recipes = gm.meta.get(FUSED, {})
+    recipes = {**gm.meta.get(FUSED, {}), **gm.meta.get(LOCAL, {})}
     stamps: Stamps = {}
     for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
         tensor = tensor_at(gm, name)
@@ -81,8 +82,16 @@ def take_stamps(
             continue
         stored = factory is not None and (name in recipes or name in factory.tensors)
         # Data under a name that had none was loaded, or fused from what was loaded; other data a pass made.
-        stamps[name] = Stamp(tensor, loadable=stored and (loads or old is None), hold=not stored)
+        loadable = stored and (loads or old is None)
+        stamps[name] = Stamp(tensor, loadable=loadable, hold=not stored, recipe=recipe_of(gm, name))
     return stamps
+
+
+def recipe_of(gm: GraphModule, name: str) -> Any:
+    """What loading makes the tensor of: the part of a weight, the weights fused, or None for a whole one."""
+    local = gm.meta.get(LOCAL, {})
+    fused = gm.meta.get(FUSED, {}).get(name)
+    return local.get(name) if fused is None else [(p, local.get(p)) for p in fused]
 
 
 def altered(before: Stamps, after: Stamps) -> tuple[str, ...]:
@@ -117,7 +126,8 @@ def restore(gm: GraphModule, names: list[str], wanted: Stamps, current: Stamps) 
         if want is None:
             if tensor.is_meta:
                 continue
-            if have is not None and have.loadable and have.holds(tensor):
+            same = have is not None and have.recipe == recipe_of(gm, name)
+            if have is not None and same and have.loadable and have.holds(tensor):
                 wanted[name] = have
             else:
                 put_tensor(gm, name, torch.empty_like(tensor, device="meta"))

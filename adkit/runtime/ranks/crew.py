@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from adkit.contract import BatchLayout, CachePool, CompiledModel, HostBatch, RankError, ShardingError
+from adkit.contract import (
+    BatchLayout,
+    CachePool,
+    CompiledModel,
+    HostBatch,
+    RankError,
+    ShardingError,
+    fitting_layout,
+)
 from adkit.contract import errors as known_errors
 from adkit.runtime.device import Drawn
 from adkit.runtime.ranks.link import uninterrupted
@@ -253,17 +260,15 @@ def _prefixed(rank: int, text: str) -> str:
 
 
 class _Replays:
-    """The layouts that ranks can replay; a :class:`~adkit.contract.DecodeReplay` that is asked for nothing else."""
+    """The layouts that ranks can replay; a :class:`~adkit.contract.Replay` that is asked for nothing else."""
 
     def __init__(self, layouts: tuple[BatchLayout, ...], num_previous: int) -> None:
         self.num_previous = num_previous
-        self._layouts = layouts
-        self._sizes = [one.sequences for one in layouts]
+        self.layouts = list(layouts)
 
-    def layout(self, sequences: int) -> BatchLayout | None:
-        """The layout of the next size there is."""
-        at = bisect_left(self._sizes, sequences)
-        return self._layouts[at] if at < len(self._sizes) else None
+    def layout(self, tokens: int, sequences: int) -> BatchLayout | None:
+        """The smallest that holds such a step."""
+        return fitting_layout(self.layouts, tokens, sequences)
 
     def __call__(self, host: HostBatch, previous: torch.Tensor | None) -> NoReturn:
         """Ranks do that."""
@@ -284,6 +289,6 @@ def outline(ready: Ready) -> CompiledModel:
         device=torch.device(ready.device),
         eos_token_ids=ready.eos_token_ids,
         max_positions=ready.max_positions,
-        decode=_Replays(ready.layouts, ready.num_previous) if ready.layouts else None,
+        replay=_Replays(ready.layouts, ready.num_previous) if ready.layouts else None,
         details=ready.facts,
     )

@@ -52,11 +52,13 @@ _PLAIN = Draw(SamplingParams(), True, array("q"), 0, 0, 0.0)
 class Step:
     """Run a packed batch, the ``number``-th. ``rows`` sequences get a token.
 
-    ``replay``: by the model's ``decode``. ``draws``: how, for rank 0; None where every row takes its best token.
+    ``replay``: by the model's ``decode``. ``plain``: every row takes its best token; if not, ``draws`` tells rank 0 how
+    each gets its own.
     """
 
     number: int
     replay: bool
+    plain: bool
     rows: int
     host: HostBatch
     draws: list[Draw] | None = None
@@ -150,7 +152,7 @@ class Failed:
     secondary: bool
 
 
-_HEADER = struct.Struct("<qqqqqqqBB")  # number, rows, T, R, M, L, R without padding, replay, continues
+_HEADER = struct.Struct("<qqqqqqqBBB")  # number, rows, T, R, M, L, L without padding, then flags
 _STEP, _OTHER = b"S", b"O"
 
 
@@ -160,10 +162,10 @@ def encode(message: Any, with_draws: bool = True) -> bytes:
         return _OTHER + pickle.dumps(message)
     host, at = message.host, message.host.layout
     header = _HEADER.pack(
-        message.number, message.rows, at.tokens, at.sequences, at.pages, at.logits, host.sequences,
-        message.replay, host.continues,
+        message.number, message.rows, at.tokens, at.sequences, at.pages, at.logits, host.logits,
+        message.replay, message.plain, host.continues,
     )  # fmt: skip
-    draws = b"" if message.draws is None else pickle.dumps(message.draws if with_draws else None)
+    draws = pickle.dumps(message.draws) if message.draws and with_draws else b""
     return b"".join([_STEP, header, len(draws).to_bytes(4, "little"), draws, host.buffer.numpy().data])
 
 
@@ -172,16 +174,21 @@ def decode(data: memoryview, pinned: bool = False) -> Any:
     if bytes(data[:1]) == _OTHER:
         return pickle.loads(data[1:])
     at = 1 + _HEADER.size
-    number, rows, tokens, sequences, pages, logits, real, replay, continues = _HEADER.unpack(data[1:at])
+    number, rows, tokens, sequences, pages, logits, real, replay, plain, continues = _HEADER.unpack(
+        data[1:at]
+    )
     size = int.from_bytes(data[at : at + 4], "little")
     draws = pickle.loads(data[at + 4 : at + 4 + size]) if size else None
     layout = BatchLayout(tokens, sequences, pages, logits)
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
     buffer.numpy()[:] = data[at + 4 + size :]
-    return Step(number, bool(replay), rows, HostBatch(layout, buffer, real, bool(continues)), draws)
+    return Step(
+        number, bool(replay), bool(plain), rows, HostBatch(layout, buffer, real, bool(continues)), draws
+    )
 
 
 def step_of(number: int, host: HostBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
     """The message of a step."""
     plain = all(s.plain for s in sampling)
-    return Step(number, replay, len(sampling), host, None if plain else [Draw.of(s) for s in sampling])
+    draws = None if plain else [Draw.of(s) for s in sampling]
+    return Step(number, replay, plain, len(sampling), host, draws)

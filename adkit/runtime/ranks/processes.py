@@ -51,18 +51,24 @@ class Child:
         ours, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process; nameless, so never left over
         env = {**os.environ, **environment}
+        env["PYTHONUNBUFFERED"] = "1"  # so that the log is whole when a rank is killed
         env["PYTHONPATH"] = os.pathsep.join(str(Path(p).absolute()) for p in sys.path if p or p == "")
         # Ranks that share cores do not take all of them each.
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, env=env,
-                pass_fds=(theirs.fileno(),),
-            )  # fmt: skip
+            self._process = self._launch(theirs.fileno(), self._log.fileno(), env)
         self.pid = self._process.pid
         self.link = Link(ours, timeout)
         self.link.send(job)
+
+    @staticmethod
+    def _launch(fd: int, log: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        """A process of :mod:`adkit.runtime.ranks.worker`: not of this program, whose main module may not bear to be
+        imported again, and not forked, since a device does not bear that."""
+        return subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(fd), str(os.getpid())],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, pass_fds=(fd,),
+        )  # fmt: skip
 
     def how_it_ended(self, seconds: float) -> str:
         """Its end, in words."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adkit.contract import BatchLayout, Communicator, CompiledModel
+from adkit.contract import Communicator, CompiledModel
 from adkit.runtime.device import Drawn, Launched, OneDevice
 from adkit.runtime.ranks.link import Link
 from adkit.runtime.ranks.messages import Collect, End, Ready, Result, Step, Wipe
@@ -31,7 +31,7 @@ class Rank:
     @torch.inference_mode()
     def start(self, step: Step) -> Launched | None:
         """Start a step; on rank 0 returns what to wait for."""
-        agreed = step.replay and step.draws is None
+        agreed = step.replay and step.plain
         if self.communicator.rank == 0:
             before = self._before if step.host.continues else None
             launched = self.device.start(step.host, step.replay, step.sampling, before)
@@ -53,13 +53,7 @@ class Rank:
 
     def ready(self) -> Ready:
         """What the engine's process must know."""
-        model, replay = self.model, self.model.decode
-        layouts: list[BatchLayout] = []
-        while replay is not None:
-            layout = replay.layout(layouts[-1].sequences + 1 if layouts else 1)
-            if layout is None:
-                break
-            layouts.append(layout)
+        model, replay = self.model, self.model.replay
         return Ready(
             self.communicator.rank,
             model.vocab_size,
@@ -70,7 +64,7 @@ class Rank:
             tuple(model.eos_token_ids),
             model.max_positions,
             0 if replay is None else replay.num_previous,
-            tuple(layouts),
+            () if replay is None else tuple(replay.layouts),
             dict(model.details),
         )
 

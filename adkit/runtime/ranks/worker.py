@@ -41,7 +41,6 @@ def main(fd: int, parent: int) -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=False)  # "where do you stand?"
     status = work(Link(socket.socket(fileno=fd)))
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)  # at once: libraries may wait in their own clean-up for ranks that are gone
 
 
@@ -72,6 +71,7 @@ def work(link: Link) -> int:
     except EOFError:
         return 1  # the engine's process is gone, and nobody is left to tell
     except BaseException as error:
+        sys.stdout.flush()  # before the report, which brings the end
         try:
             link.send(failure(rank, error))
         except (EOFError, OSError):

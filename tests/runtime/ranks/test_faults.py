@@ -89,7 +89,7 @@ def test_a_rank_that_raises_in_a_step_is_the_one_to_blame(children, rank):
     assert gone(children, 0.5)
 
 
-def test_a_rank_that_is_stopped_or_stuck_is_found_out(children):
+def test_a_rank_that_is_stopped_or_stuck_is_found_out(children, real):
     world = conftest.start(fault=(1, "stop", 3), timeout=1)
     live = LiveModel(world[0], engine_of(world).config, device=world[1])
     with pytest.raises(RankError, match=r"a step has not ended within 1 s") as caught:

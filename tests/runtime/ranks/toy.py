@@ -10,7 +10,7 @@ import torch
 
 from adkit.contract import CompiledModel, DistConfig, EngineConfig, ShardingError
 from adkit.ops import dist as over_ranks
-from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
+from adkit.passes.compile.cuda_graphs import StepGraphs, decode_layouts, ladder, prompt_layouts
 from tests.runtime.conftest import INPUTS, HashModel
 
 PAGE_SIZE = 4
@@ -65,8 +65,9 @@ def build(
     compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,))
     if replay:
         settings = EngineConfig()
-        compiled.decode = DecodeGraphs(
-            forward, INPUTS, model.pool, ladder(settings.max_batch_size), 16, settings.max_batch_size,
-            torch.device(device),
-        )  # fmt: skip
+        most = settings.max_batch_size
+        layouts = decode_layouts(ladder(most), 16) + prompt_layouts([8, 16, 32], 16, most)
+        compiled.replay = StepGraphs(
+            forward, INPUTS, model.pool, layouts, most, torch.device(device), here.broadcast
+        )
     return compiled

@@ -1,0 +1,259 @@
+"""Decisions as a plan: a row a node, and whether the world's sizes divide what is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from adkit.contract import DistConfig, ShardingError
+from adkit.graph.identity import tag_of
+from adkit.graph.placement import Decision, PlanRow, ShardingPlan
+from adkit.graph.provenance import layer_of
+from adkit.ops.registry import info_of
+from adkit.passes.sharding.regions import Choice, module_of, parameter
+from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE, Unaccounted, propagate
+from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
+
+#: Which dimension of its weight a decision cuts.
+WEIGHT_DIM: dict[Decision, int] = {"colwise": 0, "gather": 0, "vocab": 0, "rowwise": 1, "experts": 0}
+DECISIONS: dict[object, tuple[Decision, ...]] = {
+    LINEAR: ("colwise", "rowwise", "gather", "whole"),
+    EMBEDDING: ("vocab", "whole"),
+    MOE: ("experts", "whole"),
+}
+
+
+def follow(gm: GraphModule, decisions: Mapping[Node, Decision], dist: DistConfig, source: str) -> Propagation:
+    """:func:`propagate`, its failure as a ShardingError that says what to do."""
+    for node, decision in decisions.items():
+        if decision not in DECISIONS.get(node.target, ("follow", "whole")):
+            raise ShardingError(
+                f"{source}: {module_of(node)} ({node.name}) cannot be {decision!r}, only "
+                f"{' or '.join(repr(d) for d in DECISIONS.get(node.target, ('follow',)))}"
+            )
+    try:
+        found = propagate(gm, decisions, attention_dp=dist.enable_attention_dp)
+    except Unaccounted as problem:
+        raise ShardingError(_contradiction(problem, source)) from problem
+    _one_cut_a_weight(decisions, source)
+    return found
+
+
+def settled(
+    gm: GraphModule, choices: Mapping[Node, Choice], dist: DistConfig
+) -> tuple[dict[Node, Choice], Propagation]:
+    """Choices that hold for the whole graph, and what they come to.
+
+    Regions that the heuristic tried by themselves and that fail beside the others stay whole; a written plan that
+    fails is a ShardingError.
+    """
+    kept = dict(choices)
+    while True:
+        try:
+            found = propagate(
+                gm, {n: c.decision for n, c in kept.items()}, attention_dp=dist.enable_attention_dp
+            )
+            break
+        except Unaccounted as problem:
+            guessed = {n for n in problem.owners if n in kept and kept[n].source == "heuristic"}
+            if not guessed or len(guessed) < len(problem.owners):
+                written = sorted({kept[n].source for n in problem.owners if n in kept} - {"heuristic"})
+                source = f"the {written[0] if written else 'manual'} plan"
+                raise ShardingError(_contradiction(problem, source)) from problem
+            regions = {kept[n].region for n in guessed}
+            why = f"{problem.node.name} is in the way: {problem.why}"
+            for node, choice in kept.items():
+                if choice.region in regions and choice.source == "heuristic":
+                    kept[node] = replace(choice, decision="whole", why=why)
+    _one_cut_a_weight({n: c.decision for n, c in kept.items()}, "the plan")
+    return kept, found
+
+
+def _contradiction(problem: Unaccounted, source: str) -> str:
+    node = problem.node
+    where = "" if node.op == "output" else f" ({module_of(node)})"
+    owners = sorted({module_of(n) for n in problem.owners})
+    told = f"What is cut there comes from {', '.join(owners[:4])}: " if owners else ""
+    return (
+        f"{source} contradicts itself at {node.name}{where}: {problem.why}. {told}leave these whole, or decide "
+        "for this node so that it fits"
+    )
+
+
+def _one_cut_a_weight(decisions: Mapping[Node, Decision], source: str) -> None:
+    """A weight that several nodes read is cut along one dimension for all."""
+    said: dict[str, tuple[Node, int | None]] = {}
+    for node, decision in decisions.items():
+        for name in _weights(node, decision)[0][:1]:
+            dim = WEIGHT_DIM.get(decision)
+            before = said.setdefault(name, (node, dim))
+            if before[1] != dim:
+                raise ShardingError(
+                    f"{source} contradicts itself: {name} is read by {before[0].name} (cut on {before[1]}) and by "
+                    f"{node.name} (cut on {dim}), but it is one weight: decide the same for both"
+                )
+
+
+def min_local(node: Node, found: Propagation) -> int:
+    """Smallest piece of a linear's cut features, in elements: a head where they are heads."""
+    if node in found.rows:
+        return found.least([(int(shape_of(node.args[1])[1]), found.rows[node])])
+    return found.least(found.cuts.get(node, ()))
+
+
+def sizes_of(node: Node, found: Propagation) -> tuple[int, ...]:
+    """Block sizes of a linear's cut outputs; empty when they are one block."""
+    blocks = tuple(size for size, _ in found.cuts.get(node, ()))
+    return blocks if len(blocks) > 1 else ()
+
+
+def make_plan(
+    gm: GraphModule, choices: Mapping[Node, Choice], found: Propagation, dist: DistConfig
+) -> ShardingPlan:
+    """A row for each node that has a weight to cut, or talks to other ranks, in graph order."""
+    rows = [row for node in gm.graph.nodes for row in _row(node, choices, found)]
+    return ShardingPlan(
+        tuple(rows), dist.tp_size, dist.moe_ep_size, dist.moe_tp_size, dist.enable_attention_dp
+    )
+
+
+def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iterator[PlanRow]:
+    choice = choices.get(node)
+    extra = tuple(str(a.target) for a in node.all_input_nodes if parameter(a) and (node, a) in found.sliced)
+    summed = node in found.sums or node in found.merged
+    if choice is None:
+        if not (extra or summed or node in found.norms):
+            return
+        kind, region, source = _beside(node, choices)
+        why = "its weight goes with what it works on" if extra else "norm over features that are cut"
+        choice = Choice("follow", "terms of ranks add up here" if summed else why, kind, region, source)
+    weights, dim = _weights(node, choice.decision)
+    if choice.decision == "follow" and extra:
+        weights, dim = extra, next(c.dim for (n, a), c in found.sliced.items() if n is node and parameter(a))
+    tag, info = tag_of(node), info_of(node.target)
+    module = module_of(node)
+    yield PlanRow(
+        node=tag.id if tag is not None else -1,
+        name=node.name,
+        module=module,
+        op=info.name if info is not None else str(node.target).removeprefix("aten."),
+        decision=choice.decision,
+        region=choice.region,
+        layer_type=choice.layer_type,
+        layer=layer_of(module),
+        weights=weights,
+        dim=dim,
+        min_local=min_local(node, found),
+        sizes=sizes_of(node, found),
+        reduce=summed,
+        placement=found.of(node).placement,
+        source=choice.source,
+        why=choice.why,
+    )
+
+
+def _beside(node: Node, choices: Mapping[Node, Choice]) -> tuple[str, str, str]:
+    """Layer type, region and source of the closest decided node that ``node`` reads."""
+    pending, seen = list(node.all_input_nodes), set[Node]()
+    while pending:
+        a = pending.pop(0)
+        if a in choices:
+            return choices[a].layer_type, choices[a].region, choices[a].source
+        if a not in seen and a.op == "call_function":
+            seen.add(a)
+            pending += a.all_input_nodes
+    return "unknown", "", "heuristic"
+
+
+def _weights(node: Node, decision: Decision) -> tuple[tuple[str, ...], int | None]:
+    dim = WEIGHT_DIM.get(decision)
+    if node.target is LINEAR:
+        given = node.args[1:3] if dim != 1 else node.args[1:2]
+    elif node.target is EMBEDDING:
+        given = node.args[:1]
+    elif node.target is MOE:
+        given = node.args[3:7]
+    else:
+        return (), None
+    return tuple(str(a.target) for a in given if isinstance(a, Node) and a.op == "get_attr"), dim
+
+
+# --- does it divide ---------------------------------------------------------------------------------
+
+
+def check_sizes(found: Propagation, decisions: Mapping[Node, Decision], dist: DistConfig) -> None:
+    """ShardingError where ranks cannot share what is cut, with numbers, sizes that work and the way out."""
+    if dist.world_size == 1:
+        return
+    shares: dict[Share, list[Node]] = {}
+    for node, blocks in found.cuts.items():
+        for _, share in blocks:
+            shares.setdefault(share.top(), []).append(node)
+    for node, share in found.rows.items():
+        shares.setdefault(share.top(), []).append(node)
+    wanted = list(shares)
+    for share, nodes in shares.items():
+        if not _fits(share, dist.tp_size):
+            raise ShardingError(_why_not(share, nodes, wanted, dist.tp_size))
+    for node, decision in decisions.items():
+        if decision == "experts":
+            _check_experts(node, dist)
+
+
+def _fits(share: Share, tp: int) -> bool:
+    return share.pieces % tp == 0 or (not share.exact and tp % share.pieces == 0)
+
+
+def _why_not(share: Share, nodes: Sequence[Node], every: Sequence[Share], tp: int) -> str:
+    node = nodes[0]
+    modules = sorted({module_of(n) for n in nodes})
+    vocabulary = node.target is EMBEDDING or "vocab" in share.heads
+    what = share.heads or ("vocabulary rows" if vocabulary else "features")
+    works = [n for n in range(2, 129) if all(_fits(s, n) for s in every)]
+    some = [n for n in range(2, 129) if _fits(share, n)]
+    rule = "divide their number" if share.exact else "divide their number or be a multiple of it"
+    sizes = (
+        f"tp {_list(works)} would work for the whole model"
+        if works
+        else "no other tp works for the whole model"
+    )
+    if not works and some:
+        sizes += f" (tp {_list(some)} for these)"
+    first = modules[0]
+    return (
+        f"{share.pieces} {what} of {first}{f' (and {len(modules) - 1} more)' if len(modules) > 1 else ''} "
+        f"cannot be shared by tp={tp} ranks: tp must {rule}. {sizes}; or leave it whole: manual_config={{'tp_plan': {{{_pattern(first)!r}: "
+        "'whole'}}"
+    )
+
+
+def _pattern(module: str) -> str:
+    """A module path for all layers: its region's parent."""
+    layer = layer_of(module)
+    path = module if layer is None else module.replace(f".{layer}.", ".*.", 1)
+    return f"{path.rpartition('.')[0]}.*" if layer is not None and "." in path else path
+
+
+def _list(numbers: Sequence[int]) -> str:
+    told = ", ".join(str(n) for n in numbers[:8])
+    return told if len(numbers) <= 8 else f"{told}, ..."
+
+
+def _check_experts(node: Node, dist: DistConfig) -> None:
+    gate_up, down = shape_of(node.args[3]), shape_of(node.args[4])
+    experts = int(down[0])
+    features = int(down[1 if node.kwargs.get("transposed") else 2])
+    assert rank_of(node.args[3]) == len(gate_up)
+    for count, what, field, size in (
+        (experts, "experts", "moe_ep_size", dist.moe_ep_size),
+        (features, "hidden features of each expert", "moe_tp_size", dist.moe_tp_size),
+    ):
+        if count % size:
+            works = [n for n in range(1, dist.world_size + 1) if count % n == 0 and dist.world_size % n == 0]
+            raise ShardingError(
+                f"{count} {what} of {module_of(node)} cannot be shared by {field}={size} ranks: it must divide their "
+                f"number. Of {dist.world_size} ranks {field} {_list(works)} would work; or leave them whole: "
+                f"manual_config={{'tp_plan': {{{_pattern(module_of(node) + '.')!r}: 'whole'}}}}"
+            )

@@ -1,0 +1,85 @@
+"""Fields that the sharding transforms share (AutoDeploy's names), and the world that they name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from adkit.contract import AllGatherStrategy, AllReduceStrategy, DistConfig, ShardingError, nearest
+from adkit.ops.hints import LAYER_TYPES
+from adkit.passes.base import PassConfig
+
+#: Keys of ``dist_mapping`` -> fields of DistConfig.
+_MAPPING = {
+    "world": "world_size", "tp": "tp_size", "pp": "pp_size", "moe_tp": "moe_tp_size", "moe_ep": "moe_ep_size",
+    "moe_cluster": "moe_cluster_size", "rank": "rank",
+}  # fmt: skip
+
+
+class ShardingConfig(PassConfig):
+    """Common fields, and which layers are cut."""
+
+    allreduce_strategy: AllReduceStrategy = Field("AUTO", description="How sums over ranks are made")
+    allgather_strategy: AllGatherStrategy = Field("AUTO", description="How pieces of ranks are joined")
+    dist_backend: Literal["auto", "torch", "trtllm"] = Field(
+        "auto", description="Library of the collectives; auto and trtllm: torch, the one that is here"
+    )
+    shard_layers: list[str] | None = Field(
+        None,
+        description=f"Layer types to cut ({', '.join(LAYER_TYPES[:-1])}); null: all. If given, unknown ones stay whole",
+    )
+    simple_shard_filter: str | None = Field(
+        None,
+        description="Comma-separated parts of names: linears with one of them that are not cut otherwise get their "
+        "output features cut and joined, whatever shard_layers says",
+    )
+    dist_mapping: dict[str, int] = Field(
+        default_factory=dict,
+        description="Sizes as tp, moe_tp, moe_ep, ...; must agree with the world that runs",
+    )
+    dist_config: DistConfig | None = Field(
+        None, description="The world as a whole; must agree with the one that runs"
+    )
+
+    @field_validator("shard_layers")
+    @classmethod
+    def _known(cls, given: list[str] | None) -> list[str] | None:
+        for name in given or ():
+            if name not in LAYER_TYPES:
+                raise ValueError(f"no layer type {name!r}{nearest(name, LAYER_TYPES)}")
+        return given
+
+    def cuts(self, layer_type: str) -> bool:
+        """Whether layers of this type are cut."""
+        return self.shard_layers is None or (layer_type in self.shard_layers and layer_type != "unknown")
+
+    def simple(self, *names: str) -> bool:
+        """Whether one of the names has a word of ``simple_shard_filter``."""
+        words = [w.strip() for w in (self.simple_shard_filter or "").split(",") if w.strip()]
+        return any(word in name for word in words for name in names)
+
+
+def agreed_world(config: ShardingConfig, running: DistConfig) -> DistConfig:
+    """The world that runs; ShardingError where ``dist_config`` or ``dist_mapping`` name another."""
+    named: dict[str, object] = {}
+    for key, value in config.dist_mapping.items():
+        name = _MAPPING.get(key.removesuffix("_size"))
+        if name is None:
+            raise ShardingError(f"dist_mapping has no {key!r}{nearest(key, _MAPPING)}")
+        named[name] = value
+    if config.dist_config is not None:
+        for name in config.dist_config.model_fields_set:
+            value = getattr(config.dist_config, name)
+            if named.setdefault(name, value) != value:
+                raise ShardingError(
+                    f"dist_mapping says {name}={named[name]}, dist_config {value}: say it once, or the same"
+                )
+    differ = {n: v for n, v in named.items() if v != getattr(running, n)}
+    if differ:
+        told = ", ".join(f"{n}={v} (running: {getattr(running, n)})" for n, v in differ.items())
+        raise ShardingError(
+            f"dist_config or dist_mapping do not fit the world that runs: {told}. It comes from "
+            "Workbench(dist=...), wb.shard(tp=...) or --tp; set the same sizes there, or leave these fields out"
+        )
+    return running
