@@ -36,16 +36,35 @@ class TorchCommunicator:
         self._group = group
 
     def all_reduce(self, x: Tensor, strategy: str = "AUTO") -> Tensor:
-        """The sum over ranks, on each; ``x`` may be overwritten."""
+        """The sum over ranks, on each, in memory of its own."""
         with _lost("all_reduce", x):
             return self.strategies.all_reduce(x, strategy)
+
+    def allreduce_residual_rmsnorm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        weight_offset: float = 0.0,
+        weight_in_float: bool = False,
+        *,
+        strategy: str = "AUTO",
+    ) -> tuple[Tensor, Tensor] | None:
+        """``torch_fused_add_rmsnorm`` of the sum over ranks, where one kernel does it all; else None."""
+        with _lost("allreduce_residual_rmsnorm", x):
+            return self.strategies.all_reduce_residual_rmsnorm(
+                x, residual, weight, eps, weight_offset, weight_in_float, strategy
+            )
 
     def all_gather(self, x: Tensor, dim: int, strategy: str = "AUTO") -> Tensor:
         """Every rank's ``x`` [..., n, ...] joined on ``dim`` -> [..., size * n, ...]."""
         x = x.contiguous()
-        whole = x.new_empty(self.size * x.numel())
         with _lost("all_gather", x):
-            _all_gather(whole, x.view(-1), group=self._group)
+            whole = self.strategies.all_gather(x, strategy)
+            if whole is None:
+                whole = x.new_empty(self.size * x.numel())
+                _all_gather(whole, x.view(-1), group=self._group)
         # Rank by rank in memory: [size, ...]. The ranks move next to the dimension that they share.
         parts = whole.view(self.size, *x.shape).movedim(0, dim)
         return parts.reshape(*x.shape[:dim], self.size * x.shape[dim], *x.shape[dim + 1 :])
