@@ -145,11 +145,11 @@ def measure(rank: int, world: int, port: int, options: argparse.Namespace) -> No
     strategies.get("ONESHOT"), strategies.get("TWOSHOT")
     say(f"fallen: {strategies.fallen}")
     report["fallen"] = strategies.fallen
-    if options.chain:
-        report["chain"] = chain(strategies, say)
     widths = {}
     if not strategies.fallen:
         widths = {64: peers.inboxes(site, 4096, 64), 2048: peers.inboxes(site, 128, 2048)}
+    if options.chain:
+        report["chain"] = chain(strategies, widths, say)
     say(f"{'bytes':>9}  microseconds by strategy (! wrong)")
     for nbytes in () if options.chain else SIZES:
         if out_of_time():
@@ -180,8 +180,9 @@ def measure(rank: int, world: int, port: int, options: argparse.Namespace) -> No
     dist.destroy_process_group()
 
 
-def chain(strategies: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def chain(strategies: Any, widths: dict[int, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Llama-3.1-8B's linears at one row, ``LAYERS`` layers, with the sums made in several ways."""
+    from adkit.ops.triton import collectives
     from adkit.ops.triton.linear import fused_linear
 
     world = dist.get_world_size()
@@ -208,6 +209,10 @@ def chain(strategies: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
                 if how == "none":
                     residual = fused_linear(h, into, residual=residual)
                     h = fused_linear(residual, out, norm_weight=norm, eps=1e-5, act=act)
+                elif how.startswith("residual"):
+                    inboxes = widths[int(how.removeprefix("residual "))]
+                    residual = collectives.oneshot_all_reduce(fused_linear(h, into), inboxes, residual)
+                    h = fused_linear(residual, out, norm_weight=norm, eps=1e-5, act=act)
                 elif how == "fused":
                     normed, residual = fused(fused_linear(h, into), residual)
                     h = fused_linear(normed, out, act=act)
@@ -219,7 +224,7 @@ def chain(strategies: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
         return residual
 
     rows = []
-    for how in ("none", "fused", "ONESHOT", "NCCL"):
+    for how in ("none", "fused", *(f"residual {w}" for w in widths), "ONESHOT", "NCCL"):
         try:
             us = 1e6 * seconds_of(lambda how=how: step(how), calls=2)
         except Exception as error:  # the table goes on

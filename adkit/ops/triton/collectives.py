@@ -139,10 +139,13 @@ def _oneshot(
     )
 
 
-def oneshot_all_reduce(x: Tensor, inboxes: Inboxes) -> Tensor:
-    """The sum over ranks of ``x`` [...] -> [...], added in float32 in order of rank and rounded once."""
+def oneshot_all_reduce(x: Tensor, inboxes: Inboxes, residual: Tensor | None = None) -> Tensor:
+    """The sum over ranks of ``x`` [...] -> [...], added in float32 in order of rank and rounded once.
+
+    A ``residual`` like ``x``, which every rank has, is added to that.
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _oneshot(x, inboxes, out)
+    _oneshot(x, inboxes, out, residual)
     return out
 
 
