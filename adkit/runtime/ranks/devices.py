@@ -58,6 +58,11 @@ class Elsewhere:
         """End every rank."""
         self.crew.close()
 
+    @property
+    def closed(self) -> bool:
+        """True once the ranks have ended."""
+        return self.crew.error is not None
+
 
 class Here:
     """A :class:`~adkit.runtime.device.Device`: rank 0 is ``rank``, in this process, and ``crew`` are the others."""
@@ -90,6 +95,11 @@ class Here:
     def close(self) -> None:
         """End the other ranks."""
         self.crew.close()
+
+    @property
+    def closed(self) -> bool:
+        """True once the ranks have ended."""
+        return self.crew.error is not None
 
 
 class _Replays:
