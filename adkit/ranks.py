@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from adkit.config import load_config
 from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError
 from adkit.passes import Pass
 from adkit.runtime.live import LiveModel
@@ -108,17 +109,18 @@ class Place:
 
 
 @contextmanager
-def place(tp: int | None, device: str, workbench: Mapping[str, Any]) -> Iterator[Place]:
+def place(tp: int | None, workbench: Mapping[str, Any]) -> Iterator[Place]:
     """This process as one rank of a command on ``tp`` ranks (None: as many as torchrun started, or one).
 
-    ``workbench`` are the arguments of the Workbench that every rank is to build; ``device`` is what its settings say.
-    Ranks that torchrun did not start are started; a rank other than 0 serves before it enters the block.
+    ``workbench`` are the arguments of the Workbench that every rank is to build. Ranks that torchrun did not start are
+    started; a rank other than 0 serves before it enters the block.
     """
-    ranks = tp or launched_ranks() or 1
+    ranks = tp if tp is not None else launched_ranks() or 1
     dist = world(ranks)
     if ranks == 1:
         yield Place(dist)
         return
+    device = load_config(workbench.get("config", ()), workbench.get("overrides", ())).device
     with program(_BUILDER, {"workbench": dict(workbench)}, dist, device=device) as here:
         yield Place(here.dist, {"dist": here.dist, "device": here.device})
 

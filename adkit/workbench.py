@@ -490,7 +490,7 @@ class Workbench:
         """Run what remains and return the engine; the same one until the pipeline changes.
 
         ``tp``: on so many ranks, a process each with its part of the model; options as :func:`adkit.ranks.start` takes.
-        This Workbench then stays where it is. The ranks end with this process, or with ``.close()`` of what is returned.
+        This Workbench then stays where it is. The ranks end with this process, or with ``.close()`` of what it returns.
         Raises ModelError when there are no weights to generate with.
         """
         from adkit.ranks import lead, start
@@ -521,7 +521,7 @@ class Workbench:
             )
 
     def compiled(self) -> CompiledModel:
-        """Run what remains and return what it comes to; ModelError without weights, AdkitError if it was not compiled."""
+        """Run what remains and return what it comes to; ModelError without weights, AdkitError if not compiled."""
         self._check_weights()
         self.run()
         compiled = self._state.compiled

@@ -162,7 +162,7 @@ def program(
     launched = launched_ranks()
     if launched is not None and launched != dist.world_size:
         raise ShardingError(
-            f"torchrun started {launched} ranks, but tp is {dist.world_size}; give both the same number, or leave out tp"
+            f"torchrun started {launched} ranks, but tp is {dist.world_size}; give both the same number, or no tp"
         )
     made = _as_launched(dist, device) if launched is not None else _as_parent(builder, options, dist, device)
     try:
