@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 import adkit
+from adkit.contract import MemoryLimitError
 from adkit.models.demo.tasks import MAX_NEW_TOKENS, addition_tasks, is_correct, recall_tasks
 
 pytestmark = pytest.mark.gpu
@@ -75,6 +78,21 @@ def test_steps_wait_for_nothing_but_their_tokens():
     assert engine.stats.requests == 2 * len(PROMPTS) * len(kinds)
 
 
+def test_the_first_sampled_request_compiles_nothing(monkeypatch):
+    from triton import knobs
+
+    llm = adkit.Workbench("demo", device="cuda", progress=False).llm()
+    compiled = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs["fn"].module)
+    )
+    filters = [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.9}]
+    for each in filters:
+        params = adkit.SamplingParams(max_tokens=8, temperature=1.0, seed=1, ignore_eos=True, **each)
+        assert len(llm.generate(PROMPTS[0], params, progress=False).token_ids) == 8
+    assert not [module for module in compiled if module.endswith("sampling")]
+
+
 def test_not_finite_logits_end_one_request_and_no_other():
     llm = adkit.Workbench("demo", device="cuda", dtype="float32", progress=False).llm()
     params = adkit.SamplingParams(max_tokens=60, ignore_eos=True)
@@ -92,6 +110,31 @@ def test_not_finite_logits_end_one_request_and_no_other():
     assert tuple(good.output) == alone.token_ids
     assert all(cache[1:].isfinite().all() for cache in engine.model.caches.tensors.values())
     assert engine.pages.held == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("load_weights", "to load the weights: use a smaller dtype"),
+        ("resize_kv_cache", "for a step of max_num_tokens=65536: lower max_num_tokens"),
+        ("compile_model", "to capture CUDA graphs for batch sizes up to 32: lower free_gpu_memory_fraction"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower_and_can_be_tried_again(step, message):
+    wb = adkit.Workbench("demo", device="cuda", max_num_tokens=65536, max_seq_len=256, progress=False)
+    names = [s.name for s in wb.steps]
+    wb.run(until=names[names.index(step) - 1])
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        with pytest.raises(MemoryLimitError, match=f"no memory left on cuda.* {message}"):
+            wb.run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert wb.steps[wb.position].name == step
+    assert "72" in wb.llm().generate(PROMPTS[0], adkit.SamplingParams(max_tokens=20)).text
 
 
 def test_bfloat16_solves_the_tasks_and_every_step_checks():

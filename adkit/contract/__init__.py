@@ -10,7 +10,7 @@ from adkit.contract.dist import (
     DistConfig,
     LocalWeight,
 )
-from adkit.contract.engine import CompiledModel, DecodeReplay, EngineConfig
+from adkit.contract.engine import CompiledModel, EngineConfig, Replay
 from adkit.contract.errors import (
     AdkitError,
     CheckpointError,
@@ -42,7 +42,6 @@ __all__ = [
     "Completions",
     "ConfigError",
     "Cut",
-    "DecodeReplay",
     "Delta",
     "DistConfig",
     "EngineConfig",
@@ -56,6 +55,7 @@ __all__ = [
     "ModelError",
     "PassError",
     "RankError",
+    "Replay",
     "RequestError",
     "SamplingParams",
     "SequenceBatch",

@@ -117,14 +117,14 @@ def _places(layout: BatchLayout) -> tuple[list[Place], int]:
 class HostBatch:
     """A step's inputs as they leave the host: one buffer (uint8; pinned for a GPU), laid out by ``layout``.
 
-    ``sequences``: R without those that only pad the batch. ``continues``: some ids are not known on the host
+    ``logits``: L without rows that only pad the batch. ``continues``: some ids are not known on the host
     yet, because the step before is still running. Its tokens [L'] are needed to complete the batch on the
     device.
     """
 
     layout: BatchLayout
     buffer: Tensor
-    sequences: int
+    logits: int
     continues: bool = False
 
     def to(self, device: torch.device | str, previous: Tensor | None = None) -> SequenceBatch:

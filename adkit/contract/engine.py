@@ -43,18 +43,22 @@ class EngineConfig(BaseModel):
         return torch.device(self.device)
 
 
-class DecodeReplay(Protocol):
-    """Runs decode steps (one token a sequence, each sampled from) in some faster way than ``forward`` does."""
+class Replay(Protocol):
+    """Runs steps of some sizes in a faster way than ``forward`` does."""
 
     #: Where ``sources`` starts counting ``input_ids``: rows there are for the tokens of the step before.
     num_previous: int
 
-    def layout(self, sequences: int) -> BatchLayout | None:
-        """How to lay out a decode step of R sequences, padded where R is not a size that it has; None: it cannot."""
+    def layout(self, tokens: int, sequences: int) -> BatchLayout | None:
+        """How to lay out a step of T tokens in R sequences, padded; None where it has no such size.
+
+        With T = R every sequence brings one token and is sampled from, and so is every row that pads the batch;
+        otherwise tokens that pad it belong to no sequence, and sequences that do have no tokens.
+        """
         ...
 
     def __call__(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] of a batch in such a layout, and each row's best token [R] (-1: not finite).
+        """Logits [L, V] of a batch in such a layout, and each row's best token [L] (-1: not finite).
 
         Both are valid until the next call. ``previous`` [L'] are the tokens of the step before, if the batch continues
         it. Waits for nothing.
@@ -68,8 +72,8 @@ class CompiledModel:
 
     ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
     does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
-    ``max_positions`` bounds a sequence where positions are looked up in a learned table. ``decode`` is there
-    where the backend can replay decode steps.
+    ``max_positions`` bounds a sequence where positions are looked up in a learned table. ``replay`` is there
+    where the backend can replay steps.
     """
 
     forward: Callable[..., Tensor]
@@ -79,7 +83,7 @@ class CompiledModel:
     device: torch.device
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
-    decode: DecodeReplay | None = None
+    replay: Replay | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from adkit.contract import LocalWeight, ModelError
+import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
+from adkit.contract import EngineConfig, LocalWeight, ModelError
 from adkit.graph.snapshot import attribute
 from adkit.models.factory import ModelFactory, Progress
+from adkit.models.memory import MemoryEstimate, estimate
 
 FUSED = "adkit_weights"  # gm.meta[FUSED]: new name -> the old names it concatenates on dim 0
 LOCAL = "adkit_local"  # gm.meta[LOCAL]: name -> the LocalWeight that one rank's graph reads under it
@@ -137,6 +139,28 @@ def _slots(fused: dict[str, tuple[str, ...]], shapes: _Shapes) -> dict[str, list
             slots.setdefault(part, []).append((name, row))
             row += shapes[part][0]
     return slots
+
+
+def graph_memory(
+    gm: GraphModule, factory: ModelFactory, engine: EngineConfig, device: torch.device, kv_per_token: int = 0
+) -> MemoryEstimate:
+    """What a graph needs on a device: the weights that it reads and its own heads' cache, as one rank has them.
+
+    ``kv_per_token``: bytes of cache a token, once that is known; 0: as the graph's attention reads keys and values.
+    """
+    names = graph_tensor_names(gm)
+    once = {id(t): t for t in (cast(Tensor, attribute(gm, n)) for n in names)}
+    values = [
+        node.args[i].meta["val"]
+        for node in gm.graph.nodes
+        if node.target is torch.ops.adkit.torch_attention.default
+        and node.kwargs.get("layout", "bsnd") == "bsnd"
+        for i in (1, 2)
+    ]
+    per_token = kv_per_token or int(sum(v.shape[2] * v.shape[3] * v.dtype.itemsize for v in values))
+    return estimate(
+        factory.name, factory.config, factory.dtype, once.values(), engine, device, per_token or None
+    )
 
 
 def _set(gm: nn.Module, name: str, value: Tensor) -> nn.Parameter | Tensor:

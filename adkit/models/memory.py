@@ -86,8 +86,12 @@ def estimate(
     tensors: Iterable[Tensor],
     engine: EngineConfig,
     device: torch.device,
+    kv_per_token: int | None = None,
 ) -> MemoryEstimate:
-    """Estimate for a model with these (meta) tensors, each given once, under an engine's sizes."""
+    """Estimate for a model with these (meta) tensors, each given once, under an engine's sizes.
+
+    ``kv_per_token``: bytes of keys and values a token; None: what the config says.
+    """
     by_dtype: dict[str, int] = {}
     largest = 0
     for t in tensors:
@@ -95,7 +99,7 @@ def estimate(
         by_dtype[kind] = by_dtype.get(kind, 0) + size
         largest = max(largest, size)
     text = config.get_text_config(decoder=True)
-    per_token = kv_bytes_per_token(text, dtype)
+    per_token = kv_bytes_per_token(text, dtype) if kv_per_token is None else kv_per_token
     pages = -(-engine.max_seq_len // engine.page_size)
     sequence = per_token * pages * engine.page_size
     inner = getattr(text, "intermediate_size", None) or 0
@@ -136,8 +140,18 @@ def limited(what: str, device: torch.device, advice: str) -> Iterator[None]:
     """Say what ran out of memory and what helps: MemoryLimitError for a device's own error inside."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(f"no memory left on {device} {what}: {advice}. {error}") from error
+    except RuntimeError as error:
+        cause = _out_of_memory(error)
+        if cause is None:
+            raise
+        raise MemoryLimitError(f"no memory left on {device} {what}: {advice}. {cause}") from error
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory that an error tells of or stems from: a capture that was broken off fails once more."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 from adkit.contract import Communicator, ShardingError
 from adkit.graph.cost import CostFn
 from adkit.ops import costs
-from adkit.ops.norm import fake_rmsnorm, normalised
+from adkit.ops.backends import pick
+from adkit.ops.norm import fake_add_rms, fake_rmsnorm, normalised
 from adkit.ops.registry import define, info_of
 
 
@@ -212,3 +213,28 @@ def torch_dist_sharded_rmsnorm(
     """
     total = yield Exchange("all_reduce", input.float().square().mean(-1, keepdim=True), strategy=strategy)
     return normalised(input, total / world, weight, eps, weight_offset, weight_in_float)
+
+
+@define_over_ranks(
+    "torch_dist_allreduce_residual_rmsnorm(Tensor x, Tensor residual, Tensor? weight, float eps, "
+    'float weight_offset=0.0, bool weight_in_float=False, *, str strategy="AUTO") -> (Tensor normed, Tensor sum)',
+    fake=lambda x, residual, *args, strategy="AUTO", **kwargs: fake_add_rms(x, residual, *args, **kwargs),
+    cost=costs.per_element(6),
+)
+def torch_dist_allreduce_residual_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+    *,
+    strategy: str = "AUTO",
+) -> Steps:
+    """``torch_fused_add_rmsnorm`` of the ranks' sum of ``x`` and the residual, which every rank has.
+
+    x and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
+    """
+    total = yield Exchange("all_reduce", x.clone(), strategy=strategy)
+    norm = pick("fused_add_rmsnorm", "auto", x.device)
+    return norm(total, residual, weight, eps, weight_offset, weight_in_float)

@@ -29,7 +29,8 @@ def fake_rmsnorm(
     return input.new_empty(input.shape, dtype=promoted)
 
 
-def _fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def fake_add_rms(input: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of ``torch_fused_add_rmsnorm``'s outputs."""
     shape = torch.broadcast_shapes(input.shape, residual.shape)
     total = input.new_empty(shape, dtype=torch.promote_types(input.dtype, residual.dtype))
     return fake_rmsnorm(total, *args, **kwargs), total
@@ -83,7 +84,7 @@ def normalised(
     "bool weight_in_float=False) -> (Tensor normed, Tensor sum)",
     category="norm",
     token_local=True,
-    fake=_fake_add_rms,
+    fake=fake_add_rms,
     cost=costs.per_element(5),
 )
 def torch_fused_add_rmsnorm(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +28,7 @@ def torch_vocab_embedding(weight: Tensor, ids: Tensor, start: int) -> Tensor:
     "torch_moe_local_ids(Tensor topk_ids, int start, int experts) -> Tensor",
     category="moe",
     token_local=True,
-    fake=lambda topk_ids, start, experts: torch.empty_like(topk_ids),
+    fake=lambda topk_ids, start, experts: topk_ids.new_empty(topk_ids.shape),
 )
 def torch_moe_local_ids(topk_ids: Tensor, start: int, experts: int) -> Tensor:
     """Ids counted from this rank's first expert: topk_ids [T, k] -> [T, k].
@@ -37,5 +36,5 @@ def torch_moe_local_ids(topk_ids: Tensor, start: int, experts: int) -> Tensor:
     It has ``experts`` of them, ``start`` and on. Any other becomes an id of ``experts`` or more, which is no expert
     (``torch_moe``).
     """
-    local = topk_ids - start
+    local = topk_ids.contiguous() - start
     return local.masked_fill(local < 0, experts)

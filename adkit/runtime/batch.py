@@ -27,34 +27,39 @@ def build_batch(
     Logits are asked for only of the last token of each sequence that samples in this step; when none does, of
     one token all the same, because a graph need not be able to run with no rows. A sequence whose last token
     is still being sampled takes it from its row of the step before, which sampled ``num_previous`` tokens.
-    ``padded`` is the layout of a larger decode step to fill (every sequence brings one token and samples):
-    rows beyond R are sequences of one token in page 0. ``pinned`` memory comes from torch's cache of it,
-    which does not hand a buffer out again before the copies from it are done.
+    ``padded`` is the layout of a larger step to fill, as :meth:`adkit.contract.Replay.layout` gives it: whatever pads
+    the batch writes to page 0. ``pinned`` memory comes from torch's cache of it, which does not hand a buffer out
+    again before the copies from it are done.
     """
     r = len(sequences)
     starts = np.array([s.num_cached for s in sequences], dtype=np.int64)
     prompt_lens = np.array([s.prompt_len for s in sequences], dtype=np.int64)
-    if padded is None:
+    if padded is not None and padded.tokens == padded.sequences:  # a decode step
+        layout, positions, logits = padded, starts, r
+        wanted = np.arange(layout.logits)
+        row_of_token, ends = wanted[:r], wanted + 1
+    else:
         counts = np.array([s.num_scheduled for s in sequences], dtype=np.int64)
         samples = np.array([s.samples for s in sequences])
         samples[-1] |= not samples.any()
         ends = np.cumsum(counts)
-        width = -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
-        layout = BatchLayout(int(ends[-1]), r, width, int(samples.sum()))
-        row_of_token = np.repeat(np.arange(r), counts)
-        positions = np.arange(layout.tokens) + (starts - ends + counts)[row_of_token]
-        prompt_lens = prompt_lens[row_of_token]
         wanted = ends[samples] - 1
-    else:
-        layout, positions = padded, starts
-        wanted = np.arange(layout.logits)
-        row_of_token, ends = wanted[:r], wanted + 1
+        tokens, logits = int(ends[-1]), len(wanted)
+        if padded is None:
+            width = -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
+            layout = BatchLayout(tokens, r, width, logits)
+        else:
+            layout = padded
+        row_of_token = np.repeat(np.arange(r), counts)
+        positions = np.arange(tokens) + (starts - ends + counts)[row_of_token]
+        prompt_lens = prompt_lens[row_of_token]
 
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
     fields = layout.arrays(buffer)
-    fields["cu_seqlens"][1:] = ends
+    fields["cu_seqlens"][1:] = ends[-1]  # of sequences without tokens
+    fields["cu_seqlens"][1 : len(ends) + 1] = ends
     fields["cache_lens"][:r] = starts
-    fields["logits_indices"][:] = wanted
+    fields["logits_indices"][: len(wanted)] = wanted
     _fill_ids(fields["input_ids"][0], fields["sources"], sequences, ends, num_previous)
     t = len(positions)
     fields["position_ids"][0, :t] = positions
@@ -66,7 +71,7 @@ def build_batch(
         table[row, : len(seq.pages)] = seq.pages
     pages = table[row_of_token, positions // page_size].astype(np.int64)
     fields["slot_mapping"][:t] = pages * page_size + positions % page_size
-    return HostBatch(layout, buffer, r, continues=any(s.num_pending for s in sequences))
+    return HostBatch(layout, buffer, logits, continues=any(s.num_pending for s in sequences))
 
 
 class DecodeRows:

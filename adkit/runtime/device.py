@@ -40,7 +40,7 @@ class Device(Protocol):
     def start(self, host: HostBatch, replay: bool, sampling: Seq[Drawing], before: Any) -> Running:
         """Start a step, and do not wait for it. ``before``: what this returned for the one that still runs, or None.
 
-        ``replay``: the batch is laid out for the model's ``decode``. ``sampling`` are those that get a token.
+        ``replay``: the batch is laid out for the model's ``replay``. ``sampling`` are those that get a token.
         """
         ...
 
@@ -87,10 +87,10 @@ class OneDevice:
         self.pinned = model.device.type == "cuda"
 
     def logits(self, host: HostBatch, replay: bool, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits of a step, and the best tokens where known; ``previous`` [L'] as for :class:`DecodeReplay`."""
+        """Logits of a step, and the best tokens where known; ``previous`` [L'] as for ``Replay``."""
         if replay:
-            assert self.model.decode is not None
-            return self.model.decode(host, previous)
+            assert self.model.replay is not None
+            return self.model.replay(host, previous)
         return self.model(host.to(self.model.device, previous)), None
 
     @torch.inference_mode()

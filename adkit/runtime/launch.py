@@ -44,7 +44,7 @@ class Launcher:
     """Packs steps of ``model``, whose cache has pages of ``page_size`` tokens, and starts them on ``device``."""
 
     def __init__(self, model: CompiledModel, page_size: int, device: Device) -> None:
-        self._replays = model.decode
+        self._replays = model.replay
         self._page_size = page_size
         self._device = device
         #: The latest step, if it was a replayed decode step, and its rows.
@@ -57,7 +57,7 @@ class Launcher:
         the model raises.
         """
         previous = None if before is None else before.running
-        rows = self._rows(sequences, before)
+        rows, replayed = self._rows(sequences, before), True
         if rows is not None:
             sampling, num_tokens = sequences, len(sequences)
             host = rows.advance(self._device.pinned)
@@ -65,14 +65,15 @@ class Launcher:
             num_tokens = sum([s.num_scheduled for s in sequences])
             sampling = [s for s in sequences if s.samples]
             decode = len(sampling) == len(sequences) == num_tokens
-            replay = self._replays
-            padded = replay.layout(len(sequences)) if decode and replay is not None else None
+            replay = self._replays if decode or num_tokens > len(sequences) else None
+            padded = None if replay is None else replay.layout(num_tokens, len(sequences))
             if replay is not None and padded is not None:
                 host = self._pack(sequences, num_previous=replay.num_previous, padded=padded)
-                rows = DecodeRows(sequences, host, self._page_size)
+                rows = DecodeRows(sequences, host, self._page_size) if decode else None
             else:
                 host = self._pack(sequences, num_previous=0 if previous is None else previous.count)
-        running = self._device.start(host, rows is not None, sampling, previous)
+                replayed = False
+        running = self._device.start(host, replayed, sampling, previous)
 
         for row, seq in enumerate(sampling):
             seq.num_pending += 1

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from adkit.contract import SamplingParams, TokenLogprob
-from adkit.ops.sampling import best_tokens
-from adkit.ops.triton.ops import attempt, kernels_can_run
+from adkit.ops.sampling import best_tokens, drawn_tokens
+from adkit.ops.triton.ops import kernels_can_run
 
 
 class Drawing(Protocol):
@@ -141,7 +141,7 @@ def _launch(scores: Tensor, params: Seq[SamplingParams], uniform: list[float]) -
         uniform,
     ]
     filters = any(p.top_k for p in params), any(p.top_p < 1 for p in params)
-    return attempt("draw", "sampling", (scores, _tensor(settings, scores, torch.float64), *filters), {})
+    return drawn_tokens(scores, _tensor(settings, scores, torch.float64), *filters)
 
 
 def filter_scores(scores: Tensor, params: Seq[SamplingParams]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from adkit.contract import EngineConfig, MemoryLimitError
 from adkit.models import resolve
-from adkit.models.memory import free_bytes, human, kv_bytes_per_token
+from adkit.models.memory import free_bytes, human, kv_bytes_per_token, limited
 from tests.zoo import tiny_config
 
 ENGINE = EngineConfig(max_seq_len=100, max_batch_size=3, page_size=16, max_num_tokens=64)
@@ -70,3 +70,19 @@ def test_human(count, text):
 def test_layers_of_different_widths():
     estimate = resolve(tiny_config("gemma3n_text"), dtype="float32").memory_estimate(ENGINE, "cpu")
     assert estimate.kv_minimum == 2 * 2 * (12 + 12) * 4 * 112
+
+
+def test_a_lack_of_memory_is_told_although_another_error_came_of_it():
+    def broken_off():
+        try:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+        finally:
+            raise RuntimeError("capture failed")
+
+    with (
+        pytest.raises(MemoryLimitError, match=r"no memory left on cpu to try: lower it\. .*3 GiB"),
+        limited("to try", torch.device("cpu"), "lower it"),
+    ):
+        broken_off()
+    with pytest.raises(RuntimeError, match="another"), limited("to try", torch.device("cpu"), ""):
+        raise RuntimeError("another")

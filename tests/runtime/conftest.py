@@ -11,7 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from adkit.contract import CachePool, CacheSpec, CompiledModel, Delta, EngineConfig
-from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
+from adkit.passes.compile.cuda_graphs import (
+    StepGraphs,
+    decode_layouts,
+    ladder,
+    prompt_ladder,
+    prompt_layouts,
+)
 from adkit.runtime import Engine
 
 VOCAB = 31
@@ -55,16 +61,21 @@ class HashModel:
         cache = inputs["record_cache"].view(-1, 3)
         slots = inputs["slot_mapping"]
         held = inputs["page_table"][:, 0] > 0  # the other rows only pad the batch
-        if not held.all():
-            assert len(held) == len(slots), "only decode steps are padded"
-            assert not slots[~held].any(), "padding went to somebody's page"
-            rows = int(held.sum())
+        rows = int(held.sum())
+        tokens, asked = int(inputs["cu_seqlens"][rows]), len(inputs["logits_indices"])
+        if rows < len(held) or tokens < len(slots):
             assert held[:rows].all(), "padding comes last"
-            inputs |= {n: inputs[n][:, :rows] for n in ("input_ids", "position_ids", "rope_lengths")}
-            inputs |= {
-                n: inputs[n][:rows] for n in ("cache_lens", "page_table", "slot_mapping", "logits_indices")
-            }
+            assert not slots[tokens:].any(), "padding went to somebody's page"
+            assert int(inputs["cu_seqlens"][-1]) in (len(slots), tokens), (
+                "padding belongs to nobody or is alone"
+            )
+            inputs |= {n: inputs[n][:, :tokens] for n in ("input_ids", "position_ids", "rope_lengths")}
+            inputs |= {n: inputs[n][:rows] for n in ("cache_lens", "page_table")}
             inputs["cu_seqlens"] = inputs["cu_seqlens"][: rows + 1]
+            inputs["slot_mapping"] = inputs["slot_mapping"][:tokens]
+            wanted = inputs["logits_indices"].tolist()
+            wanted = wanted[:1] + [i for i in wanted[1:] if 0 < i < tokens]
+            inputs["logits_indices"] = torch.tensor(wanted)
             slots = inputs["slot_mapping"]
         assert len(set(slots.tolist())) == len(slots), "two tokens share a slot"
         assert bool((slots >= self.page_size).all()), "a token went to the padding page"
@@ -83,7 +94,7 @@ class HashModel:
             history = [tuple(r) for r in cache[pages * self.page_size + positions % self.page_size].tolist()]
             poisoned = any(token == self.poison for token, _, _ in history)
             rows.append(logits_of(history) * (float("nan") if poisoned else 1.0))
-        rows += [torch.zeros(VOCAB)] * (len(held) - len(rows) if not held.all() else 0)
+        rows += [torch.zeros(VOCAB)] * (asked - len(rows))
         return torch.stack(rows)[None]
 
     def compiled(self) -> CompiledModel:
@@ -112,15 +123,12 @@ class Lab:
         settings = cls.config(page_size=page_size, **config)
         compiled = model.compiled()
         if cls.REPLAY:
-            compiled.decode = DecodeGraphs(
-                compiled.forward,
-                INPUTS,
-                model.pool,
-                ladder(settings.max_batch_size),
-                -(-settings.max_seq_len // page_size),
-                settings.max_batch_size,
-                compiled.device,
+            most, pages = settings.max_batch_size, -(-settings.max_seq_len // page_size)
+            layouts = decode_layouts(ladder(most), pages)
+            layouts += prompt_layouts(
+                [*range(2, 12, 3), *prompt_ladder(settings.max_num_tokens)], pages, most
             )
+            compiled.replay = StepGraphs(compiled.forward, INPUTS, model.pool, layouts, most, compiled.device)
         return Engine(compiled, settings, tokenizer), model
 
     @staticmethod

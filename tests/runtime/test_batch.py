@@ -81,6 +81,25 @@ def test_a_decode_step_is_padded_with_sequences_of_page_0():
     assert {name: array.tolist() for name, array in fields.items()} == expected
 
 
+def test_a_step_with_prompts_is_padded_with_tokens_of_nobody_and_sequences_without_tokens():
+    rows = [sequence([10, 11, 12], 1, [3, 6], cached=2, scheduled=1), sequence([20, 21, 22], 3, [4, 5], 0, 2)]
+    host = build_batch(rows, 2, num_previous=8, padded=BatchLayout(6, 4, 3, 4))
+    assert host.logits == 1
+    fields = host.layout.arrays(host.buffer)
+    expected = {
+        "input_ids": [[12, 20, 21, 0, 0, 0]],
+        "sources": [8, 9, 10, 11, 12, 13],
+        "position_ids": [[2, 0, 1, 0, 0, 0]],
+        "rope_lengths": [[3, 3, 3, 1, 1, 1]],
+        "slot_mapping": [12, 8, 9, 0, 0, 0],
+        "logits_indices": [0, 0, 0, 0],
+        "cu_seqlens": [0, 1, 3, 3, 3],
+        "cache_lens": [2, 0, 0, 0],
+        "page_table": [[3, 6, 0], [4, 5, 0], [0, 0, 0], [0, 0, 0]],
+    }
+    assert {name: array.tolist() for name, array in fields.items()} == expected
+
+
 def test_counting_on_equals_packing_anew():
     """Over page boundaries, from the state that a launch leaves behind."""
     page_size, padded = 2, BatchLayout(4, 4, 8, 4)
@@ -101,7 +120,7 @@ def test_counting_on_equals_packing_anew():
                 seq.pages.append(next(fresh_pages))
         anew = build_batch(rows, page_size, num_previous=4, padded=padded)
         counted = kept.advance(pinned=False)
-        assert (counted.layout, counted.sequences, counted.continues) == (anew.layout, 3, True)
+        assert (counted.layout, counted.logits, counted.continues) == (anew.layout, 3, True)
         ours, theirs = (h.layout.arrays(h.buffer) for h in (counted, anew))
         for name in theirs:
             if name != "input_ids":  # not looked at: every token is the step before's

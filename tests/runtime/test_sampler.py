@@ -185,12 +185,29 @@ def test_where_a_kernel_does_not_compile_torch_draws_the_same_tokens(monkeypatch
         want = [sample(logits, sequences) for _ in range(2)]
         for module in (sampler, sampling):
             monkeypatch.setattr(module, "kernels_can_run", lambda on_cuda: True)
-            monkeypatch.setattr(module, "attempt", refuse)
+        monkeypatch.setattr(sampling, "attempt", refuse)
         sequences = [request(p) for _ in range(3)]
         got = [sample(logits, sequences) for _ in range(2)]
         assert asked == kernels * 2
         assert [g.token_ids.tolist() for g in got] == [w.token_ids.tolist() for w in want]
         asked.clear()
+
+
+def test_draws_are_compiled_with_every_combination_of_filters(monkeypatch):
+    asked = []
+
+    def record(launcher, module, args, kwargs):
+        logits, settings, top_k, top_p = args
+        asked.append((launcher, logits.dtype, tuple(logits.shape), tuple(settings.shape), top_k, top_p))
+
+    monkeypatch.setattr(sampling, "attempt", record)
+    monkeypatch.setattr(sampling, "kernels_can_run", lambda on_cuda: on_cuda)
+    sampling.compile_draws(50, torch.bfloat16, torch.device("cpu"))
+    assert not asked, "no kernel runs on a CPU"
+    monkeypatch.setattr(sampling, "kernels_can_run", lambda on_cuda: True)
+    sampling.compile_draws(50, torch.bfloat16, torch.device("cpu"))
+    kinds = itertools.product((False, True), repeat=2)
+    assert asked == [("draw", torch.bfloat16, (1, 50), (5, 1), k, p) for k, p in kinds]
 
 
 @pytest.mark.gpu

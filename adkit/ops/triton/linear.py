@@ -35,8 +35,7 @@ LIBRARY = {"path": "library"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One call, its weight apart (tuning runs it with copies): x [M, D], residual [M, F]; the rest as in the
-    op."""
+    """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op."""
 
     x: Tensor
     bias: Tensor | None
@@ -149,8 +148,7 @@ _MOST_TILES = 1 << 16
 
 @lru_cache
 def _counts(device: torch.device) -> Tensor:
-    """Programs that have finished, by tile: zero between launches, and never freed, since CUDA graphs hold
-    it."""
+    """Programs that have finished, by tile: zero between launches; never freed, since CUDA graphs hold it."""
     return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
 
 

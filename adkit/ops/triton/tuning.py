@@ -110,8 +110,7 @@ def measure(
 
 
 def _copies(streamed: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Enough of them, the originals first, that using all in turn leaves none in cache; fewer where memory
-    lacks."""
+    """Enough of them that using all in turn leaves none in cache, the originals first; fewer where memory lacks."""
     copies = [list(streamed)]
     size = sum(t.nbytes for t in streamed)
     wanted = math.ceil(2 * _cache_bytes() / size) if size else 1

@@ -14,9 +14,16 @@ from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
 from adkit.models.memory import limited
 from adkit.ops.registry import OPS, info_of
+from adkit.ops.sampling import compile_draws
 from adkit.ops.triton.ops import fallen_back
 from adkit.passes.base import Context, Pass, PassConfig, Stage
-from adkit.passes.compile.cuda_graphs import DecodeGraphs, ladder
+from adkit.passes.compile.cuda_graphs import (
+    StepGraphs,
+    decode_layouts,
+    ladder,
+    prompt_ladder,
+    prompt_layouts,
+)
 from adkit.passes.registry import register
 
 
@@ -25,13 +32,18 @@ class CompileModelConfig(PassConfig):
 
     backend: Literal["auto", "eager", "torch-compile", "torch-cudagraph"] = Field(
         "auto",
-        description="eager: as is; torch-compile: Inductor; torch-cudagraph: decode steps replayed from CUDA "
-        "graphs; auto: torch-cudagraph on CUDA, else eager",
+        description="eager: as is; torch-compile: Inductor; torch-cudagraph: steps replayed from CUDA graphs; "
+        "auto: torch-cudagraph on CUDA, else eager",
     )
     cuda_graph_batch_sizes: list[int] | None = Field(
         None,
-        description="Batch sizes to capture; null: powers of two to 8, multiples of 8 to 64, then in steps that grow "
-        "with the size, to max_batch_size or 1024. Larger batches run eagerly",
+        description="Batch sizes of decode steps to capture; null: powers of two to 8, multiples of 8 to 64, then in "
+        "steps that grow with the size, to max_batch_size or 1024. Larger batches run eagerly",
+    )
+    cuda_graph_num_tokens: list[int] | None = Field(
+        None,
+        description="Token counts of steps with prompts to capture; null: from 128 in steps that grow with the size, "
+        "to max_num_tokens or 1024. Larger steps run eagerly; all do where the list is empty",
     )
 
 
@@ -40,9 +52,9 @@ class CompileModel(Pass):
     """Make the graph callable by the engine.
 
     ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic
-    shapes; ``torch-cudagraph`` captures decode steps for a ladder of batch sizes and replays them, padded,
-    because launching hundreds of small kernels takes longer than running them. The graph itself does not
-    change.
+    shapes; ``torch-cudagraph`` captures decode steps for a ladder of batch sizes, and steps with prompts for one
+    of token counts, and replays them, padded, because launching hundreds of small kernels takes longer than
+    running them. The graph itself does not change.
 
         before: a GraphModule
         after:  a CompiledModel: packed batch in, logits of the asked-for tokens out
@@ -71,29 +83,35 @@ class CompileModel(Pass):
         run: Callable[..., Any] = torch.compile(gm, dynamic=True) if backend == "torch-compile" else gm
         forward: Callable[..., Any] = lambda **feed: run(**feed)[0]  # noqa: E731
         details: dict[str, Any] = {"backend": backend, "inputs": len(inputs)}
-        decode = None
+        replay = None
         if backend == "torch-cudagraph":
-            decode, why = self._capture(gm, forward, inputs, ctx)
-            if decode is None:
+            replay, why = self._capture(gm, forward, inputs, ctx)
+            if replay is None:
                 details["backend"] = "eager"
                 ctx.report(why)
             else:
+                prompts = {x.tokens for x in replay.layouts if x.tokens != x.sequences}
                 details |= {
-                    "batch sizes": decode.sizes,
-                    "capture seconds": round(decode.seconds, 2),
-                    "capture bytes": decode.bytes,
+                    "batch sizes": [x.sequences for x in replay.layouts if x.tokens == x.sequences],
+                    "token counts": sorted(prompts),
+                    "capture seconds": round(replay.seconds, 2),
+                    "capture bytes": replay.bytes,
                 }
         output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-        logits = output.args[0][0]
+        logits = output.args[0][0].meta["val"]
+        if ctx.device.type == "cuda" and ctx.weights != "none":
+            ctx.progress(0, 1, "compiling sampling")
+            compile_draws(int(logits.shape[-1]), logits.dtype, ctx.device)
+            ctx.progress(1, 1, "compiling sampling")
         ctx.compiled = CompiledModel(
             forward=forward,
             inputs=inputs,
             caches=ctx.caches,
-            vocab_size=int(logits.meta["val"].shape[-1]),
+            vocab_size=int(logits.shape[-1]),
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
             max_positions=learned_positions(gm),
-            decode=decode,
+            replay=replay,
         )
         return PassInfo(num_matches=1, details=details)
 
@@ -114,16 +132,19 @@ class CompileModel(Pass):
 
     def _capture(
         self, gm: GraphModule, forward: Callable[..., Any], inputs: tuple[str, ...], ctx: Context
-    ) -> tuple[DecodeGraphs | None, str]:
-        """Captured decode steps; None, and why, where warming up shows that they cannot be captured."""
+    ) -> tuple[StepGraphs | None, str]:
+        """Captured steps; None, and why, where warming up shows that they cannot be captured."""
         assert ctx.caches is not None
         most = ctx.engine.max_batch_size
         sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(most))
+        tokens = self.config.cuda_graph_num_tokens
+        tokens = prompt_ladder(ctx.engine.max_num_tokens) if tokens is None else tokens
         pages = math.ceil(ctx.engine.max_seq_len / ctx.caches.page_size)
         for_graphs = f"to capture CUDA graphs for batch sizes up to {sizes[-1]}"
         advice = "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
         with limited(for_graphs, ctx.device, advice):
-            graphs = DecodeGraphs(forward, inputs, ctx.caches, sizes, pages, most, ctx.device)
+            layouts = decode_layouts(sizes, pages) + prompt_layouts(tokens, pages, most)
+            graphs = StepGraphs(forward, inputs, ctx.caches, layouts, most, ctx.device)
             graphs.warm_up(ctx.progress)
             why = _uncapturable(gm)
             if why:
@@ -175,8 +196,7 @@ def learned_positions(gm: GraphModule) -> int | None:
 
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
-    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all writing to page
-    0."""
+    """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all written to page 0."""
     total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
     lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)

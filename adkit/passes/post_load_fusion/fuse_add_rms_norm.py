@@ -36,7 +36,7 @@ class FuseAddRMSNorm(Pass):
         count = 0
         for norm in [n for n in gm.graph.nodes if n.target in norms]:
             total = norm.args[0]
-            if not _is_sum(total) or not _movable(total, norm):
+            if not is_sum(total) or not movable(total, norm):
                 continue
             older, newer = sorted(total.args)  # FX nodes compare by their place in the graph
             with self.site(gm, (total, norm), label="add + rmsnorm", before=norm) as s:
@@ -49,7 +49,7 @@ class FuseAddRMSNorm(Pass):
         return PassInfo(num_matches=count)
 
 
-def _is_sum(node: object) -> bool:
+def is_sum(node: object) -> bool:
     """True for a + b of two tensors of one shape and dtype."""
     if not isinstance(node, Node) or node.target is not aten.add.Tensor or node.kwargs:
         return False
@@ -59,6 +59,6 @@ def _is_sum(node: object) -> bool:
     return same_shape(a, b) and dtype_of(a) == dtype_of(b) == dtype_of(node)
 
 
-def _movable(total: Node, norm: Node) -> bool:
+def movable(total: Node, norm: Node) -> bool:
     """True when nobody reads the sum before the norm's place, where the fused op goes."""
     return all(not user < norm for user in total.users)

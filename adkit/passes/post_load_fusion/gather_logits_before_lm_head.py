@@ -73,7 +73,15 @@ def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
         chain.insert(0, node)
         if node.target in _LINEARS:
             return chain if len(shape_of(node.args[0]) or ()) == 3 else None
-        if node.target not in _POINTWISE or len(node.all_input_nodes) != 1:
+        pointwise = node.target in _POINTWISE or _joins_vocabulary(node)
+        if not pointwise or len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
     return None
+
+
+def _joins_vocabulary(node: Node) -> bool:
+    """True where ranks put their shares of each token's logits together."""
+    if node.target is not torch.ops.adkit.torch_dist_all_gather.default:
+        return False
+    return node.args[1] in (-1, len(shape_of(node) or ()) - 1)

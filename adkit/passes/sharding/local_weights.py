@@ -58,7 +58,8 @@ class Wanted:
 def make_local(gm: GraphModule, wanted: Wanted, rank: int) -> dict[tuple[str, Part], str]:
     """Give ``gm`` this rank's parts, and say under which name each stands.
 
-    ``gm.meta["adkit_local"]`` gets what they are. Weights on meta stay there; others are cut now. Names that share a tensor and want the same part still share one.
+    ``gm.meta["adkit_local"]`` gets what they are. Weights on meta stay there; others are cut now. Names that share a
+    tensor and want the same part still share one.
     """
     whole = {
         str(n.target)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from adkit.graph.step import PassInfo
 from adkit.models.factory import ModelFactory
-from adkit.models.loading import graph_tensor_names, load_graph_tensors
+from adkit.models.loading import LOCAL, graph_memory, graph_tensor_names, load_graph_tensors
 from adkit.models.memory import human, limited
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
@@ -34,7 +34,8 @@ class LoadWeights(Pass):
     Up to here every weight is a shape on the meta device. A checkpoint streams from its safetensors files
     through Hugging Face's own key conversion; random weights are drawn from their seed on the device;
     computed buffers (rotary frequencies) are rebuilt; tied weights stay one tensor. Parameters that the graph
-    does not read are not loaded. Without weights the pass is skipped and later passes run on shapes.
+    does not read are not loaded, and of a rank's graph only the rank's part is read. Without weights the pass is
+    skipped and later passes run on shapes.
 
         before: get_attr model.norm.weight -> meta bf16 [4096]
         after:  get_attr model.norm.weight -> cuda:0 bf16 [4096]
@@ -55,7 +56,11 @@ class LoadWeights(Pass):
             if fit.unexpected or fit.made or fit.untied:
                 ctx.report(repr(fit))
         if not self.config.force:
-            estimate = factory.memory_estimate(ctx.engine, ctx.device)
+            estimate = (
+                graph_memory(gm, factory, ctx.engine, ctx.device)
+                if LOCAL in gm.meta
+                else factory.memory_estimate(ctx.engine, ctx.device)
+            )
             here = sum(factory.tensors[n].nbytes for n in ctx.loaded if n in factory.tensors)
             replace(estimate, free=estimate.free + here).require()
         names = [n for n in graph_tensor_names(gm) if n not in ctx.loaded]
