@@ -42,9 +42,9 @@ class PlanRow:
     """One node of a plan.
 
     ``node`` is its id; ``weights`` the parameters that the decision cuts, along ``dim``, no piece smaller than
-    ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks follows;
-    ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user; ``why``: the
-    reason, for what stays whole the reason against.
+    ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks
+    follows; ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user;
+    ``why``: the reason, for what stays whole the reason against.
     """
 
     node: int
@@ -69,8 +69,8 @@ class PlanRow:
 class ShardingPlan:
     """What is cut where, and why: a row a node that has a weight or talks to other ranks, in graph order.
 
-    Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``: the
-    sizes it was made for.
+    Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``:
+    the sizes it was made for.
     """
 
     rows: tuple[PlanRow, ...] = ()
@@ -93,8 +93,8 @@ class ShardingPlan:
     def edit(self, pattern: str, decision: Decision, why: str = "edited by hand") -> ShardingPlan:
         """The plan with another decision for the rows that match; what follows them follows on its own.
 
-        KeyError when no row with a decision of its own matches. Whether the plan still fits together is checked when it is
-        applied.
+        KeyError when no row with a decision of its own matches. Whether the plan still fits together is checked when
+        it is applied.
         """
         if all(r.decision == "follow" for r in self.find(pattern)):
             modules = sorted({without_layer(r.module) for r in self.rows if r.decision != "follow"})
@@ -108,7 +108,7 @@ class ShardingPlan:
         return replace(self, rows=rows)
 
     def to_manual(self) -> dict[str, str]:
-        """The decisions as ``manual_config`` of detect_sharding: module path -> decision, layers alike as one line."""
+        """The decisions as ``manual_config`` of detect_sharding: module path -> decision, layers alike as one."""
         decided = [r for r in self.rows if r.decision != "follow"]
         found: dict[str, str] = {}
         for row in decided:

@@ -68,7 +68,7 @@ def test_the_hinted_graph_computes_the_same(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp, moe_ep", [(2, 2), (4, 4), (8, 8), (4, 2)])
+@pytest.mark.parametrize(("tp", "moe_ep"), [(2, 2), (4, 4), (8, 8), (4, 2)])
 @pytest.mark.parametrize("kind", [*PLANS, "deepseek_v3"])
 def test_ranks_compute_what_one_computes(kind: str, tp: int, moe_ep: int) -> None:
     sizes: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 96}
@@ -96,10 +96,11 @@ def test_latent_projections_stay_whole_and_what_reads_them_is_cut() -> None:
     rows = {short(r): r for r in plan if r.layer in (0, None)}
     assert rows["self_attn.q_b_proj"].decision == rows["self_attn.kv_b_proj"].decision == "colwise"
     assert rows["self_attn.q_b_proj"].layer_type == "mla"
-    assert rows["self_attn.q_a_proj"].decision == "whole" and "latent" in rows["self_attn.q_a_proj"].why
+    assert rows["self_attn.q_a_proj"].decision == "whole"
+    assert "latent" in rows["self_attn.q_a_proj"].why
     assert "slice" in rows["self_attn.kv_a_proj_with_mqa"].why
     shared = next(r for r in plan if r.module.endswith("shared_experts.down_proj"))
-    assert shared.decision == "rowwise" and shared.layer_type == "moe" and not shared.reduce
+    assert (shared.decision, shared.layer_type, shared.reduce) == ("rowwise", "moe", False)
     assert sum(r.reduce for r in plan) == 1 + 2 * 2, "routed and shared experts share one sum"
 
 
@@ -160,7 +161,7 @@ def test_leftover_linears_are_joined_on_request() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, sizes, dist, told",
+    ("kind", "sizes", "dist", "told"),
     [
         ("llama", {}, DistConfig.of(tp=8), r"4 query heads .*tp=8.*tp 2, 4 would work.*manual_config=\{'model"),
         ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 72}, DistConfig.of(tp=2),
@@ -219,5 +220,5 @@ def test_a_bad_edit_is_told_when_it_is_applied() -> None:
 def test_a_plan_of_another_graph() -> None:
     gm = canonical("mixtral")
     gm.meta[PLAN] = planned(canonical("phi3")).edit("lm_head", "whole")
-    with pytest.raises(ShardingError, match="made for another one|not in this graph|cannot be"):
+    with pytest.raises(ShardingError, match=r"made for another one|cannot be"):
         run(gm, "sharding_transform_executor", DistConfig.of(tp=2))
