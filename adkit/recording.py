@@ -98,10 +98,27 @@ def write_report(
 def explore(
     wb: Workbench, *, overlays: Mapping[str, Any] | Iterable[Overlay] = (), device: Device | str = DEVICE
 ) -> Explorer:
-    """The walk in the explorer; ``explorer.goto(step, node)``, ``explorer.selection`` and the rest as it says."""
+    """The walk in the explorer, which follows when the Workbench goes on (:mod:`adkit.watching`).
+
+    It opens with what is light; folding, programs, rewrites and costs are made when they are looked at.
+    ConfigError for an unknown device or overlays that are none.
+    """
     from adkit.viz.explorer import Explorer
 
-    return Explorer(whole(wb, overlays, device))
+    def light() -> RecordWriter:
+        made = writer(wb)
+        made.device = on
+        return made
+
+    try:
+        on = device_named(device)
+        first = light()
+        first.record.overlays = as_overlays(overlays)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    explorer = Explorer(first, again=light)
+    wb.watching.add(explorer)
+    return explorer
 
 
 def pass_source(p: Pass) -> PassSource | None:

@@ -27,6 +27,7 @@ from adkit.passes.pipeline import State, ordered, pending_step, rebuild, records
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 from adkit.progress import Bars
+from adkit.watching import Watching
 
 if TYPE_CHECKING:
     from adkit.playground import Playground
@@ -89,7 +90,8 @@ class Workbench:
             factory=self.factory, engine=settings.engine, device=self.device, weights=self.factory.weights,
             dist=dist or DistConfig.of(),
         )  # fmt: skip
-        self._context.progress = self.bars.show
+        self.watching = Watching(self)
+        self._context.progress = self._progress
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
         self._history: list[State] = []  # the state before each step that ran, without its module
@@ -166,15 +168,16 @@ class Workbench:
         good step. Raises ConfigError for an unknown stage or transform.
         """
         stop = self._end_of(until) if until is not None else len(self._passes)
-        if self.position == 0:
-            self._restore(stop)
-            for step in self._done():
+        with self.watching.run():
+            if self.position == 0:
+                self._restore(stop)
+                for step in self._done():
+                    if on_step is not None:
+                        on_step(step)
+            while self.position < stop:
+                step = self.step()
                 if on_step is not None:
                     on_step(step)
-        while self.position < stop:
-            step = self.step()
-            if on_step is not None:
-                on_step(step)
         return self
 
     def step(self) -> Step:
@@ -187,11 +190,14 @@ class Workbench:
             self._context.fingerprint = fingerprint(self._context, self._passes[:i])
         self._context.loaded = frozenset(n for n, stamp in self._state.tensors.items() if stamp.loadable)
         before = self._state
+        self.watching.starts(p.key)
         try:
             with self.bars:
                 state, step = run_pass(p, before, self._context)
-        except BaseException:
+        except BaseException as error:
+            self.watching.failed(p.key, error)
             self._mend()
+            self.watching.changed()
             raise
         self._steps[i] = step
         self._bind()
@@ -563,6 +569,11 @@ class Workbench:
             ]
         for s in self._steps:
             s._checker, s._profiler = self.check, self.profile
+        self.watching.changed()
+
+    def _progress(self, done: int, total: int, what: str) -> None:
+        self.bars.show(done, total, what)
+        self.watching.progress(done, total, what)
 
     def _heading(self) -> list[str]:
         left = f"; next: {self._passes[self.position].key}" if self.position < len(self._passes) else ""

@@ -8,6 +8,7 @@ you commit them.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import adkit
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MODEL = "llama-3.1-405b"
 NOTEBOOK = """
 import adkit
@@ -52,19 +54,24 @@ class Report:
         """Search, and choose the ``nth`` node found."""
         box = self.page.get_by_role("searchbox")
         box.fill(text)
-        self.page.get_by_role("list", name="found").get_by_role("button").nth(nth).click()
+        self.page.get_by_role("search").get_by_role("listitem").nth(nth).get_by_role("button").click()
 
-    def unfold(self, title: str) -> None:
-        """Open the module whose box says ``title``."""
-        box = self.page.locator(".adk-module").filter(has_text=title).last
-        box.locator(".adk-fold").first.click()
+    def smaller(self, times: int) -> None:
+        for _ in range(times):
+            self.page.get_by_role("button", name="Zoom out").first.click()
+
+    def read(self, heading: str) -> None:
+        """Scroll the panel to a heading."""
+        self.page.get_by_role("heading", name=heading).evaluate("h => h.scrollIntoView({block: 'start'})")
 
 
 def hero(report: Report) -> None:
-    """One layer of 126 open, coloured by roofline time, a norm selected with the code that it came from."""
-    report.step("match_rmsnorm_pattern")
+    """An attention among 126 open, coloured by roofline time, with its history and the code that it came from."""
+    report.step("match_linear")
     report.colour("roofline time (prefill of 2048 tokens)")
-    report.find("torch_rmsnorm", 2)
+    report.find("torch_attention")
+    report.smaller(2)
+    report.read("History")
 
 
 def diff(report: Report) -> None:
@@ -90,8 +97,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     sys.path.insert(0, str(ROOT))
-    from tests.conftest import browser_path
-    from tests.e2e.lab import Notebook, lab
+    from tests.e2e.lab import open_notebook, serve
 
     wanted = sys.argv[1:] or [*PICTURES, "notebook"]
     unknown = set(wanted) - {*PICTURES, "notebook"}
@@ -99,8 +105,10 @@ def main() -> None:
         sys.exit(f"no picture {', '.join(unknown)}; there are {', '.join([*PICTURES, 'notebook'])}")
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-        view: dict[str, Any] = {"viewport": {"width": 1360, "height": 800}, "device_scale_factor": 1.25}
+        browser = playwright.chromium.launch(
+            executable_path=next(filter(None, map(shutil.which, BROWSERS)), None), args=["--no-sandbox"]
+        )
+        view: dict[str, Any] = {"viewport": {"width": 1360, "height": 840}, "device_scale_factor": 1.25}
         if any(name in PICTURES for name in wanted):
             made = adkit.Workbench(MODEL, device="cpu", dtype="bfloat16", progress=False).run()
             address = made.report(Path(folder) / "walk.html").as_uri()
@@ -113,9 +121,10 @@ def main() -> None:
             page.locator("#adkit-explorer").screenshot(path=IMAGES / f"{name}.png")
             page.close()
         if "notebook" in wanted:
-            with lab(Path(folder), ROOT) as address:
+            with serve(Path(folder), ROOT) as address:
                 page = browser.new_page(**view)
-                notebook = Notebook.open(page, address)
+                notebook = open_notebook(address, page)
+                notebook.command("application:toggle-left-area")
                 notebook.run(NOTEBOOK.strip()).get_by_role("tablist").wait_for()
                 page.wait_for_timeout(1500)
                 page.screenshot(path=IMAGES / "notebook.png")

@@ -1,4 +1,4 @@
-"""A record as one file: the explorer with its record inside, no network; and the static fallback in plain HTML.
+"""A record as one file: the explorer with its record inside, no network.
 
 Nothing in a record can run: it stands in the page as base64, and the page's policy lets only the bundle
 itself run, told by its hash.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from adkit.viz.dot import write_atomically
-from adkit.viz.record.format import Record, Step
+from adkit.viz.record.format import Record
+from adkit.viz.static import static_html
 
 
 @cache
@@ -42,7 +43,7 @@ def write_page(
 
 def page(record: Record, *, completions: Iterable[Any] = (), title: str = "") -> str:
     """The text of :func:`write_page`'s file."""
-    name = title or record.name or "walk"
+    name = title or record.name or record.about.get("class", "") or "walk"
     data = base64.b64encode(gzip.compress(record.model_dump_json().encode(), 9, mtime=0)).decode()
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -92,43 +93,4 @@ def _completion(item: Any) -> tuple[str, str]:
     return str(getattr(item, "prompt", "") or ""), str(item.text)
 
 
-def static_html(record: Record) -> str:
-    """What can be told without a script: a table of the steps, and the last program as text."""
-    rows = "".join(_row(record, s) for s in record.steps)
-    facts = ", ".join(f"{k} {v}" for k, v in {**record.about, **record.versions}.items())
-    graph = next((record.graphs[s.after] for s in reversed(record.steps) if s.after >= 0), None)
-    code = ""
-    if graph is not None and graph.view is not None:
-        text = "\n".join(
-            f"{'    ' * x.depth}{x.text}{f'  # {x.comment}' if x.comment else ''}" for x in graph.view.code
-        )
-        code = f"<details><summary>The program at the end</summary><pre>{escape(text)}</pre></details>"
-    note = f"<p>{escape(record.note)}</p>" if record.note else ""
-    return (
-        f'<div class="adkit-static"><p><b>{escape(record.name)}</b> {escape(facts)}</p>{note}'
-        '<table><caption>Steps</caption><thead><tr><th scope="col">stage</th><th scope="col">step</th>'
-        '<th scope="col">status</th><th scope="col">nodes</th><th scope="col">added</th>'
-        '<th scope="col">removed</th><th scope="col">changed</th><th scope="col">ms</th>'
-        f'<th scope="col">what</th></tr></thead><tbody>{rows}</tbody></table>{code}</div>'
-    )
-
-
-def _row(record: Record, s: Step) -> str:
-    nodes = record.graphs[s.after].size if s.after >= 0 else 0
-    what = s.reason or "; ".join(r.text for r in (s.rewrites or [])[:3])
-    cells = [
-        s.stage,
-        s.name,
-        s.status,
-        nodes,
-        s.created,
-        s.erased,
-        len(s.changed),
-        round(s.seconds * 1e3, 1),
-        what,
-    ]
-    first = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
-    return f"<tr>{first}</tr>"
-
-
-__all__ = ["asset", "page", "static_html", "write_page"]
+__all__ = ["asset", "page", "write_page"]

@@ -3,11 +3,10 @@ import { render } from "preact";
 import { useEffect, useMemo, useReducer, useRef } from "preact/hooks";
 import { CodeView } from "./code.tsx";
 import { scaleOf } from "./colour.ts";
-import { Pane, reveal } from "./pane.tsx";
-import type { Walk } from "./record.ts";
-import type { Scene } from "./scene.ts";
+import { Pane, reveal, type Group } from "./pane.tsx";
+import type { NodeInfo, Walk } from "./record.ts";
 import { Side } from "./side.tsx";
-import { overlays, Store } from "./store.ts";
+import { MOST_PANES, overlayNames, Store } from "./store.ts";
 import { Timeline } from "./timeline.tsx";
 
 export interface Mounted {
@@ -20,14 +19,14 @@ export interface Mounted {
 /** Draw the explorer of a walk into an element. */
 export function mount(element: HTMLElement, walk: Walk): Mounted {
   const store = new Store(walk);
-  const group = new Set<Scene>();
+  const group: Group = new Map();
   const style = categoryStyle(walk);
   element.replaceChildren(style);
   const host = document.createElement("div");
   element.append(host);
   render(<App store={store} group={group} />, host);
   const goto = (step: number, node: number | null): void => {
-    store.set({ step, against: -1 });
+    store.set({ step });
     if (node !== null) {
       store.select([node]);
       reveal(store, group, node);
@@ -46,7 +45,7 @@ function categoryStyle(walk: Walk): HTMLStyleElement {
   return style;
 }
 
-function App({ store, group }: { store: Store; group: Set<Scene> }) {
+function App({ store, group }: { store: Store; group: Group }) {
   const [, again] = useReducer((n: number) => n + 1, 0);
   const root = useRef<HTMLDivElement>(null);
   useEffect(() => store.subscribe(() => again(0)), [store]);
@@ -55,71 +54,82 @@ function App({ store, group }: { store: Store; group: Set<Scene> }) {
     const timer = setInterval(() => {
       const next = changedFrom(store, store.state.step + 1, 1);
       if (next === null) store.set({ playing: false });
-      else store.set({ step: next, against: -1 });
+      else store.set({ step: next });
     }, 1100);
     return () => clearInterval(timer);
   }, [store.state.playing]);
   const { state, walk } = store;
-  const step = walk.steps[state.step];
-  const [after, before] = [store.graph, store.before];
-  const compared = state.mode === "compare" && before !== after && before >= 0;
-  const titleBefore = state.against < 0 ? `before ${step?.name ?? ""}` : `after ${walk.steps[state.against]?.name ?? ""}`;
+  const points = store.points();
   return (
-    <div class="adk" ref={root} onKeyDown={(e) => shortcuts(e, store, root.current!)}>
+    <div class={`adk ${state.side ? "" : "adk-wide"}`} ref={root} onKeyDown={(e) => shortcuts(e, store, root.current!)}>
       <Toolbar store={store} group={group} />
       <Timeline store={store} />
       <div class="adk-main">
-        <div class="adk-panes">
-          {after < 0 ? (
-            <p class="adk-nothing">This step has no graph{step?.reason ? `: ${step.reason}` : "."}</p>
+        <div class="adk-middle">
+          {store.graph < 0 && points.length === 1 ? (
+            <p class="adk-nothing">{nothing(store)}</p>
           ) : state.mode === "code" ? (
             <CodeView store={store} />
           ) : (
-            <>
-              {compared && <Pane key="before" store={store} graph={before} side="before" title={titleBefore} group={group} diff />}
-              <Pane key="after" store={store} graph={after} side="after" title={`after ${step?.name ?? ""}`} group={group} diff />
-            </>
+            <div class="adk-panes">
+              {points.map((p, n) => <Pane key={n} store={store} points={points} n={n} group={group} />)}
+            </div>
           )}
           <Legend store={store} />
         </div>
-        <Side store={store} show={(id) => reveal(store, group, id)} />
+        {state.side && <Side store={store} show={(id) => reveal(store, group, id)} />}
       </div>
     </div>
   );
 }
 
-function Toolbar({ store, group }: { store: Store; group: Set<Scene> }) {
+/** Why there is nothing to draw at the step looked at. */
+function nothing({ state, walk }: Store): string {
+  const step = walk.steps[state.step];
+  if (step === undefined) return "This record has no steps.";
+  if (state.live.running !== "") return "The pipeline is running; its graphs come when it has ended.";
+  if (step.status === "pending") return `${step.name} has not run yet, so there is no graph. Run the pipeline (wb.run()) and it appears here.`;
+  return `There is no graph at ${step.name}${step.reason ? `: ${step.reason}` : "."}`;
+}
+
+const MODES = { graph: "Graph", compare: "Compare", code: "Code" } as const;
+
+function Toolbar({ store, group }: { store: Store; group: Group }) {
   const { state, walk } = store;
-  const lays = useMemo(() => overlays(walk, store.graph), [walk, store.graph, walk.data.overlays.length]);
+  const lays = useMemo(() => overlayNames(walk, store.graph), [walk, store.graph, walk.data.overlays, walk.data.costs]);
   return (
-    <div class="adk-toolbar" role="toolbar" aria-label="Explorer">
-      <strong class="adk-title" title={Object.entries(walk.data.about).map(([k, v]) => `${k}: ${v}`).join("\n")}>{walk.data.name || "graph"}</strong>
-      <div class="adk-switch" role="group" aria-label="View">
+    <div class="adk-toolbar" role="toolbar" aria-label="View">
+      <strong class="adk-title" title={[walk.name, ...Object.entries(walk.data.about).map(([k, v]) => `${k}: ${v}`)].join("\n")}>{walk.name}</strong>
+      <div class="adk-switch" role="group" aria-label="What is shown">
         {(["graph", "compare", "code"] as const).map((mode) => (
-          <button type="button" key={mode} aria-pressed={state.mode === mode} onClick={() => store.set({ mode })}>{mode}</button>
+          <button type="button" key={mode} aria-pressed={state.mode === mode} onClick={() => store.set({ mode })}>{MODES[mode]}</button>
         ))}
       </div>
+      <button type="button" onClick={() => store.addPane()} disabled={state.mode === "code" || !store.canAddPane} title={`One more point side by side, ${MOST_PANES} at most (p); shift-click a step for that step`}>Add pane</button>
       <label>
-        overlay{" "}
-        <select value={state.overlay} onChange={(e) => store.set({ overlay: e.currentTarget.value })}>
+        Colour{" "}
+        <select class="adk-overlay" value={state.overlay} onChange={(e) => store.set({ overlay: e.currentTarget.value })}>
           <option value="">kind of work</option>
-          {lays.map((o) => <option key={o.name} value={o.name}>{o.name}</option>)}
+          {lays.map((name) => <option key={name} value={name}>{name}</option>)}
         </select>
       </label>
-      <label class="adk-check"><input type="checkbox" checked={state.leaves} onChange={(e) => store.set({ leaves: e.currentTarget.checked })} /> weights</label>
-      <button type="button" onClick={() => store.openAll(state.module)} title="Open every module (of the one chosen)">open all</button>
-      <button type="button" onClick={() => store.closeAll()}>close all</button>
+      <label class="adk-check"><input type="checkbox" checked={state.leaves} onChange={(e) => store.set({ leaves: e.currentTarget.checked })} /> Weights</label>
+      <div class="adk-switch" role="group" aria-label="Modules">
+        <button type="button" onClick={() => store.openAll(state.module)} title="Open every module (of the one chosen)">Unfold all</button>
+        <button type="button" onClick={() => store.closeAll()} title="Back to the outline">Fold all</button>
+      </div>
+      <button type="button" class="adk-quiet" aria-pressed={state.side} onClick={() => store.set({ side: !state.side })} title="The panel with details (d)">Details</button>
       <Search store={store} group={group} />
     </div>
   );
 }
 
-function Search({ store, group }: { store: Store; group: Set<Scene> }) {
+function Search({ store, group }: { store: Store; group: Group }) {
   const { state } = store;
   const found = useMemo(() => find(store, state.search), [store, state.search, store.graph]);
   const input = useRef<HTMLInputElement>(null);
-  const pick = (id: number): void => {
-    store.set({ search: "" });
+  const pick = ({ id, op }: NodeInfo): void => {
+    store.set({ search: "", leaves: state.leaves || LEAVES.has(op) });
     store.select([id]);
     reveal(store, group, id);
   };
@@ -133,7 +143,7 @@ function Search({ store, group }: { store: Store; group: Set<Scene> }) {
         value={state.search}
         onInput={(e) => store.set({ search: e.currentTarget.value })}
         onKeyDown={(e) => {
-          if (e.key === "Enter" && found.length > 0) pick(found[0]!.id);
+          if (e.key === "Enter" && found.length > 0) pick(found[0]!);
           if (e.key === "Escape") store.set({ search: "" });
         }}
       />
@@ -141,7 +151,7 @@ function Search({ store, group }: { store: Store; group: Set<Scene> }) {
         <ul class="adk-found" aria-label={`${found.length} found`}>
           {found.slice(0, 60).map((n) => (
             <li key={n.id}>
-              <button type="button" onClick={() => pick(n.id)}>
+              <button type="button" onClick={() => pick(n)}>
                 <b>{n.name}</b> {n.short} <small>{n.value} {n.path}</small>
               </button>
             </li>
@@ -154,17 +164,21 @@ function Search({ store, group }: { store: Store; group: Set<Scene> }) {
   );
 }
 
+/** What a graph reads, drawn only on demand: found last. */
+const LEAVES = new Set(["placeholder", "get_attr"]);
+
 function find(store: Store, query: string) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (words.length === 0 || store.graph < 0) return [];
   const { walk } = store;
-  return walk
+  const found = walk
     .rows(store.graph)
     .map((r) => walk.info(r))
     .filter((n) => {
       const all = `${n.name} ${n.target} ${n.short} ${n.op} ${n.value} ${n.path} ${n.type} ${n.source === null ? "" : `${n.source.file}:${n.source.line} ${n.source.code}`}`.toLowerCase();
       return words.every((w) => all.includes(w));
     });
+  return [...found.filter((n) => !LEAVES.has(n.op)), ...found.filter((n) => LEAVES.has(n.op))];
 }
 
 function Legend({ store }: { store: Store }) {
@@ -173,7 +187,8 @@ function Legend({ store }: { store: Store }) {
   const present = useMemo(() => new Set(walk.rows(store.graph).map((r) => walk.data.rows.category[r]!)), [walk, store.graph]);
   const d = store.difference();
   return (
-    <footer class="adk-legend">
+    <div class="adk-legend" role="group" aria-label="Legend">
+      <span class="adk-kinds">
       {laid === null ? (
         walk.data.categories.map((c, k) => present.has(k) && <span key={k}><i class={`adk-swatch adk-c${k}`} />{c.name}</span>)
       ) : laid.overlay.scale === "words" ? (
@@ -183,6 +198,7 @@ function Legend({ store }: { store: Store }) {
           {laid.scale.text(laid.scale.low)} <i class="adk-ramp" style={{ background: ramp(laid.overlay) }} /> {laid.scale.text(laid.scale.high)} <small>{laid.overlay.note}</small>
         </span>
       )}
+      </span>
       <span class="adk-marks">
         {d.created.size > 0 && <span><i class="adk-mark adk-created" />{d.created.size} added</span>}
         {d.erased.size > 0 && <span><i class="adk-mark adk-erased" />{d.erased.size} removed</span>}
@@ -190,7 +206,7 @@ function Legend({ store }: { store: Store }) {
         {d.moved.size > 0 && <span><i class="adk-mark adk-moved" />{d.moved.size} moved</span>}
         <span>{walk.rows(store.graph).length} nodes</span>
       </span>
-    </footer>
+    </div>
   );
 }
 
@@ -212,13 +228,16 @@ function shortcuts(e: KeyboardEvent, store: Store, root: HTMLElement): void {
   if (typing || e.ctrlKey || e.metaKey || e.altKey) return;
   const go = (by: 1 | -1): void => {
     const k = changedFrom(store, store.state.step + by, by);
-    if (k !== null) store.set({ step: k, against: -1 });
+    if (k !== null) store.set({ step: k });
   };
   switch (e.key) {
     case "/": root.querySelector<HTMLInputElement>(".adk-search input")?.focus(); break;
     case "j": case "]": go(1); break;
     case "k": case "[": go(-1); break;
     case "c": store.set({ mode: store.state.mode === "compare" ? "graph" : "compare" }); break;
+    case "p": store.addPane(); break;
+    case "x": if (store.state.mode === "compare") store.closePane(store.focus()); break;
+    case "d": store.set({ side: !store.state.side }); break;
     case "t": store.set({ mode: store.state.mode === "code" ? "graph" : "code" }); break;
     default: return;
   }

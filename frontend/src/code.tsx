@@ -13,7 +13,9 @@ const HEIGHT = 18;
 export function CodeView({ store }: { store: Store }) {
   const { walk, state } = store;
   const [before, after] = [store.before, store.graph];
-  const pairs = useMemo(() => align(walk.data.graphs[before]?.view?.code ?? [], walk.data.graphs[after]?.view?.code ?? []), [walk, before, after]);
+  const ready = [before, after].map((k) => k < 0 || walk.ready(k)).every(Boolean);
+  const [left, right] = [walk.data.graphs[before]?.view?.code, walk.data.graphs[after]?.view?.code];
+  const pairs = useMemo(() => align(left ?? [], right ?? []), [left, right]);
   const chosen = useMemo(() => {
     const g = walk.graph(after);
     return new Set(state.selection.flatMap((i) => [i, g.representative.get(i) ?? i]));
@@ -22,6 +24,7 @@ export function CodeView({ store }: { store: Store }) {
   useEffect(() => {
     host.current?.querySelector(".adk-chosen")?.scrollIntoView({ block: "nearest" });
   }, [state.selection]);
+  if (!ready) return <p class="adk-nothing" role="status">Reading the programs from the kernel …</p>;
   if (pairs.length === 0) return <p class="adk-nothing">This record holds no program text for these graphs.</p>;
   const both = before >= 0 && before !== after;
   return (

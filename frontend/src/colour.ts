@@ -17,7 +17,16 @@ const DIVERGING = [
   [178, 24, 43],
 ];
 /** Okabe and Ito, for words. */
-export const WORDS = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#999999"];
+const WORDS = [
+  [86, 180, 233],
+  [230, 159, 0],
+  [0, 158, 115],
+  [240, 228, 66],
+  [0, 114, 178],
+  [213, 94, 0],
+  [204, 121, 167],
+  [153, 153, 153],
+];
 
 export interface Scale {
   colour(value: number): string;
@@ -40,7 +49,7 @@ export function scaleOf(overlay: Overlay): Scale {
   return {
     low,
     high,
-    colour: (v) => (overlay.scale === "words" ? WORDS[v % WORDS.length]! : mix(overlay.scale === "diverging" ? DIVERGING : RAMP, share(v))),
+    colour: (v) => (overlay.scale === "words" ? `rgb(${WORDS[v % WORDS.length]!.join(",")})` : mix(overlay.scale === "diverging" ? DIVERGING : RAMP, share(v))),
     text: (v) => (overlay.scale === "words" ? (overlay.words[v] ?? "") : `${short(v)}${overlay.unit ? ` ${overlay.unit}` : ""}`),
   };
 }

@@ -76,6 +76,7 @@ export class Layout {
   private readonly cache = new Map<string, Inside>();
   private lifted: Map<string, Map<string, { from: string; to: string; sources: Set<number> }>> | null = null;
   private hiddenBy = new Map<string, string>();
+  private readonly standing = new Map<string, string>();
 
   constructor(
     readonly graph: Graph,
@@ -115,6 +116,12 @@ export class Layout {
 
   /** Path of the module drawn for this one (a repeated layer is drawn once). */
   stands(path: string): string {
+    let known = this.standing.get(path);
+    if (known === undefined) this.standing.set(path, (known = this.standsFor(path)));
+    return known;
+  }
+
+  private standsFor(path: string): string {
     const direct = this.hiddenBy.get(path);
     if (direct !== undefined) return direct;
     const cut = path.lastIndexOf(".");
@@ -122,6 +129,12 @@ export class Layout {
     const parent = path.slice(0, cut);
     const above = this.stands(parent);
     return above === parent ? path : above + path.slice(cut);
+  }
+
+  /** The repeated layer around a path, or null. */
+  private repeated(path: string): string | null {
+    for (let at = path; at !== ""; at = at.slice(0, Math.max(0, at.lastIndexOf(".")))) if (this.graph.repeats.has(at)) return at;
+    return null;
   }
 
   private inside(module: Module): Inside {
@@ -184,7 +197,10 @@ export class Layout {
       .map((e) => ({ from: e.from, to: e.to, sources: [...e.sources] }));
   }
 
-  /** Every edge, at the module where its two ends part. One pass over the graph. */
+  /**
+   * Every edge, at the module where its two ends part. One pass over what is drawn: a repeated layer is drawn once, and
+   * what one layer hands to the next one that it stands for too is no edge inside it.
+   */
   private lift() {
     const found = new Map<string, Map<string, { from: string; to: string; sources: Set<number> }>>();
     const chains = new Map<string, string[]>();
@@ -195,11 +211,14 @@ export class Layout {
     };
     for (const node of this.graph.nodes.values()) {
       if (this.shown.isHidden(node)) continue;
-      const to = chain(this.stands(node.path));
+      if (this.stands(node.path) !== node.path) continue;
+      const to = chain(node.path);
       for (const i of node.inputs) {
         const source = this.graph.nodes.get(i);
         if (source === undefined || this.shown.isHidden(source)) continue;
-        const from = chain(this.stands(source.path));
+        const stands = this.stands(source.path);
+        if (stands !== source.path && this.repeated(stands) === this.repeated(node.path)) continue;
+        const from = chain(stands);
         let at = 0;
         while (at < to.length && at < from.length && to[at] === from[at]) at++;
         const a = at < from.length ? `m:${from[at]}` : `n:${this.graph.representative.get(i) ?? i}`;
@@ -217,7 +236,30 @@ export class Layout {
   }
 }
 
+type Placed = { width: number; height: number; at: Map<string, { x: number; y: number }>; points: { x: number; y: number }[][] };
+
+/** Modules of equal content are placed once: most steps change few of them. */
+const placed = new Map<string, Placed>();
+const MOST_PLACED = 400;
+
 function place(drafts: Map<string, Draft>, edges: { from: string; to: string; sources: number[] }[]): Inside {
+  const key = `${[...drafts.values()].map((d) => `${d.key} ${d.width.toFixed(1)} ${d.height.toFixed(1)}`).join(",")}|${edges.map((e) => `${e.from}>${e.to}`).join(",")}`;
+  let known = placed.get(key);
+  if (known === undefined) known = arrange(drafts, edges);
+  else placed.delete(key);
+  placed.set(key, known);
+  if (placed.size > MOST_PLACED) placed.delete(placed.keys().next().value!);
+  const boxes: (NodeBox | ModuleBox)[] = [];
+  for (const d of drafts.values()) {
+    const at = known.at.get(d.key)!;
+    const box = { key: d.key, x: at.x - d.width / 2, y: at.y - d.height / 2, width: d.width, height: d.height };
+    if ("op" in d.item) boxes.push({ ...box, kind: "node", node: d.item, chips: d.chips });
+    else boxes.push({ ...box, kind: "module", module: d.item, count: d.count, inside: d.inside });
+  }
+  return { width: known.width, height: known.height, boxes, edges: edges.map((e, n) => ({ ...e, points: known.points[n]! })) };
+}
+
+function arrange(drafts: Map<string, Draft>, edges: { from: string; to: string }[]): Placed {
   const graph = new dagre.graphlib.Graph({ multigraph: false, compound: false });
   graph.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 26, edgesep: 8, marginx: PADDING, marginy: PADDING, ranker: drafts.size > 20 ? "longest-path" : "network-simplex" });
   graph.setDefaultEdgeLabel(() => ({}));
@@ -225,18 +267,11 @@ function place(drafts: Map<string, Draft>, edges: { from: string; to: string; so
   for (const e of edges) graph.setEdge(e.from, e.to, {});
   dagre.layout(graph);
   const size = graph.graph() as { width?: number; height?: number };
-  const boxes: (NodeBox | ModuleBox)[] = [];
-  for (const d of drafts.values()) {
-    const at = graph.node(d.key) as unknown as { x: number; y: number };
-    const box = { key: d.key, x: at.x - d.width / 2, y: at.y - d.height / 2, width: d.width, height: d.height };
-    if ("op" in d.item) boxes.push({ ...box, kind: "node", node: d.item, chips: d.chips });
-    else boxes.push({ ...box, kind: "module", module: d.item, count: d.count, inside: d.inside });
-  }
   return {
     width: Number.isFinite(size.width) ? size.width! : 2 * PADDING,
     height: Number.isFinite(size.height) ? size.height! : 2 * PADDING,
-    boxes,
-    edges: edges.map((e) => ({ ...e, points: (graph.edge(e.from, e.to) as unknown as { points: { x: number; y: number }[] }).points })),
+    at: new Map([...drafts.keys()].map((k) => [k, graph.node(k) as unknown as { x: number; y: number }])),
+    points: edges.map((e) => (graph.edge(e.from, e.to) as unknown as { points: { x: number; y: number }[] }).points),
   };
 }
 

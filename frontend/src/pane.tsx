@@ -1,53 +1,60 @@
-/** One graph on the screen: the scene, its minimap and legend, kept in step with the store. */
-import { useEffect, useRef } from "preact/hooks";
+/** One graph on the screen: the scene and its minimap, kept in step with the store and with the other panes. */
+import { useLayoutEffect, useRef } from "preact/hooks";
+import type { Alignment } from "./align.ts";
 import { isLight } from "./colour.ts";
-import type { ModuleBox, NodeBox } from "./layout.ts";
-import { Scene, type Look, type View } from "./scene.ts";
-import type { Store } from "./store.ts";
+import { TITLE_HEIGHT, type Inside, type ModuleBox, type NodeBox } from "./layout.ts";
+import type { Walk } from "./record.ts";
+import { FAR, Scene, type Look, type View } from "./scene.ts";
+import type { Marks, Point, Store } from "./store.ts";
 
 interface Props {
   store: Store;
-  /** Graph drawn. */
-  graph: number;
-  /** Which side of the comparison it is. */
-  side: "before" | "after";
-  title: string;
-  /** Scenes that move together. */
-  group: Set<Scene>;
-  diff: boolean;
+  points: Point[];
+  /** Which of the points it shows. */
+  n: number;
+  group: Group;
 }
 
-export function Pane({ store, graph, side, title, group, diff }: Props) {
+/** The scenes on the screen, which move together: each with the graph that it shows now. */
+export type Group = Map<Scene, number>;
+
+export function Pane({ store, points, n, group }: Props) {
   const host = useRef<HTMLDivElement>(null);
   const tip = useRef<HTMLDivElement>(null);
   const scene = useRef<Scene | null>(null);
-  const shown = useRef({ graph: -1, fitted: false });
-  const current = useRef({ graph, side, diff });
-  current.current = { graph, side, diff };
+  const drawn = useRef(() => {});
+  const shown = useRef<{ walk: Walk; graph: number } | null>(null);
+  const { graph, title, step } = points[n]!;
+  const current = useRef({ points, n });
+  current.current = { points, n };
+  const ready = graph >= 0 && store.walk.ready(graph);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
+    const focus = (): void => {
+      const at = current.current.points[current.current.n]!.step;
+      if (store.state.panes.length > 0) store.set({ step: at });
+    };
     const made = new Scene(host.current!, {
-      look: (box) => look(store, current.current, box),
-      onSelect: (key) => choose(store, key),
-      onToggle: (path) => {
-        for (const s of group) {
-          s.anchored(`m:${path}`, () => {});
-        }
-        store.toggle(path);
+      look: (box) => look(store, current.current.points, current.current.n, box),
+      onSelect: (key) => {
+        focus();
+        choose(store, key);
       },
-      onHover: (key, event) => hover(tip.current!, host.current!, store, current.current.graph, key, event),
-      onView: (view) => follow(group, made, view),
+      onToggle: (path) => store.toggle(path),
+      onHover: (key, event) => hover(tip.current!, host.current!, store, current.current.points[current.current.n]!.graph, key, event),
+      onView: () => follow(store, group, made),
+      onRefit: () => fit(store, group),
+      onDrawn: () => drawn.current(),
     });
     scene.current = made;
-    group.add(made);
-    made.svg.addEventListener("keydown", (e) => keys(e, store, made));
+    made.svg.addEventListener("focus", () => made.svg.matches(":focus-visible") && focus());
+    made.svg.addEventListener("keydown", (e) => keys(e, store, made, () => fit(store, group, 0)));
     const stop = store.subscribe((changed) => {
-      if (changed.has("open")) {
-        const anchor = store.state.module !== null ? `m:${store.state.module}` : null;
-        const layout = store.layout(current.current.graph);
-        if (anchor !== null) made.anchored(anchor, () => made.show(layout));
-        else made.show(layout);
-      }
+      const { graph } = current.current.points[current.current.n]!;
+      if (!changed.has("open") || graph < 0 || !store.walk.ready(graph)) return;
+      const layout = store.layout(graph);
+      if (store.anchor !== null) made.anchored(`m:${layout.stands(store.anchor)}`, () => made.show(layout));
+      else made.show(layout);
     });
     return () => {
       stop();
@@ -56,58 +63,95 @@ export function Pane({ store, graph, side, title, group, diff }: Props) {
     };
   }, []);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const s = scene.current!;
-    if (graph < 0) return;
-    s.show(store.layout(graph));
-    s.restyle();
-    if (!shown.current.fitted && s.frame().width > 0) {
-      s.fit();
-      shown.current.fitted = true;
+    if (!ready) {
+      group.delete(s);
+      return;
     }
-    shown.current.graph = graph;
-    const { selection, module } = store.state;
+    group.set(s, graph);
     const layout = store.layout(graph);
+    const was = shown.current;
+    if (was !== null && !s.fitted && was.walk === store.walk && was.graph !== graph) s.view = same(s.view, s.frame(), s.frame(), store.alignment(was.graph, graph));
+    s.show(layout);
+    if (s.frame().width > 0) {
+      shown.current = { walk: store.walk, graph };
+      const leader = [...group.keys()].find((other) => other !== s);
+      if (was === null) {
+        if (leader === undefined || leader.fitted) fit(store, group);
+        else follow(store, group, leader);
+      } else if (s.fitted && was.graph !== graph) fit(store, group);
+    }
+    const { selection, module } = store.state;
     const trails = selection.map((id) => layout.trail(id)).filter((t) => t.length > 0);
-    const keys = trails.map((t) => t[t.length - 1]!);
-    const chosen = module !== null ? `m:${layout.stands(module)}` : (keys[0] ?? null);
-    s.select(chosen, keys);
+    const marked = trails.map((t) => t[t.length - 1]!);
+    const chosen = module !== null ? `m:${layout.stands(module)}` : (marked[0] ?? null);
+    s.select(chosen, marked);
   });
 
+  const one = points.length === 1;
   return (
-    <section class="adk-pane" aria-label={title}>
+    <section class={`adk-pane ${!one && step === store.state.step ? "adk-focus" : ""}`} aria-label={title}>
       <header>
-        {title}
+        <select class="adk-point" aria-label={`Point shown in pane ${n + 1}`} title={title} value={title.startsWith("before") ? "before" : step} onChange={(e) => store.setPoint(n, Number(e.currentTarget.value))}>
+          {title.startsWith("before") && <option value="before">{title}</option>}
+          {store.walk.steps.map((s, k) => s.after >= 0 && <option key={k} value={k}>after {s.name}</option>)}
+        </select>
         <span class="adk-tools">
           <button type="button" onClick={() => scene.current?.zoom(1.3)} title="Zoom in (+)" aria-label="Zoom in">+</button>
           <button type="button" onClick={() => scene.current?.zoom(1 / 1.3)} title="Zoom out (-)" aria-label="Zoom out">−</button>
-          <button type="button" onClick={() => scene.current?.fit()} title="Fit the graph (0)">fit</button>
+          <button type="button" onClick={() => fit(store, group, 0)} title="Fit the graph (0)">fit</button>
+          {!one && <button type="button" onClick={() => store.closePane(n)} title="Close this pane" aria-label={`Close ${title}`}>×</button>}
         </span>
       </header>
-      <div class="adk-canvas" ref={host} />
-      <Minimap store={store} graph={graph} scene={scene} />
+      <div class="adk-canvas" ref={host}>{graph >= 0 && !ready && <p class="adk-waiting" role="status">Reading this graph from the kernel …</p>}</div>
+      <Minimap store={store} graph={ready ? graph : -1} scene={scene} drawn={drawn} />
       <div class="adk-tip" ref={tip} role="tooltip" hidden />
     </section>
   );
 }
 
 /** Bring a node into view in every pane that has it. */
-export function reveal(store: Store, group: Set<Scene>, id: number): void {
+export function reveal(store: Store, group: Group, id: number): void {
   store.reveal(id);
   requestAnimationFrame(() => {
-    for (const s of group) {
-      const trail = store.layout(store.graph).trail(id);
+    const panes = [...group].sort(([, a], [, b]) => Number(b === store.graph) - Number(a === store.graph));
+    for (const [scene, graph] of panes) {
+      if (!store.walk.ready(graph)) continue;
+      const trail = store.layout(graph).trail(id);
       const last = trail[trail.length - 1];
-      if (last !== undefined) s.reveal(last);
+      if (last === undefined) continue;
+      scene.reveal(last);
+      return;
     }
   });
 }
 
-function follow(group: Set<Scene>, from: Scene, view: View): void {
-  for (const s of group) if (s !== from && (s.view.x !== view.x || s.view.y !== view.y || s.view.scale !== view.scale)) {
-    s.view = view;
-    s.render();
-  }
+/** Every graph whole, all at the scale that the largest needs; unless asked for, not so small that nothing can be read. */
+function fit(store: Store, group: Group, least = FAR): void {
+  const scale = Math.max(least, Math.min(...[...group.keys()].map((s) => s.whole)));
+  const leader = [...group].find(([, graph]) => graph === store.graph)?.[0] ?? group.keys().next().value;
+  leader?.fit(scale);
+  for (const s of group.keys()) s.fitted = true;
+}
+
+/** The other panes look at the same place: what stands in the middle of the one that moved. */
+function follow(store: Store, group: Group, from: Scene): void {
+  const graph = group.get(from);
+  if (graph === undefined || group.size < 2) return;
+  for (const [scene, other] of group) if (scene !== from) scene.follow(same(from.view, from.frame(), scene.frame(), other === graph ? null : store.alignment(graph, other)));
+}
+
+interface Size {
+  width: number;
+  height: number;
+}
+
+/** The view that has the same place in the middle of another frame and graph. */
+function same({ x, y, scale }: View, from: Size, to: Size, alignment: Alignment | null): View {
+  const middle = { x: (from.width / 2 - x) / scale, y: (from.height / 2 - y) / scale };
+  const there = alignment?.map(middle.x, middle.y) ?? middle;
+  return { scale, x: to.width / 2 - there.x * scale, y: to.height / 2 - there.y * scale };
 }
 
 function choose(store: Store, key: string | null): void {
@@ -116,49 +160,55 @@ function choose(store: Store, key: string | null): void {
   else if (key.startsWith("n:")) store.select([Number(key.slice(2))]);
 }
 
-function look(store: Store, at: { graph: number; side: string; diff: boolean }, box: NodeBox | ModuleBox): Look {
+function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox): Look {
   const { walk } = store;
+  const marks = store.marks(n, points);
+  const laid = store.overlay(points[n]!.graph);
   if (box.kind === "module") {
-    const marks = at.diff ? marksIn(store, at, box) : "";
+    const said = box.inside === null ? (laid?.of(box.module.path) ?? null) : null;
     return {
-      className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks}`,
-      lines: [walk.title(box.module.path), box.inside === null ? `${box.module.size} nodes` : ""],
-      title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${box.module.size} nodes; double-click to ${box.inside === null ? "open" : "close"}`,
+      ...(said === null ? {} : { badge: said.text, ...(said.fill === undefined ? {} : { fill: said.fill }) }),
+      className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks.modules.has(box.module.path) ? "adk-touched" : ""} ${said?.fill === undefined ? "" : filled(said.fill)}`,
+      lines: [walk.title(box.module.path), box.inside === null ? `${nodes(box.module.size)}` : ""],
+      title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${nodes(box.module.size)}; double-click to ${box.inside === null ? "open" : "close"}`,
     };
   }
-  const row = walk.rowOf(at.graph).get(box.node.id);
+  const row = walk.rowOf(points[n]!.graph).get(box.node.id);
   if (row === undefined) return { className: "", lines: [box.node.target], title: box.node.name };
   const info = walk.info(row);
-  const d = at.diff ? store.difference() : null;
-  const mark = d === null ? "" : at.side === "before" ? (d.erased.has(info.id) ? "adk-erased" : d.changed.has(info.id) ? "adk-changed" : "") : d.created.has(info.id) ? "adk-created" : d.changed.has(info.id) ? "adk-changed" : d.moved.has(info.id) ? "adk-moved" : "";
+  const mark = markOf(marks, info.id);
   const result: Look = {
-    className: `adk-c${info.category} ${mark}`,
+    className: `adk-c${info.category} ${mark && `adk-${mark}`}`,
     lines: [info.op === "call_function" ? info.short : info.name, info.value],
-    title: `${info.name}: ${info.op === "call_function" ? info.target : info.op}, ${info.value}${mark ? `, ${mark.slice(4)}` : ""}`,
+    title: `${info.name}: ${info.op === "call_function" ? info.target : info.op}, ${info.value}${mark && `, ${TOLD[mark]}`}`,
   };
-  const laid = store.overlay();
   if (laid !== null) {
-    result.className += " adk-overlaid";
     const value = laid.values.get(info.id);
+    result.className += ` ${value === undefined ? "adk-overlaid" : filled(laid.scale.colour(value))}`;
     if (value !== undefined) {
       result.fill = laid.scale.colour(value);
       result.badge = laid.scale.text(value);
-      result.className += isLight(result.fill) || laid.overlay.scale === "words" ? " adk-light" : " adk-dark-fill";
     }
   }
   return result;
 }
 
-function marksIn(store: Store, at: { graph: number; side: string }, box: ModuleBox): string {
-  const d = store.difference();
-  const ids = at.side === "before" ? [d.erased, d.changed] : [d.created, d.changed];
-  const prefix = box.module.path + ".";
-  const nodes = store.walk.graph(at.graph).nodes;
-  for (const set of ids) for (const id of set) {
-    const path = nodes.get(id)?.path;
-    if (path !== undefined && (path === box.module.path || path.startsWith(prefix))) return "adk-touched";
-  }
-  return "";
+/** Classes of a box with an overlay's colour: which text can be read on it. */
+function filled(colour: string): string {
+  return `adk-overlaid ${isLight(colour) ? "adk-light" : "adk-dark-fill"}`;
+}
+
+function nodes(n: number): string {
+  return n === 1 ? "1 node" : `${n} nodes`;
+}
+
+const TOLD = { created: "added", erased: "removed by the next", changed: "changed", moved: "moved" };
+
+function markOf({ left, right }: Marks, id: number): keyof typeof TOLD | "" {
+  if (left?.created.has(id)) return "created";
+  if (right?.erased.has(id)) return "erased";
+  if (left?.changed.has(id) || (left === null && right?.changed.has(id))) return "changed";
+  return left?.moved.has(id) ? "moved" : "";
 }
 
 function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number, key: string | null, event: PointerEvent | null): void {
@@ -181,7 +231,7 @@ function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number,
   tip.style.top = `${Math.min(event.clientY - frame.top + 40, frame.height - 60)}px`;
 }
 
-function keys(e: KeyboardEvent, store: Store, scene: Scene): void {
+function keys(e: KeyboardEvent, store: Store, scene: Scene, fitted: () => void): void {
   const { selection, module } = store.state;
   const k = store.graph;
   const graph = store.walk.graph(k);
@@ -195,7 +245,7 @@ function keys(e: KeyboardEvent, store: Store, scene: Scene): void {
   switch (e.key) {
     case "+": case "=": scene.zoom(1.25); break;
     case "-": scene.zoom(0.8); break;
-    case "0": scene.fit(); break;
+    case "0": fitted(); break;
     case "ArrowDown": go(at === null ? graph.nodes.keys().next().value : graph.users.get(at)?.[0]); break;
     case "ArrowUp": go(at === null ? undefined : graph.nodes.get(at)?.inputs[0]); break;
     case "ArrowRight": case "ArrowLeft": {
@@ -219,48 +269,45 @@ function keys(e: KeyboardEvent, store: Store, scene: Scene): void {
   e.stopPropagation();
 }
 
-function Minimap({ store, graph, scene }: { store: Store; graph: number; scene: { current: Scene | null } }) {
+function Minimap({ store, graph, scene, drawn }: { store: Store; graph: number; scene: { current: Scene | null }; drawn: { current: () => void } }) {
   const canvas = useRef<HTMLCanvasElement>(null);
-  useEffect(() => {
-    let frame = 0;
-    const draw = (): void => {
-      frame = requestAnimationFrame(draw);
-      const s = scene.current;
-      const c = canvas.current;
-      if (s === null || c === null || graph < 0) return;
-      const state = `${graph}|${s.view.x}|${s.view.y}|${s.view.scale}|${store.state.open.size}|${s.frame().width}`;
-      if (c.dataset["state"] === state) return;
-      c.dataset["state"] = state;
-      const root = store.layout(graph).root();
-      const g = c.getContext("2d")!;
-      const f = Math.min(c.width / root.width, c.height / root.height);
-      g.clearRect(0, 0, c.width, c.height);
-      const style = getComputedStyle(c);
-      g.fillStyle = style.color;
-      g.globalAlpha = 0.28;
-      for (const b of root.boxes) {
-        g.fillRect(b.x * f, b.y * f, Math.max(1, b.width * f), Math.max(1, b.height * f));
-        if (b.kind === "module" && b.inside !== null) for (const i of b.inside.boxes) g.fillRect((b.x + i.x) * f, (b.y + i.y + 26) * f, Math.max(1, i.width * f), Math.max(1, i.height * f));
-      }
-      g.globalAlpha = 1;
-      g.strokeStyle = style.borderColor;
-      g.lineWidth = 2;
-      const { x, y, scale } = s.view;
-      const view = s.frame();
-      g.strokeRect((-x / scale) * f, (-y / scale) * f, (view.width / scale) * f, (view.height / scale) * f);
-    };
-    draw();
-    return () => cancelAnimationFrame(frame);
-  }, [graph]);
+  drawn.current = () => {
+    const [s, c] = [scene.current, canvas.current];
+    if (s !== null && c !== null && graph >= 0) {
+      c.classList.toggle("adk-unneeded", s.complete);
+      if (!s.complete) paint(c, store.layout(graph).root(), s);
+    }
+  };
   const go = (e: PointerEvent): void => {
-    const s = scene.current;
-    const c = canvas.current;
-    if (s === null || c === null || e.buttons === 0) return;
+    const [s, c] = [scene.current, canvas.current];
+    if (s === null || c === null || e.buttons === 0 || graph < 0) return;
     const box = c.getBoundingClientRect();
-    const root = store.layout(graph).root();
-    const f = Math.min(c.width / root.width, c.height / root.height) * (box.width / c.width);
+    const f = factor(c, store.layout(graph).root()) * (box.width / c.width);
     const view = s.frame();
     s.moveTo({ scale: s.view.scale, x: view.width / 2 - ((e.clientX - box.left) / f) * s.view.scale, y: view.height / 2 - ((e.clientY - box.top) / f) * s.view.scale });
   };
   return <canvas class="adk-minimap" ref={canvas} width={120} height={160} onPointerDown={go} onPointerMove={go} aria-hidden="true" />;
+}
+
+function factor(c: HTMLCanvasElement, root: Inside): number {
+  return Math.min(c.width / root.width, c.height / root.height);
+}
+
+function paint(c: HTMLCanvasElement, root: Inside, s: Scene): void {
+  const g = c.getContext("2d")!;
+  const f = factor(c, root);
+  g.clearRect(0, 0, c.width, c.height);
+  const style = getComputedStyle(c);
+  g.fillStyle = style.color;
+  g.globalAlpha = 0.28;
+  for (const b of root.boxes) {
+    g.fillRect(b.x * f, b.y * f, Math.max(1, b.width * f), Math.max(1, b.height * f));
+    if (b.kind === "module" && b.inside !== null) for (const i of b.inside.boxes) g.fillRect((b.x + i.x) * f, (b.y + i.y + TITLE_HEIGHT) * f, Math.max(1, i.width * f), Math.max(1, i.height * f));
+  }
+  g.globalAlpha = 1;
+  g.strokeStyle = style.borderColor;
+  g.lineWidth = 2;
+  const { x, y, scale } = s.view;
+  const view = s.frame();
+  g.strokeRect((-x / scale) * f, (-y / scale) * f, (view.width / scale) * f, (view.height / scale) * f);
 }

@@ -118,10 +118,16 @@ export const OPS = ["placeholder", "get_attr", "call_function", "call_module", "
 
 const EMPTY: Ragged = { starts: [0], items: [] };
 
+/** Values with open sizes by their readable names: B for s44. */
+function named(values: RecordData["values"], graphs: Partial<GraphData>[]): RecordData["values"] {
+  const names = new Map(graphs.flatMap((g) => Object.entries(g.symbols ?? {})));
+  const read = (text: string): string => text.replace(/\b[a-z]+\d+\b/g, (word) => names.get(word) ?? word);
+  return values.map((v) => ({ ...v, text: read(v.text), shape: v.shape?.map((d) => (typeof d === "string" ? read(d) : d)) ?? null }));
+}
+
 /** What the writer leaves out because it is the default. */
 function complete(given: Partial<RecordData>): RecordData {
   const step = { doc: "", config: {}, reason: "", summary: "", matches: 0, details: {}, log: [], seconds: 0, memory_bytes: 0, altered: [], before: -1, after: -1, created: 0, erased: 0, changed: [], rewired: [], moved: [], rewrites: [], source: null };
-  const rewrite = { label: "", before: [], after: [], changed: [], module: [], erased_ids: EMPTY, created_ids: EMPTY, changed_ids: EMPTY, picture: null };
   return {
     adkit_record: 1,
     name: "",
@@ -130,7 +136,6 @@ function complete(given: Partial<RecordData>): RecordData {
     config: "",
     note: "",
     texts: [],
-    values: [],
     targets: [],
     calls: [],
     categories: [],
@@ -140,23 +145,41 @@ function complete(given: Partial<RecordData>): RecordData {
     sources: { file: [], line: [], function: [], code: [], context: [], first: [], ...given.sources },
     nodes: { id: [], born: [], gone: [], origins: EMPTY, ...given.nodes },
     rows: { node: [], name: [], op: [], target: [], call: [], inputs: EMPTY, value: [], module: [], source: [], category: [], ...given.rows },
-    graphs: (given.graphs ?? []).map((g) => ({
-      ...{ base: -1, splices: [], symbols: {}, view: null },
-      ...g,
-      ...(g.view ? { view: { folding: (g.view.folding ?? []).map((s) => ({ ...{ nodes: [], variants: [] }, ...s })), code: (g.view.code ?? []).map((l) => ({ ...{ comment: "", ids: [] }, ...l })) } } : {}),
-    })),
-    steps: (given.steps ?? []).map((s) => ({
-      ...step,
-      ...s,
-      rewrites: s.rewrites === null ? null : (s.rewrites ?? []).map((r) => ({
-        ...rewrite,
-        ...r,
-        picture: r.picture ? { boxes: (r.picture.boxes ?? []).map((b) => ({ ...{ detail: [], tooltip: "" }, ...b })), arrows: (r.picture.arrows ?? []).map((a) => ({ ...{ label: "" }, ...a })) } : null,
-      })),
-    })),
-    costs: (given.costs ?? []).map((c) => ({ ...{ table: [], rows: [] }, ...c })),
-    overlays: (given.overlays ?? []).map((o) => ({ ...{ unit: "", note: "", step: -1, scale: "linear" as const, ids: [], values: [], words: [] }, ...o })),
+    values: named(given.values ?? [], given.graphs ?? []),
+    graphs: (given.graphs ?? []).map((g) => ({ ...{ base: -1, splices: [], symbols: {} }, ...g, view: g.view ? completeView(g.view) : null })),
+    steps: (given.steps ?? []).map((s) => ({ ...step, ...s, rewrites: s.rewrites === null ? null : completeRewrites(s.rewrites ?? []) })),
+    costs: completeCosts(given.costs ?? []),
+    overlays: completeOverlays(given.overlays ?? []),
   };
+}
+
+type View = NonNullable<GraphData["view"]>;
+
+function completeView(v: View): View {
+  return { folding: (v.folding ?? []).map((s) => ({ ...{ nodes: [], variants: [] }, ...s })), code: (v.code ?? []).map((l) => ({ ...{ comment: "", ids: [] }, ...l })) };
+}
+
+function completeRewrites(given: Rewrite[]): Rewrite[] {
+  const rewrite = { label: "", before: [], after: [], changed: [], module: [], erased_ids: EMPTY, created_ids: EMPTY, changed_ids: EMPTY, picture: null };
+  return given.map((r) => ({
+    ...rewrite,
+    ...r,
+    picture: r.picture ? { boxes: (r.picture.boxes ?? []).map((b) => ({ ...{ detail: [], tooltip: "" }, ...b })), arrows: (r.picture.arrows ?? []).map((a) => ({ ...{ label: "" }, ...a })) } : null,
+  }));
+}
+
+function completeCosts(given: Costs[]): Costs[] {
+  return given.map((c) => ({ ...{ table: [], rows: [] }, ...c }));
+}
+
+export function completeOverlays(given: Overlay[]): Overlay[] {
+  return given.map((o) => ({ ...{ unit: "", note: "", step: -1, scale: "linear" as const, ids: [], values: [], words: [] }, ...o }));
+}
+
+/** A part that a record may leave out until it is asked for: a graph's view, a step's rewrite classes, all costs. */
+export interface Part {
+  kind: "view" | "rewrites" | "costs";
+  index: number;
 }
 
 export interface NodeInfo {
@@ -193,14 +216,64 @@ export class Walk {
   private readonly place = new Map<number, number>();
   private types: Map<string, string> | null = null;
   private descendants: Map<number, number[]> | null = null;
+  /** Asks for a part that the record left out; null where what is there is all there is. */
+  ask: ((part: Part) => void) | null = null;
 
   constructor(given: Partial<RecordData>) {
     this.data = complete(given);
     this.data.nodes.id.forEach((id, k) => this.place.set(id, k));
   }
 
+  /** What the head says: the model's name, or else its class. */
+  get name(): string {
+    return this.data.name || this.data.about["class"] || "graph";
+  }
+
   get steps(): Step[] {
     return this.data.steps;
+  }
+
+  /** Whether graph k can be drawn as it should be; asks for what it lacks. */
+  ready(k: number): boolean {
+    const lacks = this.ask !== null && this.data.graphs[k]?.view === null;
+    if (lacks) this.ask!({ kind: "view", index: k });
+    return !lacks;
+  }
+
+  /** Rewrite classes of a step, null while they are not here; asks for them then. */
+  rewrites(k: number): Rewrite[] | null {
+    const found = this.data.steps[k]?.rewrites ?? null;
+    if (found === null && this.ask !== null) this.ask({ kind: "rewrites", index: k });
+    return found;
+  }
+
+  /** What the record lacks, the parts around a step first. */
+  lacking(near: number): Part[] {
+    const parts: (Part & { far: number })[] = [];
+    this.steps.forEach((s, k) => {
+      const far = Math.abs(k - near);
+      if (s.rewrites === null) parts.push({ kind: "rewrites", index: k, far: far + 0.5 });
+      if (this.data.graphs[s.after]?.view === null) parts.push({ kind: "view", index: s.after, far });
+    });
+    const seen = new Set<string>();
+    const ordered = parts.sort((a, b) => a.far - b.far).filter((p) => !seen.has(`${p.kind}${p.index}`) && seen.add(`${p.kind}${p.index}`));
+    const costs: Part[] = this.data.costs.length === 0 ? [{ kind: "costs", index: 0 }] : [];
+    return [...ordered.slice(0, 4), ...costs, ...ordered.slice(4)];
+  }
+
+  /** Whether a part is still to come. */
+  lacks({ kind, index }: Part): boolean {
+    const { graphs, steps, costs } = this.data;
+    return kind === "view" ? graphs[index]?.view === null : kind === "rewrites" ? steps[index]?.rewrites === null : costs.length === 0;
+  }
+
+  /** Take in a part that was asked for. */
+  fill({ kind, index }: Part, data: unknown): void {
+    if (kind === "view") {
+      this.data.graphs[index]!.view = completeView(data as View);
+      this.graphs.delete(index);
+    } else if (kind === "rewrites") this.data.steps[index]!.rewrites = completeRewrites(data as Rewrite[]);
+    else this.data.costs = completeCosts(data as Costs[]);
   }
 
   text(k: number): string {
@@ -215,7 +288,7 @@ export class Walk {
     if (graph === undefined) return [];
     const rows = graph.base < 0 ? [] : [...this.rows(graph.base)];
     for (const s of graph.splices) rows.splice(s.at, s.drop, ...s.rows);
-    keep(this.lists, k, rows, 12);
+    keep(this.lists, k, rows, 24);
     return rows;
   }
 
@@ -225,7 +298,7 @@ export class Walk {
     if (known !== undefined) return known;
     const node = this.data.rows.node;
     const made = new Map(this.rows(k).map((r) => [node[r]!, r]));
-    keep(this.rowMaps, k, made, 6);
+    keep(this.rowMaps, k, made, 10);
     return made;
   }
 
@@ -292,7 +365,7 @@ export class Walk {
     }
     const [repeats, representative] = this.repeats(k, list);
     const made = new Graph(nodes, repeats, representative);
-    keep(this.graphs, k, made, 6);
+    keep(this.graphs, k, made, 10);
     return made;
   }
 

@@ -20,7 +20,8 @@ function Half({ picture, side, store, show }: { picture: Picture; side: "before"
     <figure>
       <figcaption>{side}</figcaption>
       <svg viewBox={`0 0 ${laid.width} ${laid.height}`} style={{ maxWidth: `${laid.width}px` }} role="img" aria-label={`${side}: ${laid.boxes.map((b) => b.title).join(", ")}`}>
-        {laid.arrows.map((d, n) => <path key={n} d={d} class="adk-edge" marker-end="url(#adk-arrow)" />)}
+        <defs><marker id={`adk-tip-${side}`} viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0.5 L7.5,4 L0,7.5 z" class="adk-arrow" /></marker></defs>
+        {laid.arrows.map((d, n) => <path key={n} d={d} class="adk-edge" marker-end={`url(#adk-tip-${side})`} />)}
         {laid.boxes.map((b, n) => (
           <g key={n} class={`adk-node adk-c${kinds.get(b.category) ?? 0} ${b.mark ? `adk-${b.mark}` : ""}`} transform={`translate(${b.x},${b.y})`} onClick={() => { if (b.id >= 0) { store.select([b.id]); if (store.walk.rowOf(store.graph).has(b.id)) show(b.id); } }}>
             <title>{b.tooltip || b.title}</title>

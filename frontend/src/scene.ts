@@ -8,7 +8,7 @@ const NS = "http://www.w3.org/2000/svg";
 /** Screen pixels below which a module's inside is not drawn. */
 const SMALLEST = 18;
 /** Scale below which text cannot be read. */
-const FAR = 0.42;
+export const FAR = 0.42;
 
 export interface Look {
   /** CSS class for the fill (a category, a diff state). */
@@ -28,8 +28,15 @@ export interface SceneOptions {
   onSelect(key: string | null): void;
   onToggle(path: string): void;
   onHover(key: string | null, event: PointerEvent | null): void;
+  /** The reader moved the view (not: it was moved to follow another pane). */
   onView?(view: View): void;
+  /** The frame is another, and the whole picture was in it. */
+  onRefit?(): void;
+  /** A frame was drawn. */
+  onDrawn?(): void;
 }
+
+let scenes = 0;
 
 export interface View {
   x: number;
@@ -55,6 +62,12 @@ export class Scene {
   private looks = new Map<string, string>();
   private layout: Layout | null = null;
   private scheduled = false;
+  /** What is drawn may no longer be what its look says. */
+  private stale = true;
+  /** The whole picture was fitted into the frame, and the reader has not moved since. */
+  fitted = false;
+  private size = { width: 0, height: 0 };
+  private readonly arrow: string;
   private selected: string | null = null;
   private marked = new Set<string>();
   private readonly observer: ResizeObserver;
@@ -63,9 +76,10 @@ export class Scene {
     private readonly host: HTMLElement,
     private readonly options: SceneOptions,
   ) {
-    this.svg = make("svg", { class: "adk-scene", role: "application", "aria-roledescription": "graph", tabindex: "0" }) as SVGSVGElement;
+    this.svg = make("svg", { class: "adk-scene", role: "application", "aria-roledescription": "graph", "aria-label": "Graph: arrow keys follow inputs and users, Enter opens a module, plus and minus zoom", tabindex: "0" }) as SVGSVGElement;
+    this.arrow = `adk-arrow-${scenes++}`;
     const defs = make("defs", {});
-    const arrow = make("marker", { id: "adk-arrow", viewBox: "0 0 8 8", refX: "7", refY: "4", markerWidth: "6", markerHeight: "6", orient: "auto" });
+    const arrow = make("marker", { id: this.arrow, viewBox: "0 0 8 8", refX: "7", refY: "4", markerWidth: "6", markerHeight: "6", orient: "auto" });
     arrow.append(make("path", { d: "M0,0.5 L7.5,4 L0,7.5 z", class: "adk-arrow" }));
     defs.append(arrow);
     this.world = make("g", {}) as SVGGElement;
@@ -74,7 +88,7 @@ export class Scene {
     this.svg.append(defs, this.world);
     host.append(this.svg);
     this.listen();
-    this.observer = new ResizeObserver(() => this.schedule());
+    this.observer = new ResizeObserver(() => this.resized());
     this.observer.observe(host);
   }
 
@@ -86,13 +100,15 @@ export class Scene {
   /** Draw another layout (or the same after a change); the view stays. */
   show(layout: Layout): void {
     this.layout = layout;
+    this.stale = true;
     this.render();
   }
 
-  /** Everything is drawn anew: colours or texts changed. */
-  restyle(): void {
-    this.looks.clear();
-    this.render();
+  /** Look where another pane looks. */
+  follow(view: View): void {
+    this.view = view;
+    this.fitted = false;
+    this.schedule();
   }
 
   select(key: string | null, marked: Iterable<string> = []): void {
@@ -104,21 +120,30 @@ export class Scene {
     }
   }
 
-  /** The whole picture in the frame, or one box with some room around it. */
-  fit(key: string | null = null): void {
-    if (this.layout === null) return;
+  /** The scale at which the whole picture is in the frame. */
+  get whole(): number {
     const frame = this.frame();
-    const root = this.layout.root();
-    const target = key === null ? { x: 0, y: 0, width: root.width, height: root.height } : this.find(key);
-    if (target === null || frame.width === 0) return;
-    const room = key === null ? 0.96 : 0.6;
-    const most = key === null ? 1.1 : 1.25;
-    const scale = Math.min(most, Math.max(0.02, Math.min((frame.width * room) / target.width, (frame.height * room) / target.height)));
-    this.moveTo({
-      scale,
-      x: frame.width / 2 - (target.x + target.width / 2) * scale,
-      y: key === null && target.height * scale > frame.height * 0.9 ? 8 : frame.height / 2 - (target.y + target.height / 2) * scale,
-    });
+    const root = this.layout?.root();
+    if (root === undefined || frame.width === 0) return 1;
+    return Math.min(1.1, Math.max(0.02, Math.min((frame.width * 0.96) / root.width, (frame.height * 0.96) / root.height)));
+  }
+
+  /** The whole picture in the frame, at its own scale or at a smaller one that others share. */
+  fit(scale = this.whole): void {
+    const frame = this.frame();
+    const root = this.layout?.root();
+    if (root === undefined || frame.width === 0) return;
+    this.moveTo({ scale, x: (frame.width - root.width * scale) / 2, y: root.height * scale > frame.height * 0.9 ? 8 : (frame.height - root.height * scale) / 2 });
+    this.fitted = true;
+  }
+
+  /** What stood in the middle stays there. */
+  private resized(): void {
+    const was = this.size;
+    const { width, height } = (this.size = { width: this.host.clientWidth, height: this.host.clientHeight });
+    if (was.width === 0 || width === 0 || (was.width === width && was.height === height)) return this.schedule();
+    if (this.fitted) this.options.onRefit?.();
+    else this.follow({ scale: this.view.scale, x: this.view.x + (width - was.width) / 2, y: this.view.y + (height - was.height) / 2 });
   }
 
   /** Bring a box into the frame without changing the scale more than needed. */
@@ -136,6 +161,8 @@ export class Scene {
   anchored(key: string, change: () => void): void {
     const before = this.find(key);
     change();
+    this.stale = true;
+    this.fitted = false;
     const after = this.find(key);
     if (before !== null && after !== null) {
       this.view = {
@@ -149,6 +176,7 @@ export class Scene {
 
   moveTo(view: View): void {
     this.view = view;
+    this.fitted = false;
     this.schedule();
     this.options.onView?.(view);
   }
@@ -166,8 +194,18 @@ export class Scene {
     return this.layout === null ? null : findIn(this.layout.root(), key, 0, 0);
   }
 
+  /** Whether nothing of the picture lies outside the frame. */
+  get complete(): boolean {
+    const root = this.layout?.root();
+    const frame = this.frame();
+    const { x, y, scale } = this.view;
+    return root === undefined || (x >= -2 && y >= -2 && x + root.width * scale <= frame.width + 2 && y + root.height * scale <= frame.height + 2);
+  }
+
+  /** Size of the frame, known from the observer: reading it from the page would make the browser lay it out. */
   frame(): { width: number; height: number } {
-    return { width: this.host.clientWidth, height: this.host.clientHeight };
+    if (this.size.width === 0) this.size = { width: this.host.clientWidth, height: this.host.clientHeight };
+    return this.size;
   }
 
   private schedule(): void {
@@ -203,15 +241,19 @@ export class Scene {
       }
     };
     walk(this.layout.root(), 0, 0);
+    this.stale = false;
     for (const [key, element] of this.elements) {
       if (kept.has(key)) continue;
       element.remove();
       this.elements.delete(key);
       this.looks.delete(key);
     }
+    this.options.onDrawn?.();
   }
 
   private box(box: NodeBox | ModuleBox, x: number, y: number, open: boolean): void {
+    // Moving the view changes no box: only a new one, or one that opens by coming nearer, is drawn then.
+    if (!this.stale && this.looks.get(box.key)?.startsWith(`${open}|`)) return;
     const look = this.options.look(box);
     const state = `${open}|${box.width}|${box.height}|${look.className}|${look.fill ?? ""}|${look.badge ?? ""}|${look.lines.join("\n")}`;
     let element = this.elements.get(box.key);
@@ -219,8 +261,9 @@ export class Scene {
       const made = draw(box, look, open);
       made.classList.toggle("adk-selected", box.key === this.selected);
       made.classList.toggle("adk-marked", this.marked.has(box.key));
-      if (element !== undefined) element.remove();
-      (box.kind === "module" ? this.layers.modules : this.layers.nodes).append(made);
+      // In its place: a module drawn anew must not cover the modules inside it.
+      if (element !== undefined) element.replaceWith(made);
+      else (box.kind === "module" ? this.layers.modules : this.layers.nodes).append(made);
       this.elements.set(box.key, made);
       this.looks.set(box.key, state);
       element = made;
@@ -241,10 +284,10 @@ export class Scene {
     kept.add(key);
     let element = this.elements.get(key);
     if (element === undefined) {
-      element = make("path", { class: "adk-edge", "marker-end": "url(#adk-arrow)" });
+      element = make("path", { class: "adk-edge", "marker-end": `url(#${this.arrow})` });
       this.layers.edges.append(element);
       this.elements.set(key, element);
-    }
+    } else if (!this.stale) return;
     element.setAttribute("d", curve(edge.points, dx, dy));
   }
 

@@ -1,24 +1,35 @@
 /** What is chosen, in words: the step, its rewrites, the node with its past and future. */
 import { RewritePicture } from "./rewrite.tsx";
+import { heads } from "./live.ts";
 import { list, type NodeInfo, type Rewrite } from "./record.ts";
 import type { Store } from "./store.ts";
 import { overlays } from "./store.ts";
 import { scaleOf } from "./colour.ts";
 import { tell } from "./timeline.tsx";
 
+const TABS = { step: "Step", rewrites: "Rewrites", node: "Node", about: "About" };
+
 type Show = (id: number) => void;
 
 export function Side({ store, show }: { store: Store; show: Show }) {
   const { state } = store;
   const tabs = ["step", "rewrites", "node", "about"] as const;
+  const turn = (e: KeyboardEvent): void => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
+    if (by === undefined) return;
+    const tab = tabs[(tabs.indexOf(state.tab) + by + tabs.length) % tabs.length]!;
+    store.set({ tab });
+    (e.currentTarget as HTMLElement).querySelector<HTMLElement>(`[data-tab=${tab}]`)?.focus();
+    e.preventDefault();
+  };
   return (
-    <aside class="adk-side">
-      <div role="tablist" aria-label="Details">
+    <aside class="adk-side" aria-label="Details">
+      <div role="tablist" aria-label="Details" onKeyDown={turn}>
         {tabs.map((t) => (
-          <button type="button" role="tab" key={t} id={`adk-tab-${t}`} aria-selected={state.tab === t} onClick={() => store.set({ tab: t })}>{t}</button>
+          <button type="button" role="tab" key={t} data-tab={t} tabIndex={state.tab === t ? 0 : -1} aria-selected={state.tab === t} onClick={() => store.set({ tab: t })}>{TABS[t]}</button>
         ))}
       </div>
-      <div class="adk-panel" role="tabpanel" tabindex={0} aria-labelledby={`adk-tab-${state.tab}`}>
+      <div class="adk-panel" role="tabpanel" tabindex={0} aria-label={TABS[state.tab]}>
         {state.tab === "step" ? <StepPanel store={store} /> : state.tab === "rewrites" ? <Rewrites store={store} show={show} /> : state.tab === "node" ? <NodePanel store={store} show={show} /> : <About store={store} />}
       </div>
     </aside>
@@ -29,18 +40,22 @@ function StepPanel({ store }: { store: Store }) {
   const step = store.walk.steps[store.state.step];
   if (step === undefined) return <p>No step.</p>;
   const config = Object.entries(step.config).filter(([k]) => k !== "stage");
+  const rewrites = store.walk.rewrites(store.state.step);
+  const head = heads(store.walk.steps, store.state.live)[store.state.step]!;
+  const failure = store.state.live.error;
   return (
     <>
-      <h3>{step.name}</h3>
-      <p class="adk-muted">{step.stage}: {tell(step)}</p>
+      <h2>{step.name}</h2>
+      <p class="adk-muted">{step.stage.replace(/_/g, " ")}: {tell(head)}</p>
+      {failure?.step === step.name && <pre class="adk-code adk-failure-text">{failure.text}</pre>}
       <Doc text={step.doc} />
-      {step.rewrites !== null && step.rewrites.length > 0 && (
+      {rewrites !== null && rewrites.length > 0 && (
         <ul class="adk-classes">
-          {step.rewrites.map((r, n) => <li key={n}><button type="button" onClick={() => store.set({ tab: "rewrites", rewrite: n, site: 0 })}>{r.text}</button></li>)}
+          {rewrites.map((r, n) => <li key={n}><button type="button" onClick={() => store.set({ tab: "rewrites", rewrite: n, site: 0 })}>{r.text}</button></li>)}
         </ul>
       )}
       {step.altered.length > 0 && <p>New data in {step.altered.length} tensors: {step.altered.slice(0, 4).join(", ")}{step.altered.length > 4 ? ", …" : ""}</p>}
-      {step.log.map((line, n) => <p key={n} class="adk-log">{line}</p>)}
+      {head.log.map((line, n) => <p key={n} class="adk-log">{line}</p>)}
       <Facts facts={Object.entries(step.details).map(([k, v]) => [k, plain(v)])} />
       <details><summary>configuration</summary><Facts facts={config.map(([k, v]) => [k, plain(v)])} /></details>
       {step.source !== null && <details><summary>source of the pass ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
@@ -50,14 +65,14 @@ function StepPanel({ store }: { store: Store }) {
 
 /** A docstring: paragraphs flow, what is indented keeps its lines. */
 function Doc({ text }: { text: string }) {
-  return <>{text.trim().split(/\n\s*\n/).map((part, n) => (/^(\s{2,}|\s*- )/.test(part) ? <pre class="adk-doc" key={n}>{part}</pre> : <p key={n}>{part.replace(/\s+/g, " ")}</p>))}</>;
+  return <>{text.trim().split(/\n\s*\n/).map((part, n) => (/^(\s{2,}|\s*- )/.test(part) ? <pre class="adk-doc" key={n}>{part.replace(/(\S) {3,}/g, "$1  ")}</pre> : <p key={n}>{part.replace(/\s+/g, " ").split("``").map((piece, k) => (k % 2 ? <code key={k}>{piece}</code> : piece))}</p>))}</>;
 }
 
 function Rewrites({ store, show }: { store: Store; show: Show }) {
   const { walk, state } = store;
   const step = walk.steps[state.step];
-  const all = step?.rewrites ?? [];
-  if (all.length === 0) return <p class="adk-muted">This step rewrote nothing.</p>;
+  const all = walk.rewrites(state.step);
+  if (all === null || all.length === 0) return <p class="adk-muted">{all === null && walk.ask !== null ? "Reading the rewrites from the kernel …" : "This step rewrote nothing."}</p>;
   const n = state.rewrite >= 0 && state.rewrite < all.length ? state.rewrite : 0;
   const chosen = all[n]!;
   const site = Math.min(state.site, chosen.count - 1);
@@ -109,14 +124,14 @@ function NodePanel({ store, show }: { store: Store; show: Show }) {
   const values = overlays(walk, graph).map((o) => [o, o.ids.indexOf(id)] as const).filter(([, k]) => k >= 0);
   return (
     <>
-      <h3>{n.name}</h3>
+      <h2>{n.name}</h2>
       {here === undefined && <p class="adk-note">Not in this graph: erased by {walk.steps[gone]?.name ?? "a later step"}. <button type="button" onClick={() => { const s = walk.stepWith(id, state.step); if (s !== null) { store.set({ step: s }); show(id); } }}>go where it stands</button></p>}
       <pre class="adk-code">{n.op === "call_function" ? walk.call(graph, row) : `${n.op} ${n.target}`}</pre>
       <Facts facts={[["value", n.value], ["op", n.op === "call_function" ? n.target : n.op], ["module", `${n.path || "root"}${n.type ? ` (${n.type})` : ""}`], ["id", `%${n.id}`], ...values.map(([o, k]) => [o.name, scaleOf(o).text(o.values[k]!)] as [string, string])]} />
       <Links title="inputs" ids={n.inputs} store={store} show={show} />
       <Links title="users" ids={users} store={store} show={show} />
       {weights.length > 0 && <p>made of {weights.join(", ")}</p>}
-      <h4>History</h4>
+      <h3>History</h3>
       <p>{born >= 0 && <>made by <StepLink store={store} step={born} /></>}{gone >= 0 && <>, erased by <StepLink store={store} step={gone} /></>}</p>
       {born >= 0 && <details><summary>configuration of {walk.steps[born]?.name}</summary><Facts facts={Object.entries(walk.steps[born]?.config ?? {}).map(([k, v]) => [k, plain(v)])} /></details>}
       <Links title="replaced" ids={walk.origins(id)} store={store} show={show} />
@@ -131,7 +146,7 @@ function Source({ n }: { n: NodeInfo }) {
   if (n.source === null) return null;
   return (
     <>
-      <h4>Modelling code</h4>
+      <h3>Modelling code</h3>
       <p class="adk-muted">{n.source.file}:{n.source.line}{n.source.function ? `, in ${n.source.function}` : ""}</p>
       <Code source={n.source} />
     </>
@@ -160,15 +175,30 @@ function Signature({ store, row }: { store: Store; row: number }) {
 }
 
 function ModulePanel({ store, path }: { store: Store; path: string }) {
-  const graph = store.walk.graph(store.graph);
+  const { walk } = store;
+  const graph = walk.graph(store.graph);
   const module = graph.modules.get(path);
   if (module === undefined) return <p>{path} is not in this graph.</p>;
   const repeat = graph.repeats.get(path);
+  const within = [...graph.nodes.values()].filter((n) => path === "" || n.path === path || n.path.startsWith(`${path}.`));
+  const calls = new Map<string, number>();
+  for (const n of within) if (n.op === "call_function") calls.set(n.target, (calls.get(n.target) ?? 0) + 1);
+  const d = store.difference();
+  const count = (set: ReadonlySet<number>): number => within.filter((n) => set.has(n.id)).length;
+  const said = store.overlay()?.of(path);
   return (
     <>
-      <h3>{path || "the model"}</h3>
-      <p>{module.size} nodes{repeat ? `; stands for ${repeat.count} modules of equal structure: ${repeat.members[0]} … ${repeat.members[repeat.members.length - 1]}` : ""}</p>
-      <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "close" : "open"}</button></p>
+      <h2>{walk.title(path) || walk.name}</h2>
+      <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "Fold" : "Unfold"}</button></p>
+      <Facts facts={[
+        ["path", path || "the model itself"],
+        ...(repeat ? [["stands for", `${repeat.count} modules of equal structure, ${repeat.members[0]} to ${repeat.members[repeat.count - 1]}`] as const] : []),
+        ["nodes", `${module.size}${count(d.created) + count(d.changed) > 0 ? ` (${count(d.created)} added, ${count(d.changed)} changed)` : ""}`],
+        ["weights", String(within.filter((n) => n.op === "get_attr").length)],
+        ...(said ? [[store.state.overlay, said.text] as const] : []),
+      ]} />
+      {calls.size > 0 && <h3>Calls</h3>}
+      <Facts facts={[...calls].sort((a, b) => b[1] - a[1]).slice(0, 30).map(([name, n]) => [name, `×${n}`])} />
     </>
   );
 }
@@ -177,12 +207,12 @@ function About({ store }: { store: Store }) {
   const { data } = store.walk;
   return (
     <>
-      <h3>{data.name}</h3>
+      <h2>{store.walk.name}</h2>
       {data.note && <p class="adk-note">{data.note}</p>}
       <Facts facts={[...Object.entries(data.about), ...Object.entries(data.versions)]} />
       {data.config && <details><summary>configuration</summary><pre class="adk-code">{data.config}</pre></details>}
-      <h4>Keys</h4>
-      <Facts facts={[["/", "search"], ["j, k", "next, previous change"], ["c", "compare with the step before"], ["t", "programs as text"], ["arrows", "inputs, users, neighbours"], ["Enter", "open or close a module"], ["+ − 0", "zoom, fit"], ["Esc", "choose nothing"]]} />
+      <h3>Keys</h3>
+      <Facts facts={[["/", "search"], ["j, k", "next, previous change"], ["c", "compare"], ["p, x", "add a pane, close it"], ["t", "programs as text"], ["d", "this panel"], ["arrows", "inputs, users, neighbours"], ["Enter", "open or close a module"], ["+ − 0", "zoom, fit"], ["Esc", "choose nothing"]]} />
     </>
   );
 }

@@ -1,16 +1,20 @@
 /** What is being looked at: one object that the picture, the panels and Python read and set. */
+import { Alignment } from "./align.ts";
 import { scaleOf, type Scale } from "./colour.ts";
 import { Layout, type Shown } from "./layout.ts";
 import type { Graph, GraphNode } from "./graph.ts";
-import { Walk, type Difference, type Overlay } from "./record.ts";
+import { NOTHING, type Live } from "./live.ts";
+import { Walk, type Difference, type Overlay, type Part } from "./record.ts";
 
 export type Mode = "graph" | "compare" | "code";
 
 export interface State {
-  /** Index of the step shown. */
+  /** Index of the step looked at: the timeline, the panels and the search speak of it. */
   step: number;
-  /** Index of the step it is compared with: its graph after; -1 for the graph before the step shown. */
+  /** Index of the step it is compared with: its graph after; -1 for the graph before the step looked at. */
   against: number;
+  /** Steps side by side while comparing, left to right, `step` among them; empty for `against` and `step`. */
+  panes: number[];
   mode: Mode;
   /** Ids of the nodes chosen, the first one inspected. */
   selection: number[];
@@ -25,68 +29,290 @@ export interface State {
   open: ReadonlySet<string>;
   /** Draw weights and inputs as nodes of their own. */
   leaves: boolean;
+  /** The panel with details is shown. */
+  side: boolean;
   playing: boolean;
+  live: Live;
+}
+
+/** One pane: the graph after `step` (-1 where that is no step's), and what stands in its title. */
+export interface Point {
+  step: number;
+  graph: number;
+  title: string;
+}
+
+/** What a pane marks: against the pane on its left, and what the one on its right does without. */
+export interface Marks {
+  left: Difference | null;
+  right: Difference | null;
+  /** Paths of modules that hold a marked node. */
+  modules: ReadonlySet<string>;
+}
+
+/** An overlay on one graph: the value of each node, and of a module what its nodes come to. */
+export class Laid {
+  readonly values: Map<number, number>;
+  private modules: Map<string, Map<number, number>> | null = null;
+
+  constructor(
+    readonly overlay: Overlay,
+    readonly scale: Scale,
+    private readonly graph: Graph,
+  ) {
+    this.values = new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!]));
+  }
+
+  /** Whether values add up (work, bytes, times), or the largest speaks for all (errors). */
+  private get adds(): boolean {
+    return /^(FLOPs?|B|bytes|[nuµm]?s)$/.test(this.overlay.unit);
+  }
+
+  /** What is said of a closed module: a sum, the largest value, or its words; with a fill where one value stands for it. */
+  of(path: string): { text: string; fill?: string } | null {
+    this.modules ??= this.collect();
+    const found = this.modules.get(path);
+    if (found === undefined) return null;
+    const { overlay, scale } = this;
+    if (overlay.scale === "words") {
+      const words = [...found].sort((a, b) => b[1] - a[1]).map(([w]) => w);
+      return { text: words.slice(0, 2).map((w) => scale.text(w)).join(", ") + (words.length > 2 ? ", …" : ""), ...(words.length === 1 ? { fill: scale.colour(words[0]!) } : {}) };
+    }
+    const values = [...found.keys()];
+    if (this.adds) return { text: scale.text([...found].reduce((sum, [v, n]) => sum + v * n, 0)) };
+    const largest = values.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a));
+    return { text: `≤ ${scale.text(largest)}`, fill: scale.colour(largest) };
+  }
+
+  /** By module: how often each value occurs in it and below it. */
+  private collect(): Map<string, Map<number, number>> {
+    const found = new Map<string, Map<number, number>>();
+    for (const [id, value] of this.values) {
+      for (let m = this.graph.home.get(id) ?? null; m !== null; m = m.parent) {
+        let counts = found.get(m.path);
+        if (counts === undefined) found.set(m.path, (counts = new Map()));
+        counts.set(value, (counts.get(value) ?? 0) + 1);
+      }
+    }
+    return found;
+  }
 }
 
 /** Inputs that so many nodes read are drawn as words: lines from them would cover everything. */
 const WIDELY_READ = 6;
+/** Side by side at most: a fifth would be too narrow to read. */
+export const MOST_PANES = 4;
 
 export class Store {
   state: State;
-  private readonly listeners = new Set<(changed: ReadonlySet<keyof State>) => void>();
+  private readonly listeners = new Set<(changed: ReadonlySet<keyof State | "walk">) => void>();
   private readonly layouts = new Map<string, Layout>();
-  private known: { key: string; difference: Difference } = { key: "", difference: { created: new Set(), erased: new Set(), changed: new Set(), moved: new Set() } };
-  private laid: { key: string; found: ReturnType<Store["overlay"]> } = { key: "", found: null };
+  private readonly differences = new Map<string, Difference>();
+  private readonly marked = new Map<string, Marks>();
+  private readonly aligned = new Map<string, { a: Layout; b: Layout; turn: number; found: Alignment }>();
+  private turn = 0;
+  private readonly laid = new Map<string, Laid | null>();
+  /** Path of the module that was opened or closed last: it stays where it is on the screen. */
+  anchor: string | null = null;
 
   constructor(
-    readonly walk: Walk,
+    public walk: Walk,
     start: Partial<State> = {},
   ) {
-    const last = walk.steps.reduce((found, s, k) => (s.after >= 0 && s.before !== s.after ? k : found), Math.max(0, walk.steps.findIndex((s) => s.after >= 0)));
-    this.state = { step: last, against: -1, mode: "graph", selection: [], module: null, overlay: "", search: "", tab: "step", rewrite: -1, site: 0, open: new Set(), leaves: false, playing: false, ...start };
+    this.state = { step: lastChange(walk), against: -1, panes: [], mode: "graph", selection: [], module: null, overlay: "", search: "", tab: "step", rewrite: -1, site: 0, open: new Set(), leaves: false, side: true, playing: false, live: NOTHING, ...start };
     this.state = { ...this.state, open: start.open ?? this.opened() };
   }
 
-  set(change: Partial<State>): void {
+  set(given: Partial<State>): void {
+    const change = this.settled(given);
     const changed = new Set<keyof State>();
     for (const [key, value] of Object.entries(change) as [keyof State, unknown][]) if (this.state[key] !== value) changed.add(key);
     if (changed.size === 0) return;
     this.state = { ...this.state, ...change };
+    this.tell(changed);
+  }
+
+  /** The step looked at is one of the panes: a change of the one changes the other. */
+  private settled(change: Partial<State>): Partial<State> {
+    const { step, panes } = this.state;
+    if (change.panes !== undefined) {
+      const at = change.step ?? step;
+      return change.panes.length === 0 || change.panes.includes(at) ? change : { ...change, step: change.panes[change.panes.length - 1]! };
+    }
+    if (change.against !== undefined && change.against !== this.state.against && panes.length > 0) return { ...change, panes: [] };
+    if (change.step === undefined || panes.length === 0 || panes.includes(change.step)) return change;
+    return { ...change, panes: panes.map((p) => (p === step ? change.step! : p)) };
+  }
+
+  private tell(changed: ReadonlySet<keyof State | "walk">): void {
     for (const listener of [...this.listeners]) listener(changed);
   }
 
-  subscribe(listener: (changed: ReadonlySet<keyof State>) => void): () => void {
+  /** The walk went on, or a part of it came: what was drawn from it is drawn anew, what is looked at stays. */
+  renew(walk: Walk = this.walk): void {
+    const changed = new Set<keyof State | "walk">(["walk"]);
+    if (walk !== this.walk) {
+      const { name = "", after = -1 } = this.walk.steps[this.state.step] ?? {};
+      const follows = after < 0 || this.state.step === lastChange(this.walk);
+      this.walk = walk;
+      const again = follows ? -1 : walk.steps.findIndex((s) => s.name === name && s.after >= 0);
+      const step = again < 0 ? lastChange(walk) : again;
+      const known = (k: number): boolean => k < walk.steps.length;
+      this.state = { ...this.state, step, against: known(this.state.against) ? this.state.against : -1, panes: this.state.panes.every(known) && this.state.panes.includes(step) ? this.state.panes : [], rewrite: -1, open: this.state.open.size > 1 ? this.state.open : this.opened() };
+      changed.add("step");
+    } else if (this.state.open.size <= 1) this.state = { ...this.state, open: this.opened() };
+    for (const cache of [this.layouts, this.differences, this.marked, this.aligned, this.laid]) cache.clear();
+    this.tell(changed);
+  }
+
+  /** A part of the walk came: what is drawn without it stays as it is. */
+  filled({ kind, index }: Part): void {
+    if (kind === "view") for (const leaves of [true, false]) this.layouts.delete(`${index}|${leaves}`);
+    if (kind === "costs") this.laid.clear();
+    if (kind === "view" && this.state.open.size <= 1 && index === this.graph) this.state = { ...this.state, open: this.opened() };
+    const { step } = this.state;
+    const seen = kind === "costs" || (kind === "view" ? this.points().some((p) => p.graph === index) || index === this.before : index === step);
+    if (seen) this.tell(new Set(["walk"]));
+  }
+
+  subscribe(listener: (changed: ReadonlySet<keyof State | "walk">) => void): () => void {
     this.listeners.add(listener);
     return () => this.listeners.delete(listener);
   }
 
-  /** Graph of the step shown. */
+  /** Graph of the step looked at. */
   get graph(): number {
     return this.walk.steps[this.state.step]?.after ?? -1;
   }
 
-  /** Graph it is compared with. */
+  /** What stands side by side: one point, or what is compared, left to right. */
+  points(): Point[] {
+    const { step, against, mode, panes } = this.state;
+    const at = (k: number): Point => ({ step: k, graph: this.walk.steps[k]?.after ?? -1, title: `after ${this.walk.steps[k]?.name ?? ""}` });
+    if (mode === "graph") return [at(step)];
+    if (panes.length > 0) return panes.map(at);
+    if (against >= 0) return against === step ? [at(step)] : [at(against), at(step)];
+    const before = this.walk.steps[step]?.before ?? -1;
+    if (before < 0 || before === this.graph) return [at(step)];
+    return [{ step: this.makerOf(before, step), graph: before, title: `before ${this.walk.steps[step]?.name ?? ""}` }, at(step)];
+  }
+
+  /** The step before another that made a graph: of those that end with it the first one. */
+  private makerOf(graph: number, before: number): number {
+    let found = -1;
+    for (let k = before - 1; k >= 0; k--) {
+      if (this.walk.steps[k]!.after === graph) found = k;
+      else if (found >= 0) break;
+    }
+    return found;
+  }
+
+  /** Which pane shows the step looked at. */
+  focus(points = this.points()): number {
+    return Math.max(0, points.findIndex((p) => p.step === this.state.step));
+  }
+
+  /** Graph that the step looked at is compared with: the pane on its left; of the first, the one on its right. */
   get before(): number {
-    const { step, against } = this.state;
+    const { step, against, mode, panes } = this.state;
+    if (panes.length > 0 && mode !== "graph") {
+      const at = panes.indexOf(step);
+      return this.walk.steps[panes[at > 0 ? at - 1 : at + 1]!]?.after ?? -1;
+    }
     return against < 0 ? (this.walk.steps[step]?.before ?? -1) : (this.walk.steps[against]?.after ?? -1);
   }
 
   /** What differs between the two graphs compared. */
   difference(): Difference {
-    const key = `${this.before}>${this.graph}`;
-    if (this.known.key !== key) this.known = { key, difference: this.walk.difference(this.before, this.graph) };
-    return this.known.difference;
+    const { mode, panes, step } = this.state;
+    return panes.length > 0 && mode !== "graph" && panes[0] === step ? this.between(this.graph, this.before) : this.between(this.before, this.graph);
   }
 
-  /** The overlay shown, and its value by node. */
-  overlay(): { overlay: Overlay; values: Map<number, number>; scale: Scale } | null {
-    if (this.state.overlay === "") return null;
-    const key = `${this.graph}|${this.state.overlay}`;
-    if (this.laid.key !== key) {
-      const overlay = overlays(this.walk, this.graph).find((o) => o.name === this.state.overlay);
-      this.laid = { key, found: overlay === undefined ? null : { overlay, values: new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!])), scale: scaleOf(overlay) } };
-    }
-    return this.laid.found;
+  private between(a: number, b: number): Difference {
+    return remember(this.differences, `${a}>${b}`, 8, () => this.walk.difference(a, b));
+  }
+
+  /** What pane n marks. */
+  marks(n: number, points = this.points()): Marks {
+    const graph = points[n]!.graph;
+    const left = points.length === 1 ? this.before : (points[n - 1]?.graph ?? -1);
+    const right = points[n + 1]?.graph ?? -1;
+    return remember(this.marked, `${left}>${graph}>${right}`, 8, () => {
+      const marks = { left: left < 0 || left === graph ? null : this.between(left, graph), right: right < 0 || right === graph ? null : this.between(graph, right) };
+      const modules = new Set<string>();
+      if (graph >= 0) {
+        const { home } = this.walk.graph(graph);
+        for (const set of [marks.left?.created, marks.left?.changed, marks.right?.erased, marks.left === null ? marks.right?.changed : undefined])
+          for (const id of set ?? []) for (let m = home.get(id) ?? null; m !== null && !modules.has(m.path); m = m.parent) modules.add(m.path);
+      }
+      return { ...marks, modules };
+    });
+  }
+
+  /** Show one more point beside the others: the one given, or the nearest change that is not shown yet. */
+  addPane(step: number | null = null): void {
+    const shown = this.state.mode === "compare" ? this.points() : [{ step: this.state.step }];
+    const steps = shown.map((p) => p.step);
+    if (step === null && this.state.mode !== "compare" && this.before >= 0 && this.before !== this.graph) return this.set({ mode: "compare" });
+    const next = step ?? this.beside(steps);
+    if (next === null || steps.includes(next) || steps.length >= MOST_PANES) return;
+    const panes = [...steps.filter((s) => s >= 0), next].sort((a, b) => a - b);
+    this.set({ panes, mode: "compare", against: -1, step: step === null ? this.state.step : next });
+  }
+
+  /** The change nearest to the step looked at that no pane shows: a later one first. */
+  private beside(shown: number[]): number | null {
+    const { steps } = this.walk;
+    const graphs = new Set(shown.map((k) => steps[k]?.after));
+    const fits = (k: number): boolean => steps[k]!.after >= 0 && steps[k]!.before !== steps[k]!.after && !graphs.has(steps[k]!.after);
+    for (let k = this.state.step + 1; k < steps.length; k++) if (fits(k)) return k;
+    for (let k = this.state.step - 1; k >= 0; k--) if (fits(k)) return k;
+    return null;
+  }
+
+  get canAddPane(): boolean {
+    const shown = this.state.mode === "compare" ? this.points().map((p) => p.step) : [this.state.step];
+    return shown.length < MOST_PANES && this.beside(shown) !== null;
+  }
+
+  closePane(n: number): void {
+    const steps = this.points().map((p) => p.step);
+    const rest = steps.filter((_, k) => k !== n);
+    const step = rest.includes(this.state.step) ? this.state.step : rest[Math.min(n, rest.length - 1)]!;
+    if (rest.length < 2) this.set({ mode: "graph", panes: [], against: -1, step });
+    else this.set({ panes: rest, step });
+  }
+
+  /** Look at another point in pane n; one that another pane shows already is gone to instead. */
+  setPoint(n: number, step: number): void {
+    const steps = this.points().map((p) => p.step);
+    if (this.state.panes.length === 0) return this.set(n === 0 && steps.length > 1 && step !== this.state.step ? { against: step } : { step });
+    if (steps.includes(step)) return this.set({ step });
+    this.set({ panes: steps.map((s, k) => (k === n ? step : s)), step });
+  }
+
+  /** Which place of graph a is which of graph b, with the modules that are open now. */
+  alignment(a: number, b: number): Alignment {
+    const [from, to] = [this.layout(a), this.layout(b)];
+    const key = `${a}>${b}`;
+    const known = this.aligned.get(key);
+    if (known !== undefined && known.a === from && known.b === to && known.turn === this.turn) return known.found;
+    const found = new Alignment(from.root(), to.root());
+    this.aligned.set(key, { a: from, b: to, turn: this.turn, found });
+    return found;
+  }
+
+  /** The overlay chosen as it lies over graph k; one scale for all panes, so that equal colours are equal values. */
+  overlay(k = this.graph): Laid | null {
+    const name = this.state.overlay;
+    if (name === "" || k < 0) return null;
+    const graphs = this.points().map((p) => p.graph).filter((g) => g >= 0);
+    return remember(this.laid, `${k}|${graphs.join()}|${name}`, 8, () => {
+      const own = overlays(this.walk, k, name)[0];
+      if (own === undefined) return null;
+      const all = [...new Set(graphs)].flatMap((g) => (g === k ? [own] : overlays(this.walk, g, name)));
+      return new Laid(own, scaleOf({ ...own, values: all.flatMap((o) => o.values) }), this.walk.graph(k));
+    });
   }
 
   /** The layout of a graph with the modules that are open now. */
@@ -97,7 +323,7 @@ export class Store {
       const graph = this.walk.graph(k);
       layout = new Layout(graph, this.shown(graph, k));
       this.layouts.set(key, layout);
-      if (this.layouts.size > 6) this.layouts.delete(this.layouts.keys().next().value!);
+      if (this.layouts.size > 10) this.layouts.delete(this.layouts.keys().next().value!);
     }
     return layout;
   }
@@ -122,15 +348,19 @@ export class Store {
   /** Open or close a module, in every pane: layers that one layer stands for elsewhere are as open as it is. */
   toggle(path: string): void {
     const next = new Set(this.state.open);
-    const same = [this.graph, this.before].flatMap((k) => (k < 0 ? [] : equals(this.walk.graph(k), path)));
+    const graphs = this.points().map((p) => p.graph).filter((k) => k >= 0);
+    const same = [...new Set([path, ...graphs.flatMap((k) => equals(this.walk.graph(k), path))])];
     if (same.some((p) => next.has(p))) for (const p of same) next.delete(p);
     else next.add(path);
-    for (const p of same) this.forget(p);
+    for (const l of this.layouts.values()) for (const p of same) l.touch(p);
+    this.turn++;
+    this.anchor = path;
     this.set({ open: next });
   }
 
   /** Open every module around a node, so that it is drawn. */
   reveal(id: number, k = this.graph): void {
+    if (k < 0 || !this.walk.ready(k)) return;
     const graph = this.walk.graph(k);
     const node = graph.nodes.get(id);
     if (node === undefined) return;
@@ -138,26 +368,27 @@ export class Store {
     const next = new Set(this.state.open);
     for (const m of graph.ancestors(layout.stands(node.path))) next.add(m.path);
     if (next.size !== this.state.open.size) {
-      for (const l of this.layouts.values()) l.clear();
-      this.set({ open: next });
+      this.unfold(next);
     }
+  }
+
+  /** Open exactly these modules. */
+  unfold(open: ReadonlySet<string>): void {
+    for (const l of this.layouts.values()) l.clear();
+    this.turn++;
+    this.anchor = null;
+    this.set({ open });
   }
 
   openAll(within: string | null): void {
     const graph = this.walk.graph(this.graph);
     const next = new Set(this.state.open);
     for (const m of graph.modules.values()) if (m.size < 400 && (within === null || m.path.startsWith(within))) next.add(m.path);
-    for (const l of this.layouts.values()) l.clear();
-    this.set({ open: next });
+    this.unfold(next);
   }
 
   closeAll(): void {
-    for (const l of this.layouts.values()) l.clear();
-    this.set({ open: this.opened() });
-  }
-
-  forget(path: string): void {
-    for (const l of this.layouts.values()) l.touch(path);
+    this.unfold(this.opened());
   }
 
   /** What is open at first: everything above the layers, so that the first picture is the model's outline. */
@@ -185,6 +416,11 @@ export class Store {
   }
 }
 
+/** The last step that changed the graph: where a reader starts. */
+function lastChange(walk: Walk): number {
+  return walk.steps.reduce((found, s, k) => (s.after >= 0 && s.before !== s.after ? k : found), Math.max(0, walk.steps.findIndex((s) => s.after >= 0)));
+}
+
 /** This path, and the same place in every layer that the one around it stands for. */
 function equals(graph: Graph, path: string): string[] {
   for (const { path: drawn, members } of graph.repeats.values()) {
@@ -208,25 +444,46 @@ function far(graph: Graph, node: GraphNode): boolean {
   return homes.size >= WIDELY_READ;
 }
 
-/** Overlays for graph k: those of the record, and its costs. */
-export function overlays(walk: Walk, k: number): Overlay[] {
+const COSTS = [["FLOPs", "FLOP"], ["bytes", "B"], ["roofline time", "µs"]] as const;
+
+/** Names of the overlays that say something of graph k: the record's costs, and what was laid over it. */
+export function overlayNames(walk: Walk, k: number): string[] {
+  const rows = walk.rows(k);
+  const costs = walk.data.costs.filter((c) => rows.some((row) => (c.table[c.rows[row] ?? -1]?.[2] ?? 0) > 0));
+  return [...costs.flatMap((c) => COSTS.map(([name]) => `${name} (${c.name})`)), ...walk.data.overlays.filter((o) => speaks(walk, o, k)).map((o) => o.name)];
+}
+
+function speaks(walk: Walk, o: Overlay, k: number): boolean {
+  return o.step < 0 || walk.steps[o.step]?.after === k || o.ids.some((i) => walk.rowOf(k).has(i));
+}
+
+/** Overlays of graph k, or the one of that name. */
+export function overlays(walk: Walk, k: number, only: string | null = null): Overlay[] {
   const found: Overlay[] = [];
   for (const costs of walk.data.costs) {
-    const ids: number[] = [];
-    const columns: [string, string, number[]][] = [
-      ["FLOPs", "FLOP", []],
-      ["bytes", "B", []],
-      ["roofline time", "µs", []],
-    ];
-    for (const [id, row] of walk.rowOf(k)) {
-      const cost = costs.table[costs.rows[row] ?? -1];
-      if (cost === undefined || cost[2] === 0) continue;
-      ids.push(id);
-      columns.forEach(([, , values], n) => values.push(cost[n] as number));
-    }
-    if (ids.length === 0) continue;
-    for (const [name, unit, values] of columns) found.push({ name: `${name} (${costs.name})`, unit, note: `${costs.device}; ${Object.entries(costs.sizes).map(([n, v]) => `${n} ${v}`).join(", ")}`, step: -1, scale: "log", ids, values, words: [] });
+    const note = `${costs.device}; ${Object.entries(costs.sizes).map(([n, v]) => `${n} ${v}`).join(", ")}`;
+    COSTS.forEach(([kind, unit], n) => {
+      const name = `${kind} (${costs.name})`;
+      if (only !== null && only !== name) return;
+      const made: Overlay = { name, unit, note, step: -1, scale: "log", ids: [], values: [], words: [] };
+      for (const [id, row] of walk.rowOf(k)) {
+        const cost = costs.table[costs.rows[row] ?? -1];
+        if (cost === undefined || cost[2] === 0) continue;
+        made.ids.push(id);
+        made.values.push(cost[n] as number);
+      }
+      if (made.ids.length > 0) found.push(made);
+    });
   }
-  for (const o of walk.data.overlays) if (o.step < 0 || walk.steps[o.step]?.after === k || o.ids.some((i) => walk.rowOf(k).has(i))) found.push(o);
+  for (const o of walk.data.overlays) if ((only === null || only === o.name) && speaks(walk, o, k)) found.push(o);
   return found;
+}
+
+function remember<V>(cache: Map<string, V>, key: string, most: number, make: () => V): V {
+  const known = cache.get(key);
+  if (known !== undefined) return known;
+  const made = make();
+  cache.set(key, made);
+  if (cache.size > most) cache.delete(cache.keys().next().value!);
+  return made;
 }

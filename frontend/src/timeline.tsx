@@ -1,26 +1,27 @@
-/** The passes in order, by stage: what each changed, and which two points are looked at. */
-import { useEffect, useRef } from "preact/hooks";
+/** The passes in order, by stage: what each changed, which points are looked at, what runs now. */
+import { useEffect, useReducer, useRef } from "preact/hooks";
 import { changedFrom } from "./app.tsx";
 import { short } from "./colour.ts";
-import type { Step } from "./record.ts";
+import { heads, type Head } from "./live.ts";
 import type { Store } from "./store.ts";
 
 export function Timeline({ store }: { store: Store }) {
   const { state, walk } = store;
   const strip = useRef<HTMLDivElement>(null);
-  const most = Math.max(1, ...walk.steps.map((s) => s.created + s.erased));
-  const stages: { name: string; steps: [Step, number][] }[] = [];
-  walk.steps.forEach((s, k) => {
+  const all = heads(walk.steps, state.live);
+  const most = Math.max(1, ...all.map(work));
+  const stages: { name: string; steps: [Head, number][] }[] = [];
+  all.forEach((s, k) => {
     const last = stages[stages.length - 1];
     if (last?.name === s.stage) last.steps.push([s, k]);
     else stages.push({ name: s.stage, steps: [[s, k]] });
   });
   useEffect(() => {
-    strip.current?.querySelector<HTMLElement>("[aria-current=step]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    keepInView(strip.current, strip.current?.querySelector<HTMLElement>("[aria-current=step]") ?? null);
   }, [state.step]);
   const go = (by: 1 | -1): void => {
     const k = changedFrom(store, state.step + by, by);
-    if (k !== null) store.set({ step: k, against: -1 });
+    if (k !== null) store.set({ step: k });
   };
   const scrub = (e: PointerEvent): void => {
     if (e.buttons === 0) return;
@@ -29,52 +30,121 @@ export function Timeline({ store }: { store: Store }) {
     const k = Number(at.getAttribute("data-step"));
     if (k !== state.step && (walk.steps[k]?.after ?? -1) >= 0) store.set({ step: k });
   };
+  /** One stop for the Tab key; arrows go through the steps. */
+  const arrows = (e: KeyboardEvent): void => {
+    const to = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[e.key];
+    if (to === undefined) return;
+    const k = Math.min(all.length - 1, Math.max(0, state.step + to));
+    store.set({ step: k, tab: "step", rewrite: -1 });
+    strip.current?.querySelector<HTMLElement>(`[data-step="${k}"]`)?.focus();
+    e.preventDefault();
+  };
+  const shown = new Set(state.mode === "graph" ? [] : store.points().map((p) => p.step));
   return (
     <nav class="adk-timeline" aria-label="Passes">
       <div class="adk-play">
-        <button type="button" onClick={() => go(-1)} aria-label="Step back" title="Previous change (k)">◀</button>
-        <button type="button" onClick={() => store.set({ playing: !state.playing })} aria-label={state.playing ? "Pause" : "Play"} aria-pressed={state.playing}>{state.playing ? "❚❚" : "▶"}</button>
-        <button type="button" onClick={() => go(1)} aria-label="Step forward" title="Next change (j)">▶|</button>
+        <button type="button" onClick={() => go(-1)} aria-label="Step back" title="Previous change (k)"><Icon d="M11,3 L5,8 L11,13 z M4,3 v10" /></button>
+        <button type="button" onClick={() => store.set({ playing: !state.playing })} aria-label={state.playing ? "Pause" : "Play"} aria-pressed={state.playing}><Icon d={state.playing ? "M5,3 v10 M11,3 v10" : "M5,3 L12,8 L5,13 z"} /></button>
+        <button type="button" onClick={() => go(1)} aria-label="Step forward" title="Next change (j)"><Icon d="M5,3 L11,8 L5,13 z M12,3 v10" /></button>
       </div>
-      <div class="adk-strip" ref={strip} onPointerMove={scrub}>
+      <div class="adk-strip" ref={strip} onPointerMove={scrub} onKeyDown={arrows}>
         {stages.map((stage) => (
-          <div class="adk-stage" key={stage.name}>
-            <span class="adk-stage-name">{stage.name}</span>
+          <div class="adk-stage" key={stage.name} role="group" aria-label={stage.name}>
+            <span class="adk-stage-name" aria-hidden="true">{stage.name.replace(/_/g, " ")}</span>
             <div class="adk-steps">
               {stage.steps.map(([s, k]) => (
                 <button
                   type="button"
                   key={k}
                   data-step={k}
-                  class={`adk-step adk-${s.status} ${s.before !== s.after ? "adk-changes" : ""} ${k === state.against ? "adk-against" : ""}`}
+                  class={`adk-step adk-${s.status} ${work(s) > 0 ? "adk-changes" : ""} ${k !== state.step && shown.has(k) ? "adk-shown" : ""}`}
+                  tabIndex={k === state.step ? 0 : -1}
                   aria-current={k === state.step ? "step" : undefined}
                   aria-label={`${s.name}: ${tell(s)}`}
-                  title={`${s.name}\n${tell(s)}\nShift-click: compare with this point`}
-                  onClick={(e) => (e.shiftKey ? store.set({ against: k === state.against ? -1 : k, mode: "compare" }) : store.set({ step: k, tab: "step", rewrite: -1 }))}
+                  title={`${s.name}\n${tell(s)}\nShift-click: side by side`}
+                  onClick={(e) => (e.shiftKey ? beside(store, k) : store.set({ step: k, tab: "step", rewrite: -1 }))}
                 >
-                  <i style={{ height: `${s.before === s.after ? 2 : 4 + 22 * Math.sqrt((s.created + s.erased + s.changed.length) / (most + 1))}px` }} />
+                  <i style={{ height: `${work(s) === 0 ? 2 : 4 + 22 * Math.sqrt(work(s) / most)}px` }} />
                 </button>
               ))}
             </div>
           </div>
         ))}
       </div>
-      <label class="adk-against-label">
-        compare with{" "}
-        <select value={state.against} onChange={(e) => store.set({ against: Number(e.currentTarget.value), ...(Number(e.currentTarget.value) >= 0 ? { mode: "compare" as const } : {}) })}>
-          <option value={-1}>the step before</option>
-          {walk.steps.map((s, k) => s.after >= 0 && k !== state.step && <option key={k} value={k}>after {s.name}</option>)}
-        </select>
-      </label>
+      <Running store={store} />
     </nav>
   );
 }
 
+function Icon({ d }: { d: string }) {
+  return <svg class="adk-icon" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true"><path d={d} /></svg>;
+}
+
+/** Nodes that a step touched. */
+function work(s: Head): number {
+  return s.created + s.erased + s.changed;
+}
+
+/** Shift-click: shown side by side, or closed if it was. */
+function beside(store: Store, k: number): void {
+  const at = store.state.mode === "compare" ? store.points().findIndex((p) => p.step === k) : -1;
+  if (at >= 0) store.closePane(at);
+  else if ((store.walk.steps[k]?.after ?? -1) >= 0) store.addPane(k);
+}
+
+/** What runs now, or what failed; its place is kept, so that nothing moves when it begins. */
+function Running({ store }: { store: Store }) {
+  const { live, step } = store.state;
+  const [, tick] = useReducer((n: number) => n + 1, 0);
+  useEffect(() => {
+    if (live.running === "") return;
+    const timer = setInterval(() => tick(0), 500);
+    return () => clearInterval(timer);
+  }, [live.running]);
+  const { walk } = store;
+  if (live.running !== "") {
+    const { progress } = live;
+    const seconds = live.elapsed + (performance.now() - live.told) / 1e3;
+    return (
+      <div class="adk-now">
+        <span role="status">running <b>{live.running}</b></span>
+        <span class="adk-muted">
+          {progress === null ? `${seconds.toFixed(0)} s` : `${progress.what}: ${amount(progress.done)} of ${amount(progress.total)}`}
+        </span>
+        <progress aria-label={`Progress of ${live.running}`} {...(progress === null ? {} : { value: progress.done, max: Math.max(1, progress.total) })} />
+      </div>
+    );
+  }
+  if (live.error !== null) {
+    const k = walk.steps.findIndex((s) => s.name === live.error!.step);
+    return (
+      <div class="adk-now" role="alert">
+        <button type="button" class="adk-failure" onClick={() => k >= 0 && store.set({ step: k, tab: "step", side: true })}>{live.error.step} failed</button>
+      </div>
+    );
+  }
+  const s = walk.steps[step];
+  return <div class="adk-now">{s && <><b title={s.name}>{s.name}</b><span class="adk-muted">{step + 1} of {walk.steps.length}</span></>}</div>;
+}
+
+/** Bytes are counted in the millions, other things are not. */
+function amount(n: number): string {
+  return n > 1 << 20 ? `${short(n)}B` : String(n);
+}
+
+/** Scroll a strip sideways, and nothing around it. */
+function keepInView(strip: HTMLElement | null, mark: HTMLElement | null): void {
+  if (strip === null || mark === null) return;
+  const [a, b] = [strip.getBoundingClientRect(), mark.getBoundingClientRect()];
+  if (b.left < a.left) strip.scrollLeft -= a.left - b.left + 20;
+  else if (b.right > a.right) strip.scrollLeft += b.right - a.right + 20;
+}
+
 /** A step in words: status, nodes, time, memory. */
-export function tell(s: Step): string {
+export function tell(s: Head): string {
   const parts = [s.status];
   if (s.created + s.erased > 0) parts.push(`+${s.created} −${s.erased} nodes`);
-  if (s.changed.length > 0) parts.push(`${s.changed.length} changed`);
+  if (s.changed > 0) parts.push(`${s.changed} changed`);
   if (s.seconds > 0) parts.push(s.seconds < 1 ? `${(s.seconds * 1e3).toFixed(s.seconds < 0.01 ? 1 : 0)} ms` : `${s.seconds.toFixed(1)} s`);
   if (s.memory_bytes !== 0) parts.push(`${s.memory_bytes > 0 ? "+" : ""}${short(s.memory_bytes)}B`);
   if (s.reason) parts.push(s.reason);

@@ -1,4 +1,7 @@
-"""A real JupyterLab of our own: for the tests that click, and for the README's pictures."""
+"""A real JupyterLab to click in: a server of our own, an open notebook whose cells run one by one.
+
+Used by the end-to-end tests and by ``benchmarks/explorer.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 OVERRIDES = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # cells out of sight are drawn too
@@ -24,25 +26,14 @@ OVERRIDES = {
 class Notebook:
     """An open notebook in a browser page: ``run(source)`` adds a cell, runs it and gives the cell's element."""
 
-    def __init__(self, page: Any) -> None:
+    def __init__(self, page) -> None:
         self.page = page
-
-    @classmethod
-    def open(cls, page: Any, address: str) -> Notebook:
-        """The lab's empty notebook in a page, with its kernel started."""
-        page.goto(f"{address}/lab/tree/test.ipynb?reset", wait_until="domcontentloaded")
-        page.wait_for_function("() => window.jupyterapp !== undefined", timeout=60_000)
-        page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-            timeout=60_000,
-        )
-        return cls(page)
 
     def command(self, name: str, **args: object) -> None:
         """One of JupyterLab's commands."""
         self.page.evaluate("([n, a]) => window.jupyterapp.commands.execute(n, a)", [name, args])
 
-    def run(self, source: str, *, wait: bool = True) -> Any:
+    def run(self, source: str, *, wait: bool = True, seconds: float = 60):
         """Run code in a new cell at the end; returns its locator."""
         cell = self.page.evaluate(
             """source => {
@@ -61,7 +52,7 @@ class Notebook:
             self.page.wait_for_function(
                 "n => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells[n].execution_count",
                 arg=cell,
-                timeout=60_000,
+                timeout=1000 * seconds,
             )
         return located
 
@@ -72,10 +63,10 @@ class Notebook:
 
 
 @contextmanager
-def lab(root: Path, repo_root: Path) -> Iterator[str]:
-    """The address of a JupyterLab on a free port, with its files in ``root``, that touches nobody's settings.
+def serve(root: Path, repo_root: Path) -> Iterator[str]:
+    """The address of a JupyterLab on a free port whose files are all in ``root``: it touches nobody's settings.
 
-    Its kernels import adkit from ``repo_root``. RuntimeError with its log where it does not start.
+    Its kernels import adkit from ``repo_root``. Raises RuntimeError when it does not start.
     """
     notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     notebook["metadata"] = {
@@ -116,8 +107,9 @@ def lab(root: Path, repo_root: Path) -> Iterator[str]:
                 break
             except (urllib.error.URLError, OSError):
                 if server.poll() is not None or time.monotonic() > end:
-                    said = (root / "log").read_text()[-3000:]
-                    raise RuntimeError(f"JupyterLab did not start:\n{said}") from None
+                    raise RuntimeError(
+                        f"JupyterLab did not start:\n{(root / 'log').read_text()[-3000:]}"
+                    ) from None
                 time.sleep(0.2)
         yield address
     finally:
@@ -127,3 +119,14 @@ def lab(root: Path, repo_root: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
         log.close()
+
+
+def open_notebook(address: str, page) -> Notebook:
+    """The empty notebook of a server in a browser page, its kernel started."""
+    page.goto(f"{address}/lab/tree/test.ipynb?reset", wait_until="domcontentloaded")
+    page.wait_for_function("() => window.jupyterapp !== undefined", timeout=60_000)
+    page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+        timeout=60_000,
+    )
+    return Notebook(page)

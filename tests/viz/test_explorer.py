@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import traitlets
+from pydantic import TypeAdapter
 
 from adkit.graph.step import PassInfo, Step
 from adkit.viz import RecordError, compare, export, write_page
 from adkit.viz.explorer import Explorer
 from adkit.viz.exports import model_explorer
-from adkit.viz.page import page, static_html
+from adkit.viz.page import page
 from adkit.viz.record import Record, RecordWriter, dump_record, parse_record
+from adkit.viz.record.format import OPS, Costs, Rewrite, View
 from adkit.viz.record.read import graph_rows
+from adkit.viz.static import static_html, walk_svg
 from tests.graph.samples import sample
 
 
@@ -45,26 +51,177 @@ def test_goto_and_selection(record: Record) -> None:
     explorer.observe(lambda change: seen.append(change["new"]), names="selection")
     explorer.set_state({"selection": [record.nodes.id[0]]})  # as the browser sends it
     assert seen == [[record.nodes.id[0]]]
-    with pytest.raises(KeyError, match="no step 'nowhere'"):
-        explorer.goto("nowhere")
+    with pytest.raises(
+        KeyError, match="no step 'match_rmsnorm' in this record; did you mean 'match_rmsnorm_pattern'"
+    ):
+        explorer.goto("match_rmsnorm")
     with pytest.raises(traitlets.TraitError, match="no node with id"):
         explorer.selection = [10**9]
     with pytest.raises(traitlets.TraitError, match="no step 99"):
         explorer.step = 99
 
 
+def test_goto_takes_what_python_holds(record: Record) -> None:
+    explorer, steps = Explorer(record), sample("llama")
+    step = steps["match_rmsnorm_pattern"]
+    rewrite = step.rewrites[0]
+    assert explorer.goto(step, step.after.nodes[-2]).selection == [step.after.nodes[-2].id]
+    assert explorer.step_name == step.name
+    assert explorer.goto("match_rmsnorm_pattern", rewrite.sites[1]).selection == list(
+        rewrite.sites[1].created
+    )
+    assert explorer.goto(-3, rewrite).selection == [i for s in rewrite.sites for i in s.created]
+    dropped = steps["strip_asserts"].rewrites[0].sites[0]
+    assert explorer.goto("strip_asserts", dropped, compare_to="export_to_gm").selection == list(
+        dropped.erased
+    )
+    assert explorer.goto("pattern_matcher").step_name == "match_moe_pattern"
+    with pytest.raises(traitlets.TraitError):
+        explorer.goto(step, "linear")  # type: ignore[arg-type]
+
+
 def test_an_overlay_added_is_shown(record: Record) -> None:
     explorer = Explorer(record.model_copy())
     explorer.add_overlay("mine", {record.nodes.id[0]: 2.0}, unit="x")
     assert explorer.overlay == "mine"
-    assert [o.name for o in parse_record(explorer.record).overlays] == ["mine"]
+    assert [o["name"] for o in unpacked(explorer.overlays)] == ["mine"]
+    assert parse_record(explorer.record).overlays == []  # the record is not sent again for it
 
 
-def test_where_no_widget_runs_there_is_a_table(record: Record) -> None:
+def unpacked(data: bytes) -> Any:
+    return json.loads(gzip.decompress(data))
+
+
+def test_panes_from_python(record: Record) -> None:
+    explorer = Explorer(record)
+    names = [s.name for s in record.steps]
+    explorer.panes = ["export_to_gm", "match_rmsnorm_pattern", -1]
+    assert explorer.panes == [
+        names.index("export_to_gm"),
+        names.index("match_rmsnorm_pattern"),
+        len(names) - 1,
+    ]
+    assert (explorer.mode, explorer.step) == ("compare", len(names) - 1)
+    explorer.goto(2)  # takes the place of the pane that was looked at
+    assert explorer.panes[2] == explorer.step == 2
+    explorer.goto(explorer.panes[0])  # one of them already: only looked at
+    assert len(set(explorer.panes)) == 3
+    explorer.goto("match_rmsnorm_pattern", compare_to=1)
+    assert (explorer.panes, explorer.against) == ([], 1)
+    for wrong in ([1], [1, 1], [0, 1, 2, 3, 4]):
+        with pytest.raises(traitlets.TraitError, match="2 to 4 different steps"):
+            explorer.panes = wrong
+    with pytest.raises(traitlets.TraitError, match="did you mean 'export_to_gm'"):
+        explorer.panes = ["exports", "match_rmsnorm_pattern"]
+    assert explorer.panes == []
+
+
+def test_fold_state_and_search_are_readable_and_settable(record: Record) -> None:
+    explorer = Explorer(record)
+    assert explorer.unfolded is None
+    explorer.unfolded = ["model", "model.layers", "model.layers.0"]
+    explorer.set_state({"unfolded": ["model"], "search": "rmsnorm"})  # as the browser sends it
+    assert (explorer.unfolded, explorer.search) == (["model"], "rmsnorm")
+    with pytest.raises(traitlets.TraitError, match=r"no module 'model.layer'.*did you mean 'model.layers'"):
+        explorer.unfolded = ["model.layer"]
+
+
+class Wire:
+    """What goes to the browser, and what the browser says."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer = explorer
+        self.sent: list[tuple[dict[str, Any], Any]] = []
+        explorer.send = lambda content, buffers=None: self.sent.append((content, buffers))  # type: ignore[method-assign]
+
+    def ask(self, **content: Any) -> tuple[dict[str, Any], Any]:
+        self.explorer._handle_custom_msg(content, [])
+        return self.sent.pop()
+
+
+def test_a_light_record_is_completed_part_by_part(record: Record) -> None:
+    writer = RecordWriter(sample("llama", 4))
+    explorer = Explorer(writer)
+    light = parse_record(explorer.record)
+    assert explorer.parts
+    assert any(g.view is None for g in light.graphs)
+    assert light.graphs[light.steps[explorer.step].after].view is not None, (
+        "the first picture needs no asking"
+    )
+    wire = Wire(explorer)
+    for k, g in enumerate(record.graphs):
+        told, (data,) = wire.ask(want="view", index=k, edition=0)
+        assert told == {"part": "view", "index": k, "edition": 0}
+        light.graphs[k].view = View.model_validate(unpacked(data))
+        assert light.graphs[k].view == g.view
+    for k, s in enumerate(record.steps):
+        _, (data,) = wire.ask(want="rewrites", index=k, edition=0)
+        light.steps[k].rewrites = TypeAdapter(list[Rewrite]).validate_python(unpacked(data))
+        assert light.steps[k].rewrites == s.rewrites
+    _, (data,) = wire.ask(want="costs", edition=0)
+    assert TypeAdapter(list[Costs]).validate_python(unpacked(data)) == record.costs
+
+
+def test_a_part_that_fails_says_so_and_one_of_an_old_record_is_not_sent() -> None:
+    explorer = Explorer(RecordWriter(sample("llama", 4)))
+    wire = Wire(explorer)
+    explorer._writer.view = lambda k: 1 / 0  # type: ignore[union-attr, method-assign]
+    with pytest.raises(ZeroDivisionError):
+        explorer._asked(explorer, {"want": "view", "index": 0, "edition": 0}, [])
+    assert wire.sent.pop()[0]["failed"] == "ZeroDivisionError: division by zero"
+    explorer._handle_custom_msg({"want": "view", "index": 0, "edition": 7}, [])
+    assert wire.sent == []
+
+
+def test_a_walk_that_went_on_is_made_anew_when_asked_for() -> None:
+    steps = list(sample("llama", 4))
+    half = len(steps) // 2
+    made = [RecordWriter(steps[:half]), RecordWriter(steps)]
+    explorer = Explorer(made[0], again=lambda: made[1])
+    explorer.add_overlay("mine", {made[0].record.nodes.id[0]: 1.0})
+    kept = made[0].record.nodes.id[0]
+    explorer.selection = [kept]
+    explorer.tell({"running": "x", "heads": []}, changed=True)
+    assert explorer.live["edition"] == explorer.edition + 1
+    assert len(parse_record(explorer.record).steps) == half
+    Wire(explorer).explorer._handle_custom_msg({"want": "record"}, [])
+    assert len(parse_record(explorer.record).steps) == len(steps)
+    assert explorer.edition == explorer.live["edition"]
+    assert explorer.step_name == [s.name for s in steps if s.changed][-1], (
+        "who looked at the end does so again"
+    )
+    assert explorer.selection == [kept]
+    assert [o["name"] for o in unpacked(explorer.overlays)] == ["mine"]
+
+
+def test_where_no_widget_runs_there_are_a_table_and_a_map(record: Record) -> None:
     bundle, _ = Explorer(record)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert bundle["text/html"] == static_html(record)
     assert all(s.name in bundle["text/html"] for s in record.steps)
+    assert bundle["image/svg+xml"] == walk_svg(record) in bundle["text/html"]
+
+
+def test_the_static_map_draws_a_repeated_layer_once(record: Record) -> None:
+    svg = ElementTree.fromstring(walk_svg(record))
+    told = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "model" in told
+    assert (
+        sum(t.endswith("×3") and "DecoderLayer" in t for t in told if t)
+        + sum(t.endswith("×4") and "DecoderLayer" in t for t in told if t)
+        == 1
+    )
+    graph = record.graphs[record.steps[-1].after]
+    calls = [
+        record.targets[record.rows.target[r]].short
+        for r in graph_rows(record)[-1]
+        if OPS[record.rows.op[r]] == "call_function"
+    ]
+    assert {c for c in calls if "attention" in c} <= set(told)
+    assert svg.attrib["role"] == "img"
+    assert str(graph.size) in svg.attrib["aria-label"]
+    assert walk_svg(hostile()).count("<script") == 0
+    ElementTree.fromstring(walk_svg(hostile()))
 
 
 def test_the_page_is_one_file_without_network(record: Record, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The sharding stage: what is cut over ranks, written as hints, and each rank's part of it.
 
 spread -> what is known of one value; rules -> the placement algebra; regions, sources -> decisions; planning ->
-decisions as a plan with reasons, checked against the world; settings -> fields they share; shares -> who holds which
-elements; local_calls -> what each hint becomes on one rank; local_weights -> that rank's parameters; detect_sharding,
-sharding_transform_executor, apply_sharding_hints -> the transforms.
+decisions as a plan with reasons, checked against the world; detect_sharding, sharding_transform_executor -> the plan
+and its hints. shares -> what each rank holds; local_calls, local_weights -> what stands in a hint's place;
+apply_sharding_hints -> one rank's graph. settings -> the fields that these transforms share.
 """

@@ -63,6 +63,8 @@ class RecordWriter:
     def __init__(self, steps: Iterable[Step], sources: Mapping[str, f.PassSource] | None = None) -> None:
         self.steps = list(steps)
         self.sources = sources or {}
+        #: What costs are told for when they are asked for later (:meth:`costed`).
+        self.device: Device | str = "H100 SXM"
         self.snapshots: list[Snapshot] = []
         self.record = f.Record(name="")
         self.record.categories = [f.Category(name=n, fill=a, border=b) for n, (a, b) in COLOURS.items()]
@@ -321,6 +323,12 @@ class RecordWriter:
         for k in range(len(self.steps)):
             self.rewrites(k)
         return self.record
+
+    def costed(self) -> list[f.Costs]:
+        """Every row's cost, counted on first asking for the device that ``device`` names."""
+        if not self.record.costs:
+            self.costs(self.device)
+        return self.record.costs
 
     def costs(self, device: Device | str = "H100 SXM", workloads: Sequence[Workload] = WORKLOADS) -> None:
         """Count every row's cost under each workload; a graph whose sizes stay unknown is left out."""
