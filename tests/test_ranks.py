@@ -140,7 +140,7 @@ def test_what_cannot_be(demo):
     wb = demo()
     with pytest.raises(ShardingError, match="tp is 0"):
         wb.llm(tp=0)
-    with pytest.raises(ConfigError, match="executor is 'threads'; expected one of: processes"):
+    with pytest.raises(ConfigError, match="executor is 'threads'; expected one of: processes, ray"):
         wb.llm(tp=2, executor="threads")
     with pytest.raises(ConfigError, match="unknown option 'timeouts' of llm"):
         wb.llm(tp=2, timeouts=3)

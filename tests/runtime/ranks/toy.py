@@ -81,6 +81,7 @@ def build(
     for n in range(3):
         progress(n + 1, 3, "building")
     compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,))
+    compiled.details["pid"] = os.getpid()
     if replay:
         settings = EngineConfig()
         most = settings.max_batch_size
