@@ -84,10 +84,9 @@ def _start(
         link.send(Job(dist.at(rank), place, (here, store.port), builder, options, MEET_SECONDS))
         members.append(_Member(ray, rank, link, handles[rank], futures[rank]))
     door.close()
-    crew = Crew(
-        sorted(members, key=lambda m: m.rank), size, timeout, lambda: [step() for step in reversed(undo)]
-    )
-    undo = []
+    ends = list(reversed(undo))
+    undo.clear()  # from here on the crew does it
+    crew = Crew(sorted(members, key=lambda m: m.rank), size, timeout, lambda: [step() for step in ends])
     return outline(crew.wait_until_ready(progress)), Elsewhere(crew)
 
 
