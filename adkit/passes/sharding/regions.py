@@ -16,17 +16,8 @@ from torch.fx import GraphModule, Node
 from adkit.graph.matching import same_shape
 from adkit.graph.placement import Decision
 from adkit.graph.provenance import module_path_of
-from adkit.passes.sharding.rules import (
-    ATTENTION,
-    EMBEDDING,
-    LINEAR,
-    MOE,
-    TOPK,
-    Unaccounted,
-    Walk,
-    aten,
-    carries,
-)
+from adkit.passes.sharding.op_kinds import ATTENTION, EMBEDDING, LINEAR, MOE, TOPK, aten, carries
+from adkit.passes.sharding.rules import Unaccounted, Walk
 from adkit.passes.sharding.spread import Propagation, shape_of
 
 _SAME_IDS = {aten.to.dtype, aten.clone.default, aten.view.default, aten.reshape.default, aten.clamp.default}
