@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import DistConfig, ShardingError
 from adkit.graph.placement import PLAN, Decision, ShardingPlan
 from adkit.graph.step import PassInfo
+from adkit.ops.hints import is_hint
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 from adkit.passes.sharding import sources
@@ -103,6 +104,8 @@ class DetectSharding(Pass):
             )
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")
+        if any(n.op == "call_function" and is_hint(n.target, n.kwargs) for n in gm.graph.nodes):
+            return PassInfo(skipped=True, reason="the model brings its own hints")
         plan = plan_sharding(gm, dist, self.config, getattr(ctx.factory, "config", None))
         gm.meta[PLAN] = plan
         ctx.report(plan.summary)
