@@ -9,6 +9,7 @@ from adkit.contract import DistConfig, ShardingError
 from adkit.graph.cost import Device, device_named, node_costs, total_cost
 from adkit.sharding.comm import NVLINK4, Link
 from adkit.sharding.forks import fork
+from adkit.sharding.rank import end_of
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -34,10 +35,10 @@ def scaling(
     """
     import pandas as pd
 
-    from adkit.sharding.virtual import end_of, shard
+    from adkit.sharding.world import shard  # which makes what this is a method of
 
     on = device_named(device)
-    shapes = fork(wb, wb.position, without_weights=True)
+    shapes = fork(wb, wb.position, factory=wb.factory.without_weights())
     rows: dict[int, dict[str, Any]] = {}
     first: dict[int, float] = {}
     for tp in tps:

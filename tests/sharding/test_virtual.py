@@ -16,6 +16,7 @@ from adkit.sharding import VirtualRanks
 from adkit.sharding.forks import graph_module
 from tests.reference import hf_greedy
 from tests.sharding.models import MOE_TYPES, TYPES, mutated, nodes
+from tests.zoo import tiny_config
 
 ops: Any = torch.ops.adkit
 PROMPTS = [[5, 9, 33, 2, 71, 8, 100, 31, 4], [17, 3, 3]]
@@ -60,6 +61,13 @@ def test_generation_over_a_cache_a_rank_is_greedy_as_hugging_face(models, kind: 
     assert not models(kind).loaded  # the Workbench itself did not run on
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gemma2", "mixtral"])
+def test_logits_over_a_cache_a_rank_are_the_uncut_models(models, kind: str) -> None:
+    found = models.shard(kind, 2).check(PROMPTS, cached=True)
+    assert found.ok, found
+    assert found.prompts == ((1, 9), (1, 3))
+
+
 def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
     v = models.shard("llama", 2)
     ids = torch.tensor([PROMPTS[0]])
@@ -70,6 +78,40 @@ def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
     assert found.prompts == ((1, 9), (1, 3))
     with pytest.raises(ConfigError, match="list of"):
         v.check(prompts=[])
+
+
+@pytest.mark.parametrize(("kind", "moe_ep"), [("mixtral", 2), ("mixtral", 4), ("qwen3_moe", 4)])
+def test_with_attention_dp_ranks_have_sequences_of_their_own(models, kind: str, moe_ep: int) -> None:
+    v = models.shard(kind, 4, moe_ep=moe_ep, attention_dp=True)
+    found = v.check()
+    assert found.ok, found
+    assert found.prompts == ((4, 23),)
+    assert found.held["cut(0)"] > 40
+    assert v.check(prompts=PROMPTS).prompts == ((4, 9), (4, 3))
+    assert {c.kind for c in v.comm} == {"all_gather", "reduce_scatter"}
+    assert v.ranks[0].memory.fraction("experts") == 1 / 4
+    assert v.ranks[0].memory.fraction("attention") == 1
+    with pytest.raises(ShardingError, match="do not divide by 4"):
+        v.run(input_ids=torch.tensor(PROMPTS[:1]))
+    with pytest.raises(ShardingError, match="sequences of its own"):
+        v.generate(PROMPTS)
+
+
+def test_a_config_without_weights_is_checked_with_random_ones() -> None:
+    wb = adkit.Workbench(
+        tiny_config("llama", num_hidden_layers=1, vocab_size=144), device="cpu", progress=False
+    )
+    v = wb.shard(2)
+    found = v.check(seed=3)
+    assert found.ok
+    assert found.weights == "random"
+    assert v.check(seed=3, cached=True).rmse_ratio <= 1e-5
+    with pytest.raises(ShardingError, match="no weights to generate with"):
+        v.generate(PROMPTS)
+    with pytest.raises(ConfigError, match="expected auto"):
+        v.check(weights="loaded")
+    with pytest.raises(ConfigError, match="at least 1"):
+        v.check(tokens=0)
 
 
 # --- mistakes
