@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import adkit
 from adkit.contract import ConfigError, ShardingError
 from adkit.graph.placement import ShardingPlan
-from adkit.sharding import VirtualRanks
+from adkit.models.bundled import bundled_config
+from adkit.sharding import Rank, VirtualRanks
 from adkit.sharding.forks import graph_module
 from tests.reference import hf_greedy
 from tests.sharding.models import MOE_TYPES, TYPES, mutated, nodes
@@ -22,8 +23,9 @@ ops: Any = torch.ops.adkit
 PROMPTS = [[5, 9, 33, 2, 71, 8, 100, 31, 4], [17, 3, 3]]
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "tp"), [*((k, 4) for k in TYPES), ("llama", 2), ("phi3", 2), ("gpt_oss", 2)]
+)
 def test_logits_on_ranks_are_the_uncut_models(models, kind: str, tp: int) -> None:
     found = models.shard(kind, tp).check()
     assert found.ok, found
@@ -40,8 +42,8 @@ def test_more_ranks_than_kv_heads(models, kind: str) -> None:
     assert [r.memory.cache_per_token for r in v.ranks] == [v.ranks[0].memory.cache_per_token] * 8
 
 
+@pytest.mark.parametrize(("tp", "moe_ep"), [(4, 2), (2, 1)])
 @pytest.mark.parametrize("kind", MOE_TYPES)
-@pytest.mark.parametrize(("tp", "moe_ep"), [(4, 2), (4, 4), (2, 1)])
 def test_experts_by_expert_and_by_feature(models, kind: str, tp: int, moe_ep: int) -> None:
     v = models.shard(kind, tp, moe_ep=moe_ep)
     assert (v.dist.moe_ep_size, v.dist.moe_tp_size) == (moe_ep, tp // moe_ep)
@@ -93,8 +95,9 @@ def test_with_attention_dp_ranks_have_sequences_of_their_own(models, kind: str, 
     assert v.ranks[0].memory.fraction("attention") == 1
     with pytest.raises(ShardingError, match="do not divide by 4"):
         v.run(input_ids=torch.tensor(PROMPTS[:1]))
-    with pytest.raises(ShardingError, match="sequences of its own"):
-        v.generate(PROMPTS)
+    for refused in (v.scaling, lambda: v.generate(PROMPTS), lambda: v.check(cached=True)):
+        with pytest.raises(ShardingError, match=r"of (its|their) own"):
+            refused()
 
 
 def test_a_config_without_weights_is_checked_with_random_ones() -> None:
@@ -231,6 +234,25 @@ def test_memory_and_comm_hold_on_shapes(shapes: VirtualRanks) -> None:
     table = comm.table(100)
     assert len(table) == len(comm)
     assert table["decode bytes"].sum() == pytest.approx(table.attrs["total"]["decode bytes"])
+
+
+@pytest.mark.slow
+def test_large_models_are_cut_fairly() -> None:
+    """Whole layers of them, at their full widths; all of their layers are in benchmarks/sharding.py."""
+    options = {"dtype": "bfloat16", "device": "cpu", "progress": False}
+    config = AutoConfig.for_model(**bundled_config("llama-3.1-405b") | {"num_hidden_layers": 2})
+    v = adkit.Workbench(config, **options).shard(8)
+    assert all(r.memory.share <= 1.01 for r in v.ranks)
+    config = AutoConfig.for_model(**bundled_config("deepseek-v3") | {"num_hidden_layers": 4})
+    v = adkit.Workbench(config, **options).shard(8, moe_ep=8)
+    assert all(r.memory.fraction("experts") == 1 / 8 for r in v.ranks)
+    assert sorted(i for r in v.ranks for i in _experts(r)) == list(range(256))
+
+
+def _experts(rank: Rank) -> range:
+    """Numbers of the experts that a rank has of layer 3."""
+    (cuts,) = {w.cuts[0] for n, w in rank.local.items() if "layers.3.mlp.experts" in n and "gate_up" in n}
+    return range(*cuts.ranges[0])
 
 
 def test_shapes_alone_show_themselves(shapes: VirtualRanks) -> None:
