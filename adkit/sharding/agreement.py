@@ -54,7 +54,7 @@ class Divergence:
         lines = [f"{self.node} = {self.op}(...) in {place}: {who} diverges"]
         if not math.isnan(self.rmse_ratio):
             lines[0] += f" (rmse ratio {self.rmse_ratio:.1e}, max abs {self.max_abs:.1e})"
-        lines.append(f"  {self.why}")
+        lines.append(f"  {self.why} (held as {self.placement})")
         if self.source:
             lines.append(f"  {self.source}")
         return "\n".join(lines)

@@ -30,8 +30,11 @@ def scaling(
     One rank's graph is taken to its cache on shapes and every node costed alone on ``device`` (see
     :mod:`adkit.graph.cost`); collectives take the link's latency and bytes over bandwidth, and hide behind nothing.
     So it is a bound for an engine without gaps, not a forecast. Experts are dealt to all ranks, or cut within them
-    as ``dist`` does. Raises ShardingError for attention data parallelism. A pandas DataFrame, a row a tp: GB of weights a rank, then for both batches microseconds of
-    compute and of talk a step, tokens/s, and speed over the first row's. A tp that cannot be is a row with a note.
+    as ``dist`` does.
+
+    A pandas DataFrame, a row a tp: GB of weights a rank, then for both batches microseconds of compute and of talk a
+    step, tokens/s, and speed over the first row's. A tp that cannot be is a row with a note. Raises ShardingError for
+    attention data parallelism.
     """
     import pandas as pd
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from adkit.runtime.live import Params
     from adkit.workbench import Workbench
 
-APPLY = "apply_sharding_hints"
-
 
 class VirtualRanks:
     """A model cut over ranks that all live in this process.
@@ -77,13 +75,13 @@ class VirtualRanks:
 
     @property
     def steps(self) -> Steps:
-        """The steps of the sharding stage, as rank 0 took them; ``.check()`` of the last compares all ranks."""
-        wb = self.ranks[0].wb
-        stage = [s for s in wb._steps[: end_of(wb)] if s.stage == Stage.SHARDING.value]
-        hints = [s for s in stage if s.name == APPLY]
-        for s in hints:
+        """The steps of the sharding stage, as rank 0 took them; where ranks part, ``.check()`` compares all ranks."""
+        shared, own = self._hinted, self.ranks[0].wb
+        parted = own._steps[shared.position : end_of(own)]
+        for s in parted:
             s._checker = lambda step, **options: self.check(**options)
-        return Steps(stage, heading=f"Sharding of {self.wb.name!r}, {len(self.ranks)} ranks")
+        stage = [s for s in shared._steps[: shared.position] if s.stage == Stage.SHARDING.value]
+        return Steps([*stage, *parted], heading=f"Sharding of {self.wb.name!r}, {len(self.ranks)} ranks")
 
     @cached_property
     def comm(self) -> Comm:

@@ -10,12 +10,12 @@ from adkit.graph.snapshot import Snapshot
 from adkit.passes import PassConfig
 from adkit.sharding.forks import fork, graph_module
 from adkit.sharding.rank import start_of
-from adkit.sharding.virtual import APPLY, VirtualRanks
+from adkit.sharding.virtual import VirtualRanks
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
 
-DETECT, WRITE = "detect_sharding", "sharding_transform_executor"
+DETECT, WRITE, APPLY = "detect_sharding", "sharding_transform_executor", "apply_sharding_hints"
 
 
 def shard(

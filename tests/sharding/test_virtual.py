@@ -13,7 +13,7 @@ import adkit
 from adkit.contract import ConfigError, ShardingError
 from adkit.graph.placement import ShardingPlan
 from adkit.models.bundled import bundled_config
-from adkit.sharding import Rank, VirtualRanks
+from adkit.sharding import Rank, ShardingCheck, VirtualRanks
 from adkit.sharding.forks import graph_module
 from tests.reference import hf_greedy
 from tests.sharding.models import MOE_TYPES, TYPES, mutated, nodes
@@ -68,6 +68,17 @@ def test_logits_over_a_cache_a_rank_are_the_uncut_models(models, kind: str) -> N
     found = models.shard(kind, 2).check(PROMPTS, cached=True)
     assert found.ok, found
     assert found.prompts == ((1, 9), (1, 3))
+
+
+def test_each_step_of_the_stage_can_be_checked(models) -> None:
+    steps = models.shard("llama", 2).steps
+    assert steps.keys()[0] == "detect_sharding"
+    hinted = steps["sharding_transform_executor"]
+    assert hinted.check().ok
+    assert hinted.check().how == "whole graph"
+    cut = steps["apply_sharding_hints"].check()
+    assert isinstance(cut, ShardingCheck)
+    assert cut.ok
 
 
 def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
