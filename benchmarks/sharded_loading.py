@@ -36,7 +36,13 @@ EXPERTS = {
     "num_hidden_layers": 9, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
     "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
-SMALL = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 16}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+}
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
