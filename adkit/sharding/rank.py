@@ -59,7 +59,8 @@ class Rank:
 
     def __repr__(self) -> str:
         d = self.dist
-        experts = f", experts {d.moe_ep_rank} of {d.moe_ep_size}" if d.moe_ep_size > 1 else ""
+        dealt = d.moe_ep_size > 1 and any(row.decision == "experts" for row in self._plan)
+        experts = f", share {d.moe_ep_rank} of {d.moe_ep_size} of the experts" if dealt else ""
         return f"Rank {d.rank} of {d.world_size}{experts}: {self.graph!r}\n  {self.memory!r}"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:

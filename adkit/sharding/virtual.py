@@ -265,16 +265,17 @@ class VirtualRanks:
 
     def __repr__(self) -> str:
         d = self.dist
-        experts = f", experts {d.moe_ep_size} x {d.moe_tp_size}" if d.moe_ep_size > 1 else ""
+        dealt = any(row.decision == "experts" for row in self.plan)
+        experts = f", experts {d.moe_ep_size} x {d.moe_tp_size}" if dealt else ""
         attention = ", attention on data" if d.enable_attention_dp else ""
         m = self.ranks[0].memory  # all ranks hold pieces of equal size
         return "\n".join(
             [
                 f"{self.wb.name!r} on {d.world_size} virtual ranks (tp={d.tp_size}{experts}{attention})",
-                f"  plan   {self.plan!r}",
                 f"  memory {human(m.weights)} a rank of {human(m.total)} weights, {m.share:.3f} x a fair share; "
                 f"{human(m.cache_per_token)} cache a token",
                 f"  comm   {self.comm!r}",
+                f"  plan   {self.plan!r}",
             ]
         )
 
