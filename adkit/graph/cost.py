@@ -39,12 +39,16 @@ FREE_NAMES = ("context",)
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: ``bandwidth`` bytes/s, ``flops`` FLOP/s by dtype name (``bfloat16``)."""
+    """Peaks of one device: ``bandwidth`` bytes/s, ``flops`` FLOP/s by dtype name (``bfloat16``).
+
+    ``memory``: bytes it has, 0 where that is not known.
+    """
 
     name: str
     bandwidth: float
     flops: dict[str, float]
     source: str
+    memory: float = 0.0
 
     def peak(self, dtype: torch.dtype) -> float:
         """FLOP/s in ``dtype``; float16 counts as bfloat16, anything else unlisted as float32."""
@@ -60,18 +64,21 @@ DEVICES: dict[str, Device] = {
             3.03e12,
             {"bfloat16": 793e12, "float32": 67e12},
             "measured: device copy, large bfloat16 matmul; float32: NVIDIA H100 datasheet, SXM, without TF32",
+            80e9,
         ),
         Device(
             "H200",
             4.3e12,
             {"bfloat16": 790e12, "float32": 67e12},
             "measured: device copy, large bfloat16 matmul; float32: NVIDIA H200 datasheet, without TF32",
+            141e9,
         ),
         Device(
             "A100 SXM 80GB",
             2.039e12,
             {"bfloat16": 312e12, "float32": 19.5e12},
             "NVIDIA A100 datasheet, 80GB SXM, dense",
+            80e9,
         ),
         Device(
             "2-core CPU",

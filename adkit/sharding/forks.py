@@ -14,6 +14,7 @@ from adkit.graph.snapshot import take
 from adkit.models import ModelFactory
 from adkit.passes.pipeline import State, rebuild
 from adkit.passes.tensors import put_tensor, take_stamps, tensor_at
+from adkit.watching import Watching
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -40,6 +41,7 @@ def fork(
     else:
         start, new._state = 0, State()
     new._passes, new._engine, new._served = list(wb._passes), None, []
+    new.watching = Watching(new)
     new._history = wb._history[:start]
     new._steps = [replace(s) for s in wb._steps[:start]]
     new._bind()

@@ -30,12 +30,15 @@ from adkit.sharding.feeds import Feeds
 from adkit.sharding.forks import fork
 from adkit.sharding.lockstep import RankFails, Together
 from adkit.sharding.memory import weight_sizes
+from adkit.sharding.pictures import MeshPlots, overlay
 from adkit.sharding.rank import Ranks, end_of, plan_of
 from adkit.sharding.result import ShardingCheck, result_of
 from adkit.sharding.scaling import scaling
 
 if TYPE_CHECKING:
     from adkit.runtime.live import Params
+    from adkit.viz.dot import Drawing
+    from adkit.viz.explorer import Explorer
     from adkit.workbench import Workbench
 
 
@@ -88,6 +91,27 @@ class VirtualRanks:
         """Every collective in order, its bytes, and the time that NVLink would take; ``comm.on(...)`` takes another
         link."""
         return comm_of(self.ranks[0].graph, len(self.ranks), self._link)
+
+    # --- looking
+
+    @property
+    def plots(self) -> MeshPlots:
+        """Figures: who holds what, memory, communication, scaling; each shows itself."""
+        return MeshPlots(self)
+
+    def layer(self, layer: int = 0, rank: int = 0, **options: Any) -> Drawing:
+        """A rank's graph of one layer, drawn with its cuts and what is exchanged."""
+        return self.plots.layer(layer, rank, **options)
+
+    def explore(self, rank: int = 0, **options: Any) -> Explorer:
+        """A rank's walk in the explorer, coloured by how ranks hold each value; options as ``wb.explore`` takes."""
+        own = self.ranks[rank]
+        explorer = own.wb.explore(**options).goto(own.wb._steps[end_of(own.wb) - 1].name)
+        return explorer.add_overlay(
+            "placement",
+            overlay(self, own.graph),
+            note=f"what rank {rank} of {len(self.ranks)} holds of each value",
+        )
 
     def memory(self) -> Any:
         """A row a rank, as a pandas DataFrame: bytes of weights and cache, share of a fair share."""

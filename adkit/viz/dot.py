@@ -112,19 +112,21 @@ def draw(
     title: str = "",
     history: History | None = None,
     times: Mapping[int, float] | None = None,
+    notes: Mapping[int, str] | None = None,
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
     ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested
     deeper (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over
     a node shows its module and source line (all the lines it stands for, given the ``history`` of the steps).
-    ``times`` (seconds by node id) are written into the boxes and colour them instead: the hotter the longer.
+    ``times`` (seconds by node id) are written into the boxes and colour them instead: the hotter the longer;
+    ``notes`` (by node id) are written into their small print.
     Raises PictureTooLarge beyond 400 boxes, saying how to see less.
     """
     return Drawing(
         picture_of(
             snapshot, layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
-            parameters=parameters, shapes=shapes, title=title, history=history, times=times,
+            parameters=parameters, shapes=shapes, title=title, history=history, times=times, notes=notes,
         )
     )  # fmt: skip
 
@@ -215,6 +217,8 @@ def _box(b: Box) -> str:
         attributes += ["fontsize=9", 'fontcolor="#6b7280"', "height=0.2"]
     elif not b.mark and b.category in ("view", "shape"):
         attributes += ["fontsize=9", "height=0.2"]
+    elif not b.mark and b.category == "communication":
+        attributes.append("penwidth=3")
     if b.highlight:
         attributes += ['color="#d6336c"', "penwidth=3"]
     if b.tooltip:

@@ -134,15 +134,21 @@ def picture_of(
     title: str = "",
     history: History | None = None,
     times: Mapping[int, float] | None = None,
+    notes: Mapping[int, str] | None = None,
 ) -> Picture:
     """The picture of a snapshot or of one layer of it.
 
     ``depth``: modules nested deeper than this (below the layer) become one box; 0 leaves the layers' own
     children. ``times`` (seconds by node id) give each box its time, summed over all that it stands for, and the
-    share of the whole. Raises PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
+    share of the whole. ``notes`` (by node id) go first into the small print of boxes that show one node. Raises
+    PictureTooLarge beyond 400 boxes, KeyError for a layer that is not there.
     """
     maker = _Maker(snapshot, set(highlight), depth, parameters, shapes, history)
     picture = maker.make(layer, fold_layers, title)
+    for b in picture.boxes:
+        told = (notes or {}).get(b.node)
+        if told:
+            b.detail = (told, *b.detail)
     if times is not None:
         _heat(picture, maker.stands_for, times)
     return picture
@@ -262,7 +268,9 @@ class _Maker:
                 title = f"{title} ×{len(folded)}"
             sources = self.history.sources(i) if self.history is not None and n.origins else ()
             tip = tooltip(n, self.symbols, len(folded), sources)
-            self.picture.boxes.append(Box(key, title, category_of(n), detail, tip, cluster, mark, lit))
+            self.picture.boxes.append(
+                Box(key, title, category_of(n), detail, tip, cluster, mark, lit, node=i)
+            )
         for box in self.picture.boxes:
             if box.key in groups:
                 members = [self.snapshot[i] for i in groups[box.key]]
