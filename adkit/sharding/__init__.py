@@ -3,11 +3,13 @@
 ``world`` makes what ``wb.shard(...)`` returns, which is in ``virtual``; ``rank`` is one rank, ``forks`` gives it a
 Workbench; ``lockstep`` runs all ranks' graphs together on ``feeds``; ``agreement`` compares every value with the uncut
 model's while they run and ``result`` sums up; ``engine`` generates over them; ``memory``, ``comm`` and ``scaling``
-count on shapes alone. The passes that decide and cut are in ``adkit/passes/sharding``.
+count on shapes alone; ``pictures`` and ``html`` show all of it. The passes that decide and cut are in
+``adkit/passes/sharding``.
 """
 
 from __future__ import annotations
 
+from adkit.sharding import html
 from adkit.sharding.agreement import Divergence
 from adkit.sharding.comm import NVLINK4, Collective, Comm, Link
 from adkit.sharding.memory import RankMemory
@@ -26,5 +28,6 @@ __all__ = [
     "RankMemory",
     "ShardingCheck",
     "VirtualRanks",
+    "html",
     "shard",
 ]

@@ -173,13 +173,9 @@ def overlay(v: VirtualRanks, graph: Snapshot) -> Mapping[int, str]:
 
 
 def _terms(plan: ShardingPlan, hinted: Snapshot) -> set[int]:
-    """Ids of nodes that compute a term of a sum, in the uncut and in the hinted graph."""
-    terms = {r.node for r in plan if r.placement == PARTIAL}
-    return terms | {n.id for n in hinted if n.op == "call_function" and _made_of(n, terms)}
-
-
-def _made_of(n: NodeRecord, terms: set[int]) -> bool:
-    return bool(n.origins) and n.origins[-1] in terms and not over_ranks(n.target)
+    """Ids of the nodes where terms of a sum begin, in the uncut and in the hinted graph."""
+    terms = {r.node for r in plan if r.placement == PARTIAL and r.decision != "follow"}
+    return terms | {n.id for n in hinted if any(o in terms for o in n.origins) and not over_ranks(n.target)}
 
 
 def _cut_of(n: NodeRecord, whole: NodeRecord) -> Placement | None:
