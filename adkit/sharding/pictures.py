@@ -14,6 +14,7 @@ from adkit.graph.cost import Device, device_named
 from adkit.graph.folding import layers_text
 from adkit.graph.placement import PARTIAL, REPLICATED, Placement, ShardingPlan, cut
 from adkit.graph.snapshot import NodeRecord, Snapshot
+from adkit.graph.times import duration
 from adkit.models.memory import human
 from adkit.ops.dist import over_ranks
 from adkit.sharding.agreement import counterparts
@@ -61,7 +62,7 @@ class MeshPlots:
         """What ranks say in one step of so many tokens, a bar for layers alike: bytes each sends, estimated time."""
         c = self._v.comm
         step = "a decode step" if tokens == sequences == 1 else f"{tokens:,} tokens"
-        total = f"{human(c.sent(tokens, sequences))}, {1e6 * c.seconds(tokens, sequences):,.0f} us in all"
+        total = f"{human(c.sent(tokens, sequences))}, {duration(c.seconds(tokens, sequences))}"
         title = f"Communication among {c.world} ranks, {step}\nEach sends {total} on {c.link.name}"
         return mesh.comm_by_layer(_by_layer(c, tokens, sequences), title)
 
@@ -117,7 +118,9 @@ def held_slices(v: VirtualRanks, layer: int | None) -> list[mesh.Tensor]:
             n.target.removesuffix(".weight").split(".")[-2 if n.target.endswith(".bias") else -1 :]
         )
         shape = tuple(int(d) for d in n.shape)
-        found.append(mesh.Tensor(name, shape, slices, decisions.get(n.target, "")))
+        lacking = len(v.ranks) - sum(len(s.ranks) for s in slices)  # a bias that is added once
+        note = decisions.get(n.target, "") if not lacking else "zeros elsewhere"
+        found.append(mesh.Tensor(name, shape, slices, note))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.patches import Patch, Rectangle
 
-from adkit.viz.plots import BLUE, CYCLE, GREEN, GRID, INK, ORANGE, RED, Plot, _figure, _short
+from adkit.viz.plots import BLUE, CYCLE, GREEN, GRID, INK, ORANGE, Plot, _figure, _short
 
 #: Half-open ranges [start, stop) that are kept along some of a tensor's dimensions, by dimension.
 Ranges = Mapping[int, Sequence[tuple[int, int]]]
@@ -121,7 +121,7 @@ def memory_by_rank(
     title: str = "Memory a rank",
 ) -> Plot:
     """A bar a rank, stacked by kind (bytes); lines at the fair share of ``total`` bytes and at devices' ``limits``."""
-    figure, axes = _figure(7.6, 1.5 + 0.3 * len(ranks), title)
+    figure, axes = _figure(7.6, 1.5 + 0.3 * len(ranks), f"{title}\n" if limits else title)
     kinds = list(dict.fromkeys(k for r in ranks for k in r))
     kinds = [k for k in kinds if any(r.get(k, 0) for r in ranks)]
     scale, unit = (1e9, "GB") if max((sum(r.values()) for r in ranks), default=0) >= 1e9 else (1e6, "MB")
@@ -141,14 +141,12 @@ def memory_by_rank(
     axes.axvline(
         fair, color=INK, linestyle=":", linewidth=1.3, label=f"fair share of weights, {_short(fair)} {unit}"
     )
-    for k, (name, size) in enumerate(shown.items()):
-        axes.axvline(
-            size,
-            color=(RED, ORANGE)[k % 2],
-            linestyle="--",
-            linewidth=1.6,
-            label=f"{name}, {_short(size)} {unit}",
+    for name, size in shown.items():  # in ink: colours are the kinds
+        axes.axvline(size, color=INK, linestyle="--", linewidth=1.6)
+        axes.text(
+            size, -0.55, f"{name}, {_short(size)} {unit}", fontsize=8.5, color=INK, ha="center", va="bottom"
         )
+    axes.set_ylim(len(ranks) - 0.5, -0.55)
     axes.set_xlim(0, max([most, *shown.values()]) * 1.12)
     axes.set_xlabel(unit, color=INK, fontsize=9)
     axes.xaxis.grid(True, color=GRID, linewidth=0.6)
@@ -200,7 +198,7 @@ def scaling(table: Any, title: str) -> Plot:
         axes.plot(tps, [first * n / tps[0] for n in tps], color=colour, linestyle=":", linewidth=1.3)
         axes.plot(tps, found, color=colour, marker="o", linewidth=1.8, label=f"batch {batch}")
         for n, speed in found.items():
-            told = f"{speed:,.0f}" + ("" if n == tps[0] else f"  {speed / first:.1f}x")
+            told = _short(speed) + ("" if n == tps[0] else f"  {speed / first:.1f}x")
             axes.annotate(told, (n, speed), (7, -11), textcoords="offset points", fontsize=8.5, color=INK)
     axes.plot([], [], color=INK, linestyle=":", label="ideal")
     axes.set_xscale("log", base=2)

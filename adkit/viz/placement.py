@@ -41,19 +41,20 @@ def folded(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 @register_html(ShardingPlan)
 def _plan(plan: ShardingPlan) -> str:
-    world = f"tp={plan.tp}" + (f", experts {plan.moe_ep} x {plan.moe_tp}" if plan.moe_ep > 1 else "")
+    dealt = any(r.decision == "experts" for r in plan)
+    world = f"tp={plan.tp}" + (f", experts {plan.moe_ep} x {plan.moe_tp}" if dealt else "")
     sums = sum(r.reduce for r in plan)
     facts = f"{world}{', attention on data' if plan.attention_dp else ''}; {sums} sums over ranks"
     rows = folded(_row(r) for r in plan)
-    columns = ("module", "", "decision", "pieces", "placement", "then", "by", "why")
-    return fragment(head("ShardingPlan", facts) + table(columns, rows, numbers=("",)))
+    columns = ("module", "rows", "decision", "pieces", "placement", "then", "by", "why")
+    return fragment(head("ShardingPlan", facts) + table(columns, rows, numbers=("rows",)))
 
 
 def _row(r: PlanRow) -> tuple[str, ...]:
     pieces = "" if r.dim is None else f"dim {r.dim}"
     pieces += f" of {list(r.sizes)}" if r.sizes else ""
     pieces += f", at least {r.min_local}" if r.min_local > 1 else ""
-    then = "sum over ranks" if r.reduce else ""
+    then = "sum" if r.reduce else ""
     return (
         without_layer(r.module) or r.op, r.decision, pieces, str(r.placement), then, r.source,
         without_layer(r.why),
