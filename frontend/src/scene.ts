@@ -357,7 +357,14 @@ function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement 
   if (box.kind === "module") {
     const fold = make("g", { class: "adk-fold" });
     fold.append(make("rect", { x: "5", y: "6", width: "16", height: "16", rx: "3" }), make("path", { d: open ? "M9,14 h8" : "M9,14 h8 M13,10 v8" }));
-    g.append(fold, text(look.lines[0] ?? "", 27, 18, "adk-name"));
+    const [name, type] = (look.lines[0] ?? "").split(/(?=: )/, 2);
+    const told = text(name ?? "", 27, 18, "adk-name");
+    if (type !== undefined) {
+      const more = make("tspan", { class: "adk-type" });
+      more.textContent = type;
+      told.append(more);
+    }
+    g.append(fold, told);
     if (box.count > 1) g.append(text(`×${box.count}`, box.width - 8, 18, "adk-count", "end"));
     if (!open && look.lines[1] !== undefined) g.append(text(look.lines[1], 27, 30, "adk-detail"));
   } else {
