@@ -178,7 +178,9 @@ function find(store: Store, query: string) {
       const all = `${n.name} ${n.target} ${n.short} ${n.op} ${n.value} ${n.path} ${n.type} ${n.source === null ? "" : `${n.source.file}:${n.source.line} ${n.source.code}`}`.toLowerCase();
       return words.every((w) => all.includes(w));
     });
-  return [...found.filter((n) => !LEAVES.has(n.op)), ...found.filter((n) => LEAVES.has(n.op))];
+  // Those that are called so before those that only stand in such a module.
+  const rank = (n: NodeInfo): number => (LEAVES.has(n.op) ? 2 : words.some((w) => `${n.name} ${n.short}`.toLowerCase().includes(w)) ? 0 : 1);
+  return found.sort((a, b) => rank(a) - rank(b));
 }
 
 function Legend({ store }: { store: Store }) {
