@@ -77,10 +77,21 @@ function App({ store, group }: { store: Store; group: Group }) {
           )}
           <Legend store={store} />
         </div>
+        <p class="adk-spoken" role="status">{spoken(store)}</p>
         {state.side && <Side store={store} show={(id) => reveal(store, group, id)} />}
       </div>
     </div>
   );
+}
+
+/** What is chosen, for who hears it. */
+function spoken({ state, walk, graph }: Store): string {
+  const [id] = state.selection;
+  if (id === undefined) return state.module ?? "";
+  const row = graph < 0 ? undefined : walk.rowOf(graph).get(id);
+  if (row === undefined) return "";
+  const n = walk.info(row);
+  return `${n.name}, ${n.op === "call_function" ? n.short : n.op}, ${n.value}, in ${n.path || "the model"}`;
 }
 
 /** Why there is nothing to draw at the step looked at. */
