@@ -30,7 +30,7 @@ test pytest nbval test-fast: export OMP_NUM_THREADS := 1
 test pytest nbval test-fast notebooks gpu-notebooks: export HF_HUB_OFFLINE := 1
 test pytest nbval test-fast notebooks gpu-notebooks: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks gpu-notebooks clean
+.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks screenshots gpu-notebooks clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -96,6 +96,9 @@ notebooks: venv graphviz ## Re-execute every notebook in place, recording its ou
 			--ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.skip_cells_with_tag=gpu "$$notebook"; \
 		$(PY) -m jupyter nbconvert --to notebook --inplace --coalesce-streams "$$notebook"; \
 	done
+
+screenshots: venv chromium ## Take the README's pictures anew (docs/images)
+	$(PY) scripts/screenshots.py
 
 gpu-notebooks: venv ## Record the notebooks' cells that need a GPU, on a machine that has one
 	$(PY) scripts/gpu_notebooks.py

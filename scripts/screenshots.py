@@ -56,17 +56,22 @@ class Report:
         box.fill(text)
         self.page.get_by_role("search").get_by_role("listitem").nth(nth).get_by_role("button").click()
 
-    def unfold(self, title: str) -> None:
-        """Open the module whose box says ``title``."""
-        box = self.page.locator(".adk-module").filter(has_text=title).last
-        box.locator(".adk-fold").first.click()
+    def smaller(self, times: int) -> None:
+        for _ in range(times):
+            self.page.get_by_role("button", name="Zoom out").first.click()
+
+    def read(self, heading: str) -> None:
+        """Scroll the panel to a heading."""
+        self.page.get_by_role("heading", name=heading).evaluate("h => h.scrollIntoView({block: 'start'})")
 
 
 def hero(report: Report) -> None:
-    """One layer of 126 open, coloured by roofline time, a norm selected with the code that it came from."""
-    report.step("match_rmsnorm_pattern")
+    """An attention among 126 open, coloured by roofline time, with its history and the code that it came from."""
+    report.step("match_linear")
     report.colour("roofline time (prefill of 2048 tokens)")
-    report.find("torch_rmsnorm", 2)
+    report.find("torch_attention")
+    report.smaller(2)
+    report.read("History")
 
 
 def diff(report: Report) -> None:
@@ -103,7 +108,7 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=next(filter(None, map(shutil.which, BROWSERS)), None), args=["--no-sandbox"]
         )
-        view: dict[str, Any] = {"viewport": {"width": 1360, "height": 800}, "device_scale_factor": 1.25}
+        view: dict[str, Any] = {"viewport": {"width": 1360, "height": 840}, "device_scale_factor": 1.25}
         if any(name in PICTURES for name in wanted):
             made = adkit.Workbench(MODEL, device="cpu", dtype="bfloat16", progress=False).run()
             address = made.report(Path(folder) / "walk.html").as_uri()
@@ -119,6 +124,7 @@ def main() -> None:
             with serve(Path(folder), ROOT) as address:
                 page = browser.new_page(**view)
                 notebook = open_notebook(address, page)
+                notebook.command("application:toggle-left-area")
                 notebook.run(NOTEBOOK.strip()).get_by_role("tablist").wait_for()
                 page.wait_for_timeout(1500)
                 page.screenshot(path=IMAGES / "notebook.png")

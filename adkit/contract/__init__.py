@@ -1,6 +1,6 @@
 """The data that rooms hand to each other: batches, caches, requests, engine settings, errors."""
 
-from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch
+from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch, fitting_layout
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
 from adkit.contract.dist import (
     AllGatherStrategy,
@@ -61,5 +61,6 @@ __all__ = [
     "SequenceBatch",
     "ShardingError",
     "TokenLogprob",
+    "fitting_layout",
     "nearest",
 ]

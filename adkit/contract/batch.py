@@ -7,7 +7,7 @@ chunk of it, or one decode token. R sequences, T tokens, L rows of logits asked 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -111,6 +111,17 @@ def _places(layout: BatchLayout) -> tuple[list[Place], int]:
         places.append((name, at, size, dtype, shape))
         at += -(-size // _ALIGNMENT) * _ALIGNMENT
     return places, at
+
+
+def fitting_layout(layouts: Iterable[BatchLayout], tokens: int, sequences: int) -> BatchLayout | None:
+    """The first of ``layouts`` that holds a step of T tokens in R sequences; with T = R one for decode steps."""
+    decode = tokens == sequences
+    fits = (
+        x
+        for x in layouts
+        if tokens <= x.tokens and sequences <= x.sequences and decode == (x.tokens == x.sequences)
+    )
+    return next(fits, None)
 
 
 @dataclass(slots=True)

@@ -156,7 +156,7 @@ class Communicator(Protocol):
     size: int
 
     def all_reduce(self, x: Tensor, strategy: str) -> Tensor:
-        """The sum over ranks, on each; ``x`` may be overwritten."""
+        """The sum over ranks, on each, in memory of its own."""
         ...
 
     def all_gather(self, x: Tensor, dim: int, strategy: str) -> Tensor:

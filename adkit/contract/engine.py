@@ -46,6 +46,8 @@ class EngineConfig(BaseModel):
 class Replay(Protocol):
     """Runs steps of some sizes in a faster way than ``forward`` does."""
 
+    #: The sizes, ascending.
+    layouts: list[BatchLayout]
     #: Where ``sources`` starts counting ``input_ids``: rows there are for the tokens of the step before.
     num_previous: int
 

@@ -64,7 +64,8 @@ class ModelFactory:
 
     ``config`` is the Hugging Face config of the causal LM (the text part of a multi-modal one, then
     ``nested`` is true); ``weights`` says where tensors come from, ``why_no_weights`` is a sentence when they
-    come from nowhere; ``directory`` holds the checkpoint and tokenizer files.
+    come from nowhere; ``directory`` holds the checkpoint and tokenizer files; ``lean`` takes the model of
+    :mod:`adkit.models.lean` in place of Hugging Face's.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ModelFactory:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     nested: bool = False
+    lean: bool = False
     fetch: Callable[[], Path] | None = field(default=None, repr=False)
     why_no_tokenizer: str = field(default="", repr=False)
 
@@ -429,14 +431,21 @@ class ModelFactory:
     def _construct(self, device: torch.device, tied: bool | None) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
+        from adkit.models.lean import lean_class
+
         config = copy.deepcopy(self.config)
         if tied is not None:
             config.tie_word_embeddings = tied
         try:
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-                )
+                if self.lean:
+                    model = lean_class(config)._from_config(config, dtype=self.dtype)
+                else:
+                    model = AutoModelForCausalLM.from_config(
+                        config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+                    )
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"cannot build {self.name} ({type(config).__name__}, {self.dtype}): "

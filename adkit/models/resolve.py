@@ -16,6 +16,7 @@ from adkit.models import hub
 from adkit.models.bundled import bundled_config, bundled_names, demo_directory
 from adkit.models.checkpoint import Checkpoint, has_weights
 from adkit.models.factory import ModelFactory, Weights
+from adkit.models.lean import lean_class
 
 _DTYPES = {
     "float32": torch.float32,
@@ -38,13 +39,15 @@ def resolve(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     revision: str | None = None,
+    lean: bool = False,
 ) -> ModelFactory:
     """The factory of a model.
 
     ``model``: ``"demo"``, a bundled config's name (any case; a model directory of that name comes first), a
     local directory, a Hugging Face hub id, a Hugging Face config object, or such a config as a dictionary.
     ``dtype`` auto: float32 when ``device`` is the CPU, else what the config or the checkpoint says.
-    ``random_weights`` replaces any checkpoint by values drawn from ``seed``. Raises ModelError
+    ``random_weights`` replaces any checkpoint by values drawn from ``seed``. ``lean`` takes the hand-written model
+    with sharding hints (:mod:`adkit.models.lean`) in place of Hugging Face's. Raises ModelError
     (CheckpointError for its files) saying what to do.
     """
     options = {"trust_remote_code": trust_remote_code}
@@ -91,6 +94,9 @@ def resolve(
             )
         )
 
+    if lean:
+        lean_class(kind)  # raises, saying which there are
+
     weights: Weights = "random" if random_weights else "none" if directory is None else "checkpoint"
     fetch = None
     files = directory if weights == "checkpoint" else None
@@ -111,6 +117,7 @@ def resolve(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         nested=parent is not None,
+        lean=lean,
         fetch=fetch,
     )
 

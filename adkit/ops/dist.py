@@ -49,6 +49,11 @@ def use(communicator: Communicator) -> Iterator[None]:
         _COMMUNICATOR = before
 
 
+def connected() -> bool:
+    """True where there is a communicator: this process is one of several ranks, and not all of them."""
+    return _COMMUNICATOR is not None
+
+
 def communicator() -> Communicator:
     """The communicator in use; ShardingError without one."""
     if _COMMUNICATOR is None:
@@ -60,13 +65,25 @@ def communicator() -> Communicator:
 
 
 def define_over_ranks(
-    schema: str, *, fake: Callable[..., Any], cost: CostFn | None = None, token_local: bool = True
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cost: CostFn | None = None,
+    token_local: bool = True,
+    at_once: str = "",
 ) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
-    """Decorator: define ``torch.ops.adkit.<name>`` over the ranks by a generator function."""
+    """Decorator: define ``torch.ops.adkit.<name>`` over the ranks by a generator function.
+
+    ``at_once`` names a method of communicators that have kernels for the whole op: it takes the op's arguments and
+    gives its result, or None where the op must go step by step after all.
+    """
 
     def add(steps: Callable[..., Steps]) -> Callable[..., Steps]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return _drive(steps(*args, **kwargs), communicator())
+            through = communicator()
+            whole = getattr(through, at_once, None) if at_once else None
+            result = None if whole is None else whole(*args, **kwargs)
+            return _drive(steps(*args, **kwargs), through) if result is None else result
 
         run.__doc__ = steps.__doc__
         define(schema, category="dist", token_local=token_local, fake=fake, cost=cost)(run)
@@ -129,9 +146,10 @@ def lockstep(
 
 
 def _agree(name: str, asked: list[Exchange], ranks: int) -> None:
-    sides = {(a.kind, a.dim, tuple(a.tensor.shape), a.tensor.dtype) for a in asked}
+    # sizes as text: on fake tensors they may be symbols, which have no hash
+    sides = {(a.kind, a.dim, str(list(a.tensor.shape)), str(a.tensor.dtype)) for a in asked}
     if len(asked) != ranks or len(sides) > 1:
-        seen = "; ".join(f"{k} of {d} {list(s)} on dim {n}" for k, n, s, d in sorted(sides, key=str))
+        seen = "; ".join(f"{k} of {d} {s} on dim {n}" for k, n, s, d in sorted(sides))
         raise ShardingError(
             f"{name}: the ranks do not agree on what to exchange ({len(asked)} of {ranks} ask: {seen})"
         )
@@ -157,7 +175,7 @@ def exchange(asked: Sequence[Exchange]) -> list[Tensor]:
 )
 def torch_dist_all_reduce(x: Tensor, strategy: str = "AUTO") -> Steps:
     """The sum of every rank's ``x`` [...] -> [...]."""
-    return (yield Exchange("all_reduce", x.clone(), strategy=strategy))
+    return (yield Exchange("all_reduce", x, strategy=strategy))
 
 
 def _gathered(x: Tensor, dim: int, world: int, *_: Any, **__: Any) -> Tensor:
@@ -220,6 +238,7 @@ def torch_dist_sharded_rmsnorm(
     'float weight_offset=0.0, bool weight_in_float=False, *, str strategy="AUTO") -> (Tensor normed, Tensor sum)',
     fake=lambda x, residual, *args, strategy="AUTO", **kwargs: fake_add_rms(x, residual, *args, **kwargs),
     cost=costs.per_element(6),
+    at_once="allreduce_residual_rmsnorm",
 )
 def torch_dist_allreduce_residual_rmsnorm(
     x: Tensor,
@@ -235,6 +254,6 @@ def torch_dist_allreduce_residual_rmsnorm(
 
     x and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
     """
-    total = yield Exchange("all_reduce", x.clone(), strategy=strategy)
+    total = yield Exchange("all_reduce", x, strategy=strategy)
     norm = pick("fused_add_rmsnorm", "auto", x.device)
     return norm(total, residual, weight, eps, weight_offset, weight_in_float)

@@ -8,17 +8,24 @@ take their hints as keywords. Quantised and recurrent ops will add their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adkit.ops.registry import define
+from adkit.ops.registry import define, info_of
 
 LAYER_TYPES = ("mha", "mla", "mlp", "moe", "ssm", "delta", "vocab", "unknown")
 TP_MODES = ("colwise", "rowwise", "gather", "none")
+_KEYWORDS = frozenset({"tp_mode", "output_sizes", "tp_min_local_shape", "shardable", "layer_type"})
+
+
+def is_hint(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """True for a call of a hint op, or of an op that carries hints as keywords."""
+    info = info_of(target)
+    return info is not None and (info.category == "hint" or not _KEYWORDS.isdisjoint(kwargs))
 
 
 @define(

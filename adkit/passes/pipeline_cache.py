@@ -106,6 +106,7 @@ def fingerprint(ctx: Context, before: list[Pass]) -> str:
 
     data = {
         "model": ctx.factory.config.to_json_string(use_diff=False),
+        "lean": ctx.factory.lean,
         "tied": sorted(ctx.factory.tied.items()),
         "dtype": str(ctx.factory.dtype),
         "engine": ctx.engine.model_dump(),

@@ -21,6 +21,7 @@ from adkit.contract import (
     EngineConfig,
     EngineError,
     MemoryLimitError,
+    RankError,
     RequestError,
     SamplingParams,
 )
@@ -270,6 +271,8 @@ class Engine:
 
 def _explain(error: Exception, tokens: int, sequences: int) -> Exception:
     """The error of a failed step, saying how large the step was and what can be done."""
+    if isinstance(error, RankError):  # has its story already
+        return error
     size = f"a step of {tokens} tokens in {sequences} sequences"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         explained: Exception = MemoryLimitError(

@@ -18,9 +18,11 @@ from adkit.contract import (
     Completions,
     Delta,
     EngineConfig,
+    RankError,
     RequestError,
     SamplingParams,
 )
+from adkit.runtime.device import Device
 from adkit.runtime.engine import Engine
 from adkit.runtime.sequence import Sequence
 from adkit.runtime.stats import EngineStats
@@ -45,9 +47,25 @@ class LiveModel:
     for all of them is its error raised.
     """
 
-    def __init__(self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None) -> None:
-        self.engine = Engine(model, config, tokenizer)
+    def __init__(
+        self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None, device: Device | None = None
+    ) -> None:
+        self.engine = Engine(model, config, tokenizer, device)
         self.tokenizer = tokenizer
+
+    def close(self) -> None:
+        """Cancel everything and let go of the device; ranks in processes of their own are ended.
+
+        A ``with`` block does it too. Without ranks there is nothing to let go of, and the model can go on generating.
+        """
+        self.engine.reset()
+        self.engine.device.close()
+
+    def __enter__(self) -> LiveModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def stats(self) -> EngineStats:
@@ -295,7 +313,7 @@ def _report_failures(handles: list[Sequence]) -> None:
     errors = [h.error for h in handles if h.error is not None]
     if not errors:
         return
-    if len(errors) == len(handles) and all(e.__cause__ for e in errors):
+    if isinstance(errors[0], RankError) or (len(errors) == len(handles) and all(e.__cause__ for e in errors)):
         raise errors[0]
     warnings.warn(
         f"{len(errors)} of {len(handles)} requests failed; finish_reason is 'error' and .error says why. "

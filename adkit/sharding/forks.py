@@ -63,8 +63,7 @@ def _on_shapes(wb: Workbench, state: State) -> State:
     """A state over a module of its own: the graph's own constants are shared, weights are shapes."""
     module = graph_module(wb)
     holder = torch.nn.Module()
-    meta = {k: v for k, v in module.meta.items() if k != "adkit_journal"}
-    holder.meta = {k: dict(v) if isinstance(v, dict) else v for k, v in meta.items()}  # type: ignore[assignment]
+    holder.meta = {k: v for k, v in module.meta.items() if k != "adkit_journal"}  # type: ignore[assignment]
     for name in dict.fromkeys(n.target for n in state.snapshot if n.op == "get_attr"):
         if name in wb.factory.tensors:
             continue
@@ -72,10 +71,10 @@ def _on_shapes(wb: Workbench, state: State) -> State:
         held = stamp.tensor() if stamp is not None else tensor_at(module, name)
         if held is not None and not held.is_meta:
             put_tensor(holder, name, held)
-    gm = rebuild(state.snapshot, holder)
+    gm = rebuild(state.snapshot, holder, state.records)
     snapshot = take(gm)
     tensors = take_stamps(gm, snapshot, {}, wb.factory)
-    return State(gm, snapshot, tensors=tensors, clean=state.clean, valued=state.valued)
+    return State(gm, snapshot, tensors=tensors, clean=state.clean, valued=state.valued, records=state.records)
 
 
 __all__ = ["fork", "graph_module", "states"]

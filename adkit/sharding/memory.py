@@ -8,7 +8,7 @@ from typing import Any
 
 from adkit.contract import CacheSpec, DistConfig, EngineConfig, LocalWeight
 from adkit.graph.display import mimebundle
-from adkit.graph.placement import ShardingPlan
+from adkit.graph.placement import PlanRow, ShardingPlan
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
 from adkit.models.memory import human
 from adkit.ops.mixers import MIXERS
@@ -21,8 +21,8 @@ KINDS = {"mha": "attention", "mla": "attention", "mlp": "mlp", "moe": "experts",
 class RankMemory:
     """Bytes that one rank holds.
 
-    ``weights``: parameters and buffers its graph reads; ``by_kind`` splits them (attention, mlp, experts, vocabulary,
-    norm, other); ``replicated`` of them are whole on every rank. ``total``: the uncut model's weights;
+    ``weights``: parameters and buffers its graph reads; ``by_kind`` splits them (attention, mlp, experts, router,
+    vocabulary, norm, other); ``replicated`` of them are whole on every rank. ``total``: the uncut model's weights;
     ``cache_per_token``: keys and values of one token over all layers; ``cache``: ``max_batch_size`` sequences of
     ``max_seq_len``.
     """
@@ -41,6 +41,11 @@ class RankMemory:
     def share(self) -> float:
         """Weights over the fair share total / world: 1 is perfect, ``world`` is no sharding at all."""
         return self.weights * self.world / self.total if self.total else 1.0
+
+    def fraction(self, kind: str) -> float:
+        """Of the uncut model's weights of a kind, how much is here: ``memory.fraction("experts")``."""
+        whole = self.whole_by_kind.get(kind, 0)
+        return self.by_kind.get(kind, 0) / whole if whole else 0.0
 
     def table(self) -> Any:
         """By kind, as a pandas DataFrame: bytes here, bytes of the uncut model, the fraction held here."""
@@ -111,7 +116,7 @@ def weight_sizes(graph: Snapshot) -> dict[str, int]:
 
 def weight_kinds(whole: Snapshot, plan: ShardingPlan) -> dict[str, str]:
     """What each weight is for: from the plan, else from the op that reads it."""
-    kinds = {w: KINDS[r.layer_type] for r in plan for w in r.weights if r.layer_type in KINDS}
+    kinds = {w: _of_row(r) for r in plan for w in r.weights if r.layer_type in KINDS}
     readers = whole.users()
     for n in whole:
         if n.op == "get_attr" and n.target not in kinds:
@@ -120,8 +125,21 @@ def weight_kinds(whole: Snapshot, plan: ShardingPlan) -> dict[str, str]:
     return kinds
 
 
+def _of_row(row: PlanRow) -> str:
+    """What a row's weights are for; linears beside experts are routers (whole) or shared experts."""
+    if row.layer_type != "moe" or "moe" in row.op:
+        return KINDS[row.layer_type]
+    return "router" if row.decision == "whole" else "mlp"
+
+
 def _of_op(op: str) -> list[str]:
-    names = {"norm": "norm", "moe": "experts", "embedding": "vocabulary", "attention": "attention"}
+    names = {
+        "norm": "norm",
+        "topk": "router",
+        "moe": "experts",
+        "embedding": "vocabulary",
+        "attention": "attention",
+    }
     return [kind for part, kind in names.items() if part in op]
 
 

@@ -21,14 +21,16 @@ from adkit.contract import (
     LocalWeight,
     RequestError,
     ShardingError,
+    nearest,
 )
 from adkit.graph.cost import Device
 from adkit.graph.display import mimebundle
-from adkit.graph.placement import ShardingPlan
+from adkit.graph.placement import PLAN, ShardingPlan
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Steps
+from adkit.models.loading import LOCAL
 from adkit.models.memory import human
-from adkit.passes import Stage
+from adkit.passes import PassConfig, Stage
 from adkit.sharding.agreement import Agreement
 from adkit.sharding.comm import NVLINK4, Comm, Link, comm_of
 from adkit.sharding.engine import live
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from adkit.workbench import Workbench
 
 DETECT, WRITE, APPLY = "detect_sharding", "sharding_transform_executor", "apply_sharding_hints"
-PLAN, LOCAL = "adkit_plan", "adkit_local"
 
 
 class Rank:
@@ -89,6 +90,37 @@ class Rank:
         return mimebundle(self)
 
 
+class Ranks(Sequence[Rank]):
+    """The ranks of a world; each is cut when it is first asked for."""
+
+    def __init__(self, whole: Snapshot, hinted: Workbench) -> None:
+        self._whole, self._hinted = whole, hinted
+        self._made: dict[int, Rank] = {}
+
+    def __len__(self) -> int:
+        return self._hinted._context.dist.world_size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"no rank {index}: there are {len(self)}")
+        r = index % len(self)
+        if r not in self._made:
+            base = self._hinted
+            own = fork(base, base.position, dist=base._context.dist.at(r))
+            while own.position < end_of(own):
+                own.step()
+            self._made[r] = Rank(own, self._whole, plan_of(base))
+        return self._made[r]
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)
+
+
 class VirtualRanks:
     """A model cut over ranks that all live in this process.
 
@@ -97,10 +129,10 @@ class VirtualRanks:
     ``generate()`` run the ranks, which takes weights or a model small enough for random ones.
     """
 
-    def __init__(self, wb: Workbench, whole: Snapshot, hinted: Workbench, ranks: Sequence[Rank]) -> None:
+    def __init__(self, wb: Workbench, whole: Snapshot, hinted: Workbench) -> None:
         self.wb = wb
         self.whole = whole
-        self.ranks = list(ranks)
+        self.ranks = Ranks(whole, hinted)
         self._hinted = hinted
         self._loaded: dict[Any, tuple[Together, Together]] = {}
         self._live: LiveModel | None = None
@@ -114,7 +146,7 @@ class VirtualRanks:
     @property
     def dist(self) -> DistConfig:
         """The world as rank 0 sees it."""
-        return self.ranks[0].dist
+        return self._hinted._context.dist
 
     @property
     def hinted(self) -> Snapshot:
@@ -322,16 +354,13 @@ class VirtualRanks:
         d = self.dist
         experts = f", experts {d.moe_ep_size} x {d.moe_tp_size}" if d.moe_ep_size > 1 else ""
         attention = ", attention on data" if d.enable_attention_dp else ""
-        memories = [r.memory for r in self.ranks]
-        least, most = min(m.weights for m in memories), max(m.weights for m in memories)
-        held = human(most) if least == most else f"{human(least)} to {human(most)}"
+        m = self.ranks[0].memory  # all ranks hold pieces of equal size
         return "\n".join(
             [
                 f"{self.wb.name!r} on {d.world_size} virtual ranks (tp={d.tp_size}{experts}{attention})",
                 f"  plan   {self.plan!r}",
-                f"  memory {held} a rank of {human(memories[0].total)} weights, at most "
-                f"{max(m.share for m in memories):.3f} x a fair share; "
-                f"{human(max(m.cache_per_token for m in memories))} cache a token",
+                f"  memory {human(m.weights)} a rank of {human(m.total)} weights, {m.share:.3f} x a fair share; "
+                f"{human(m.cache_per_token)} cache a token",
                 f"  comm   {self.comm!r}",
             ]
         )
@@ -368,37 +397,24 @@ def shard(
 
     Experts are dealt to ``moe_ep`` of the ranks (default: all) and cut over the rest; with ``attention_dp`` attention
     stays whole and each rank has sequences of its own. ``plan``: an edited one in place of detection. Other keywords
-    are fields of ``detect_sharding`` (``simple_shard_only=True``). Raises ShardingError for what cannot be cut so,
-    ConfigError for unknown fields.
+    are fields of the sharding stage's transforms (``shard_layers=["mlp"]``). Raises ShardingError for what cannot be
+    cut so, ConfigError for unknown fields.
     """
     dist = _world(tp, moe_ep, attention_dp, plan)
     base = fork(wb, start_of(wb), dist=dist)
     for key in (DETECT, WRITE, APPLY):
         base._index(key)  # a KeyError names what the pipeline lacks
     whole = base.graph
-    if plan is None:
-        base.configure(DETECT, enabled=True, **config)
-    elif config:
-        raise ConfigError(
-            f"shard(plan=..., {', '.join(config)}=...): with a plan nothing is detected, so settings of "
-            f"{DETECT} mean nothing; leave one of them out"
-        )
-    else:
+    if plan is not None:
         _refuse_foreign(plan, whole, wb)
-        base.disable(DETECT)
         graph_module(base).meta[PLAN] = plan
-    for key in (WRITE, APPLY):
-        base.enable(key)
+        base._state.records[PLAN] = plan
+    _configure(base, plan is None, config)
     while base.position < base._index(APPLY):
         base.step()
-    plan = plan_of(base)
-    ranks = []
-    for r in range(tp):
-        own = fork(base, base.position, dist=dist.at(r))
-        while own.position < end_of(own):
-            own.step()
-        ranks.append(Rank(own, whole, plan))
-    return VirtualRanks(wb, whole, base, ranks)
+    v = VirtualRanks(wb, whole, base)
+    v.ranks[0]  # what cannot be cut is said now
+    return v
 
 
 def _world(tp: Any, moe_ep: Any, attention_dp: bool | None, plan: ShardingPlan | None) -> DistConfig:
@@ -425,6 +441,20 @@ def _world(tp: Any, moe_ep: Any, attention_dp: bool | None, plan: ShardingPlan |
                 f"wb.shard({name}={given}).plan, or shard with {name}={made}"
             )
     return DistConfig.of(tp, plan.moe_ep, enable_attention_dp=plan.attention_dp)
+
+
+def _configure(base: Workbench, detects: bool, config: dict[str, Any]) -> None:
+    """Give each field to the passes of the stage that have it; ConfigError for one that none has."""
+    base.configure(DETECT, enabled=detects)
+    keys = [*([DETECT] if detects else []), WRITE, APPLY]
+    known = {key: type(base._passes[base._index(key)].config).model_fields for key in keys}
+    for name in config:
+        if not any(name in fields for fields in known.values()):
+            names = {n for fields in known.values() for n in fields} - set(PassConfig.model_fields)
+            why = "" if detects else "; with a plan nothing is detected"
+            raise ConfigError(f"shard() has no option {name!r}{nearest(name, names)}{why}")
+    for key, fields in known.items():
+        base.configure(key, enabled=True, **{n: v for n, v in config.items() if n in fields})
 
 
 def _refuse_foreign(plan: ShardingPlan, whole: Snapshot, wb: Workbench) -> None:

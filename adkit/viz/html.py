@@ -124,12 +124,16 @@ def _fit(drawing: Drawing) -> str:
 def rewrite_rows(
     change: Step | Diff, *, pictures: int = 1, most: int = _MOST_CLASSES
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rewrite classes as rows for the templates, the first ``pictures`` drawn, and how many are left out."""
+    """Rewrite classes as rows for the templates, ``pictures`` of them drawn, and how many are left out.
+
+    Drawn are the first where something became something else, before those where something only went or came.
+    """
     classes = change.rewrites
     rows = []
-    for k, r in enumerate(classes[:most]):
+    drawn = sorted(classes[:most], key=lambda r: not (r.before and r.after))[:pictures]
+    for r in classes[:most]:
         row = _row(r)
-        if k < pictures and len(change.before):
+        if any(r is d for d in drawn) and len(change.before):
             row["picture"] = _fit(Drawing(rewrite_picture(change, r)))
         rows.append(row)
     return rows, max(0, len(classes) - most)

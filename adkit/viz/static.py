@@ -59,7 +59,7 @@ def static_html(record: Record) -> str:
 
 def _row(record: Record, s: Step) -> str:
     nodes = record.graphs[s.after].size if s.after >= 0 else 0
-    what = s.reason or "; ".join(r.text for r in (s.rewrites or [])[:3])
+    what = s.reason or s.summary.split(s.name, 1)[-1].strip()  # rewrites may still be to come
     cells = [
         s.stage,
         s.name,

@@ -65,7 +65,7 @@ function StepPanel({ store }: { store: Store }) {
 
 /** A docstring: paragraphs flow, what is indented keeps its lines. */
 function Doc({ text }: { text: string }) {
-  return <>{text.trim().split(/\n\s*\n/).map((part, n) => (/^(\s{2,}|\s*- )/.test(part) ? <pre class="adk-doc" key={n}>{part.replace(/(\S) {3,}/g, "$1  ")}</pre> : <p key={n}>{part.replace(/\s+/g, " ")}</p>))}</>;
+  return <>{text.trim().split(/\n\s*\n/).map((part, n) => (/^(\s{2,}|\s*- )/.test(part) ? <pre class="adk-doc" key={n}>{part.replace(/(\S) {3,}/g, "$1  ")}</pre> : <p key={n}>{part.replace(/\s+/g, " ").split("``").map((piece, k) => (k % 2 ? <code key={k}>{piece}</code> : piece))}</p>))}</>;
 }
 
 function Rewrites({ store, show }: { store: Store; show: Show }) {

@@ -72,7 +72,7 @@ def test_any_filters_on_any_logits(
     dtype: torch.dtype, vocab: int, wanted: list[tuple[float, ...]], step: float, seed: int
 ) -> None:
     generator = torch.Generator("cpu").manual_seed(seed)
-    logits = torch.randn(len(wanted), vocab, generator=generator) * 2
+    logits = torch.randn(len(wanted), vocab, generator=generator, device="cpu") * 2
     if step:
         logits = (logits / step).round() * step  # many equal scores, zeros of both signs
     logits = logits.to(dtype)
@@ -93,7 +93,7 @@ def test_the_draw_inverts_the_distribution_at_every_number() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_greedy_takes_the_first_of_the_best(dtype: torch.dtype) -> None:
-    logits = torch.randn(4, 50, generator=torch.Generator("cpu").manual_seed(0)).to(dtype)
+    logits = torch.randn(4, 50, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dtype)
     logits[0, 3] = logits[0, 40] = 9.0
     logits[1] = -math.inf
     logits[1, 33] = -5.0
@@ -108,7 +108,7 @@ def test_greedy_takes_the_first_of_the_best(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf] * 50])
 def test_rows_that_are_not_finite_give_no_token(bad: list[float]) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator("cpu").manual_seed(1))
+    logits = torch.randn(3, 50, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
     wanted = [(1.0, 7.0, 0.9, -math.inf, 0.3)] * 3
     clean, best = draw(logits, wanted), logits.argmax(-1).tolist()
     logits[1, : len(bad)] = torch.tensor(bad)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from adkit.contract import CachePool, MemoryLimitError
 from adkit.graph.step import PassInfo
 from adkit.models import memory
+from adkit.ops import dist
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.registry import register
 
@@ -30,6 +31,14 @@ def pages_for_one(ctx: Context) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes free on the device; None where that means nothing (meta)."""
     return memory.free_bytes(device) if device.type in ("cuda", "cpu") else None
+
+
+def agreed_pages(pages: int, ctx: Context) -> int:
+    """The fewest that any rank has room for: all run the same batches, so every cache has as many pages."""
+    if ctx.dist.world_size == 1 or ctx.weights == "none" or not dist.connected():
+        return pages
+    found = torch.tensor([pages], device=ctx.device)
+    return int(dist.communicator().all_gather(found, 0, "AUTO").min())
 
 
 def fitting_pages(pool: CachePool, ctx: Context, free: int | None) -> int:
@@ -79,7 +88,7 @@ class InitializeCache(Pass):
             fitting_pages(pool, ctx, free_bytes(device))
             pages = min(pages_for_one(ctx), wanted_pages(ctx))
         else:
-            pages = fitting_pages(pool, ctx, free_bytes(device))
+            pages = agreed_pages(fitting_pages(pool, ctx, free_bytes(device)), ctx)
         with memory.limited("for the cache", device, _SMALLER_CACHE):
             pool.allocate(pages, device)
         ctx.caches = pool
@@ -134,7 +143,7 @@ class ResizeKVCache(Pass):
         torch.cuda.empty_cache()
         new = dataclasses.replace(pool, tensors={})
         here = pool.num_pages * pool.bytes_per_page
-        pages = fitting_pages(new, ctx, (free_bytes(ctx.device) or 0) + here - activations)
+        pages = agreed_pages(fitting_pages(new, ctx, (free_bytes(ctx.device) or 0) + here - activations), ctx)
         pool.tensors = {}  # the small cache makes room; going back to it allocates it anew
         torch.cuda.empty_cache()
         try:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
 from adkit.graph.step import PassInfo
 from adkit.models.memory import limited
+from adkit.ops import dist
 from adkit.ops.registry import OPS, info_of
 from adkit.ops.sampling import compile_draws
 from adkit.ops.triton.ops import fallen_back
@@ -145,6 +146,8 @@ class CompileModel(Pass):
         with limited(for_graphs, ctx.device, advice):
             layouts = decode_layouts(sizes, pages) + prompt_layouts(tokens, pages, most)
             graphs = StepGraphs(forward, inputs, ctx.caches, layouts, most, ctx.device)
+            if ctx.dist.world_size > 1:  # ranks may differ in a logit's last bit, and must not in a token
+                graphs.agree = dist.communicator().broadcast
             graphs.warm_up(ctx.progress)
             why = _uncapturable(gm)
             if why:

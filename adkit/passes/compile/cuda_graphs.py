@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adkit.contract import BatchLayout, CachePool, HostBatch
+from adkit.contract import BatchLayout, CachePool, HostBatch, fitting_layout
 from adkit.ops.sampling import best_tokens
 
 Forward = Callable[..., Tensor]
@@ -48,6 +48,10 @@ def ladder(most: int) -> list[int]:
         step = max(8, first // 4)
         sizes += range(first, max(64, 2 * first), step)
     return [*(n for n in sizes if n < most), min(most, LARGEST)]
+
+
+def _by_itself(best: Tensor) -> Tensor:
+    return best
 
 
 def prompt_ladder(most: int) -> list[int]:
@@ -76,8 +80,9 @@ class StepGraphs:
     """A :class:`~adkit.contract.Replay`: steps of ``forward`` over ``caches``, in place.
 
     ``inputs`` are the graph's placeholders, ``layouts`` the sizes (those of as many tokens as sequences are for decode
-    steps), ``num_previous`` the most tokens that a step samples. Until :meth:`capture` it runs ``forward`` itself on
-    the same buffers, on any device. ``seconds`` and ``bytes`` say what warming up and capturing took.
+    steps), ``num_previous`` the most tokens that a step samples. ``agree`` makes one of the best tokens [L] that ranks
+    found. Until :meth:`capture` it runs ``forward`` itself on the same buffers, on any device. ``seconds`` and
+    ``bytes`` say what warming up and capturing took.
     """
 
     forward: Forward
@@ -86,6 +91,7 @@ class StepGraphs:
     layouts: list[BatchLayout]
     num_previous: int
     device: torch.device
+    agree: Callable[[Tensor], Tensor] = _by_itself
     seconds: float = 0.0
     bytes: int = 0
     _graphs: dict[BatchLayout, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = field(
@@ -106,13 +112,7 @@ class StepGraphs:
 
     def layout(self, tokens: int, sequences: int) -> BatchLayout | None:
         """The smallest that holds such a step."""
-        decode = tokens == sequences
-        fits = (
-            x
-            for x in self.layouts
-            if tokens <= x.tokens and sequences <= x.sequences and decode == (x.tokens == x.sequences)
-        )
-        return next(fits, None)
+        return fitting_layout(self.layouts, tokens, sequences)
 
     def __call__(self, host: HostBatch, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits [L, V] and best tokens [L]."""
@@ -172,7 +172,7 @@ class StepGraphs:
         logits = self.forward(**feed)[0]
         if len(logits) > layout.logits:  # a graph that does not gather
             logits = logits.index_select(0, given["logits_indices"])
-        best = best_tokens(logits)
+        best = self.agree(best_tokens(logits))
         torch.clamp_min(best, 0, out=self._previous[: layout.logits])
         return logits, best
 

@@ -11,6 +11,7 @@ from adkit.contract import DistConfig, ShardingError
 from adkit.graph.edit import clean
 from adkit.graph.step import PassInfo
 from adkit.models.loading import LOCAL
+from adkit.ops.hints import is_hint
 from adkit.ops.registry import info_of
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.pipeline import propagate_values
@@ -19,7 +20,6 @@ from adkit.passes.sharding.local_calls import LOCAL_CALLS, Hint, Strategies, bin
 from adkit.passes.sharding.local_weights import Rewriter, Wanted, make_local
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 
-_HINT_WORDS = {"tp_mode", "output_sizes", "tp_min_local_shape", "layer_type", "shardable"}
 _WHOLE = DistConfig.of()
 #: What ``simple_shard_filter`` makes of a linear.
 _SIMPLE = {"tp_mode": "gather", "output_sizes": None, "tp_min_local_shape": 1}
@@ -91,13 +91,9 @@ class ApplyShardingHints(Pass):
         for node in gm.graph.nodes:
             if node.target not in LOCAL_CALLS:
                 continue
-            info = info_of(node.target)
-            assert info is not None
-            linear, moe = (
-                node.target is ops.torch_linear_simple.default,
-                node.target is ops.torch_moe.default,
-            )
-            hinted = info.category == "hint" or not _HINT_WORDS.isdisjoint(node.kwargs)
+            linear = node.target is ops.torch_linear_simple.default
+            moe = node.target is ops.torch_moe.default
+            hinted = is_hint(node.target, node.kwargs)
             hint = bind(node, how)
             # With attention data parallelism ranks have tokens of their own: only experts are shared.
             active = hinted and self.config.cuts(hint["layer_type"]) and (moe or not dist.enable_attention_dp)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import DistConfig, ShardingError
 from adkit.graph.placement import PLAN, Decision, ShardingPlan
 from adkit.graph.step import PassInfo
+from adkit.ops.hints import is_hint
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 from adkit.passes.sharding import sources
@@ -103,12 +104,14 @@ class DetectSharding(Pass):
             )
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")
+        if any(n.op == "call_function" and is_hint(n.target, n.kwargs) for n in gm.graph.nodes):
+            return PassInfo(skipped=True, reason="the model brings its own hints")
         plan = plan_sharding(gm, dist, self.config, getattr(ctx.factory, "config", None))
         gm.meta[PLAN] = plan
-        ctx.report(repr(plan))
+        ctx.report(plan.summary)
         decided = [r for r in plan if r.decision not in ("whole", "follow")]
         sums = sum(r.reduce for r in plan)
-        return PassInfo(num_matches=len(decided), details={"plan": repr(plan), "sums over ranks": sums})
+        return PassInfo(num_matches=len(decided), details={"plan": plan.summary, "sums over ranks": sums})
 
 
 def plan_sharding(

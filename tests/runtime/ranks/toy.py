@@ -1,0 +1,73 @@
+"""What a rank of these tests is built from: the hash model of the runtime's tests, its logits a sum over ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from adkit.contract import CompiledModel, DistConfig, EngineConfig, ShardingError
+from adkit.ops import dist as over_ranks
+from adkit.passes.compile.cuda_graphs import StepGraphs, decode_layouts, ladder, prompt_layouts
+from tests.runtime.conftest import INPUTS, HashModel
+
+PAGE_SIZE = 4
+
+
+def build(
+    *,
+    dist: DistConfig,
+    device: str,
+    progress,
+    pages: int = 64,
+    replay: bool = False,
+    drift: bool = False,
+    poison: int | None = None,
+    fault: tuple[int, str, int] | None = None,
+) -> CompiledModel:
+    """``fault``: (rank, what happens, in which step; 0: while building). ``drift``: ranks but 0 see other logits."""
+    here = over_ranks.communicator()
+    assert (here.rank, here.size) == (dist.rank, dist.world_size)
+    model = HashModel(pages, PAGE_SIZE)
+    model.poison = poison
+    steps = 0
+    print(f"rank {dist.rank} says hello")
+
+    def trouble(what: str) -> None:
+        if what == "raise":
+            raise ValueError("bad luck")
+        if what == "refuse":
+            raise ShardingError("3 heads cannot be cut over 2 ranks")
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "sleep":
+            time.sleep(600)
+
+    def forward(**inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if fault is not None and fault[0] == dist.rank and fault[2] == steps:
+            trouble(fault[1])
+        logits = model.forward(**inputs)
+        # Each row is whole on one rank and nothing on the others.
+        mine = torch.arange(logits.shape[1]) % here.size == here.rank
+        whole = here.all_reduce(torch.where(mine[:, None], logits, 0), "AUTO")
+        return whole.roll(1, -1) if drift and dist.rank else whole
+
+    if fault is not None and fault[0] == dist.rank and fault[2] == 0:
+        trouble(fault[1])
+    for n in range(3):
+        progress(n + 1, 3, "building")
+    compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,))
+    if replay:
+        settings = EngineConfig()
+        most = settings.max_batch_size
+        layouts = decode_layouts(ladder(most), 16) + prompt_layouts([8, 16, 32], 16, most)
+        compiled.replay = StepGraphs(
+            forward, INPUTS, model.pool, layouts, most, torch.device(device), here.broadcast
+        )
+    return compiled
