@@ -36,7 +36,6 @@ def test_steps_appear_while_it_runs(exported) -> None:
     running = [m["running"] for m in messages if m.get("running")]
     done = [s.name for s in wb.steps[: wb.position]]
     assert running == done[-len(running) :]
-    assert running[-1] == "match_linear" or running[-1] in done
     last = messages[-1]
     assert "running" not in last
     told = {h["name"]: h for h in last["heads"]}
@@ -50,14 +49,16 @@ def test_steps_appear_while_it_runs(exported) -> None:
     assert explorer.edition == last["edition"]
 
 
-def test_a_failure_names_its_transform(exported) -> None:
+def test_a_failure_names_its_transform(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adkit.watching._PAUSE", 0.0)
     wb = exported()
     wb.insert(Broken, after="cleanup_noop_slice")
     explorer = wb.explore()
     messages = heard(explorer)
     with pytest.raises(PassError):
         wb.run()
-    assert [m["progress"] for m in messages if "progress" in m][0] == {"what": "breaking", "done": 1, "total": 3}
+    told = [m["progress"] for m in messages if "progress" in m]
+    assert told == [{"what": "breaking", "done": 1, "total": 3}]
     error = messages[-1]["error"]
     assert error["step"] == "broken"
     assert "ValueError: no good" in error["text"]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import gzip
 import json
 import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import traitlets
-from pydantic import TypeAdapter
 from pydantic import TypeAdapter
 
 from adkit.graph.step import PassInfo, Step
