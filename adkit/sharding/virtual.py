@@ -272,14 +272,10 @@ class VirtualRanks:
         return "\n".join(
             [
                 f"{self.wb.name!r} on {d.world_size} virtual ranks (tp={d.tp_size}{experts}{attention})",
-<<<<<<< HEAD
-=======
                 f"  plan   {self.plan.summary}",
->>>>>>> main
                 f"  memory {human(m.weights)} a rank of {human(m.total)} weights, {m.share:.3f} x a fair share; "
                 f"{human(m.cache_per_token)} cache a token",
                 f"  comm   {self.comm!r}",
-                f"  plan   {self.plan!r}",
             ]
         )
 
