@@ -43,20 +43,43 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Let the model's repository run its own code")
     ] = False,
+    tp: Annotated[
+        int | None,
+        typer.Option(help="Ranks to cut the model over, a process each; torchrun's, where it started this"),
+    ] = None,
 ) -> None:
     """Walk a model through the pipeline, a line a stage; then generate and report if asked to."""
     from adkit import SamplingParams, Workbench
+    from adkit.ranks import place
 
     start = time.perf_counter()
     if prompt and until is not None:
         raise ConfigError("--prompt needs the whole pipeline: leave out --until")
-    wb = Workbench(
-        model,
-        config=list(config),
-        overrides=overrides,
-        random_weights=random_weights,
-        trust_remote_code=trust_remote_code,
-    )
+    what: dict[str, Any] = {
+        "model": model, "config": list(config), "overrides": overrides, "random_weights": random_weights,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    with place(tp, what) as here:
+        if here.follows:
+            return
+        if until is not None and here.dist.world_size > 1:
+            raise ConfigError(
+                "ranks need the whole pipeline: leave out --until (wb.shard(tp=...) shows one step by step)"
+            )
+        wb = Workbench(**{**what, **here.settings})
+        _walk(wb, until, prompt, SamplingParams(max_tokens=max_tokens), report, save, record)
+    print(f"\n{time.perf_counter() - start:.1f} s")
+
+
+def _walk(
+    wb: Any,
+    until: str | None,
+    prompt: list[str],
+    params: Any,
+    report: Path | None,
+    save: Path | None,
+    record: Path | None,
+) -> None:
     print(
         f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: "
         f"{wb.factory.weights}"
@@ -66,7 +89,6 @@ def run(
     stages.flush()
     completions: Iterable[Completion] = []
     if prompt:
-        params = SamplingParams(max_tokens=max_tokens)
         completions = wb.llm().generate(prompt, params, progress=False)
         for text, completion in zip(prompt, completions, strict=True):
             print(f"\n> {text}\n{completion.text.strip()}")
@@ -76,7 +98,6 @@ def run(
         print(f"saved: {wb.save(save)}")
     if record is not None:
         print(f"record: {wb.record(record)}")
-    print(f"\n{time.perf_counter() - start:.1f} s")
 
 
 class _StageLines:

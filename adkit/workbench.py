@@ -74,6 +74,8 @@ class Workbench:
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         settings = load_config(fragments, overrides, **engine)
+        self._made_of = {"model": model, "random_weights": random_weights, "seed": seed,
+                         "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}  # fmt: skip
         self.device = settings.usable_device()
         self.factory: ModelFactory = resolve(
             model,
@@ -97,6 +99,7 @@ class Workbench:
         self._history: list[State] = []  # the state before each step that ran, without its module
         self._steps: list[Step] = []
         self._engine: tuple[CompiledModel, LiveModel] | None = None
+        self._ranked: tuple[Any, LiveModel] | None = None
         self._served: list[weakref.ref[CachePool]] = []
         self._bind()
 
@@ -486,29 +489,50 @@ class Workbench:
 
     # --- using
 
-    def llm(self) -> LiveModel:
+    def llm(self, tp: int = 1, **ranks: Any) -> LiveModel:
         """Run what remains and return the engine; the same one until the pipeline changes.
 
+        ``tp``: on so many ranks, a process each with its part of the model; options as :func:`adkit.ranks.start` takes.
+        This Workbench then stays where it is. The ranks end with this process, or with ``.close()`` of what it returns.
         Raises ModelError when there are no weights to generate with.
         """
+        from adkit.ranks import lead, start
         from adkit.runtime.live import LiveModel
 
+        if tp != 1 or ranks:
+            self._check_weights()
+            key = (self.config.to_yaml(), tp, *sorted(ranks.items()))
+            if self._ranked is None or self._ranked[0] != key or self._ranked[1].engine.device.closed:
+                if self._ranked is not None:
+                    self._ranked[1].close()
+                self._ranked = (key, start(self, tp, **ranks))
+            return self._ranked[1]
+        compiled = self.compiled()
+        if self._engine is None or self._engine[0] is not compiled:
+            # Two engines over one cache would write over each other's pages.
+            device = lead(compiled, self._context.dist)
+            live = LiveModel(compiled, self._context.engine, self.factory.tokenizer(), device)
+            self._engine = (compiled, live)
+            self._served.append(weakref.ref(compiled.caches))
+        return self._engine[1]
+
+    def _check_weights(self) -> None:
         if self.factory.weights == "none":
             raise ModelError(
                 f"{self.name!r} has no weights, so it can be compiled and drawn but not generate: "
                 f"{self.factory.why_no_weights}"
             )
+
+    def compiled(self) -> CompiledModel:
+        """Run what remains and return what it comes to; ModelError without weights, AdkitError if not compiled."""
+        self._check_weights()
         self.run()
         compiled = self._state.compiled
         if compiled is None:
             step = next((s for s in self._steps if s.name == "compile_model"), None)
             why = f" ({step.info.reason or step.status})" if step is not None else ""
             raise AdkitError(f"the pipeline ended without a compiled model: compile_model did not run{why}")
-        if self._engine is None or self._engine[0] is not compiled:
-            # Two engines over one cache would write over each other's pages.
-            self._engine = (compiled, LiveModel(compiled, self._context.engine, self.factory.tokenizer()))
-            self._served.append(weakref.ref(compiled.caches))
-        return self._engine[1]
+        return compiled
 
     def play(self, **options: Any) -> Playground:
         """A panel to generate with live (see :class:`adkit.playground.Playground`), over :meth:`llm`."""

@@ -26,6 +26,10 @@ Overrides = Annotated[
 ]
 Config = Annotated[list[Path], typer.Option("--config", help="YAML fragment; repeatable")]
 Random = Annotated[bool, typer.Option(help="Seeded random weights, although there may be a checkpoint")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(help="Ranks to cut the model over, a process each; torchrun's, where it started this"),
+]
 Out = Annotated[Path | None, typer.Option(help="Write the figures as JSON")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the figures: a .svg, .png or .pdf file")]
 PeerSeconds = Annotated[float, typer.Option(help="Stop a peer's run after this long")]
@@ -43,6 +47,7 @@ def latency(
     overrides: Overrides = [],  # noqa: B006
     config: Config = [],  # noqa: B006
     random_weights: Random = False,
+    tp: Ranks = None,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -54,7 +59,7 @@ def latency(
         measure(
             model, batches=batch, prompt=prompt, new=new, vs=_names(vs), seed=seed, peer_seconds=peer_seconds,
             overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model), keep=_keep(out),
+            tp=tp, command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -72,6 +77,7 @@ def throughput(
     overrides: Overrides = [],  # noqa: B006
     config: Config = [],  # noqa: B006
     random_weights: Random = False,
+    tp: Ranks = None,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -83,7 +89,7 @@ def throughput(
         measure(
             model, requests=requests, prompt=prompt, new=new, vs=_names(vs), seed=seed,
             peer_seconds=peer_seconds, overrides=overrides, config=config, random_weights=random_weights,
-            command=_command(model), keep=_keep(out),
+            tp=tp, command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -98,6 +104,7 @@ def prefill(
     overrides: Overrides = [],  # noqa: B006
     config: Config = [],  # noqa: B006
     random_weights: Random = False,
+    tp: Ranks = None,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -109,7 +116,7 @@ def prefill(
         measure(
             model, prompt=prompt, vs=_names(vs), seed=seed, overrides=overrides, config=config,
             random_weights=random_weights,
-            command=_command(model), keep=_keep(out),
+            tp=tp, command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip

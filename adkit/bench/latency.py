@@ -33,6 +33,7 @@ def measure(
     config: Sequence[Fragment] = (),
     overrides: Sequence[str] = (),
     random_weights: bool = False,
+    tp: int | None = None,
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
@@ -40,7 +41,7 @@ def measure(
 ) -> Result:
     """Figures of ``model`` at each batch size, medians of three runs.
 
-    Weights are random where it has none or ``random_weights`` asks for them.
+    Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
     The batch goes in as one step of prompts unless settings say otherwise. ``keep`` is given
     the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers that
     cannot be.
@@ -56,7 +57,9 @@ def measure(
         "max_seq_len": prompt + new,
         "max_num_tokens": max(prompt * most, 512),
     }
-    subject = Subject(model, defaults, config=config, overrides=overrides, random_weights=random_weights)
+    subject = Subject(
+        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
+    )
     check_positions(subject.factory.config, prompt, new, subject.factory.name)
     subject.build()
     whole = make_workload(most, Lengths(prompt, prompt), Lengths(new, new), subject.vocab, seed)

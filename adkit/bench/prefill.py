@@ -33,6 +33,7 @@ def measure(
     config: Sequence[Fragment] = (),
     overrides: Sequence[str] = (),
     random_weights: bool = False,
+    tp: int | None = None,
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
@@ -40,7 +41,7 @@ def measure(
 ) -> Result:
     """Figures of ``model`` on one prompt, the median of five runs.
 
-    Weights are random where it has none or ``random_weights`` asks for them.
+    Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
     The prompt goes in as one step unless settings say otherwise. The peer ``hf`` is the Hugging Face model's forward
     with a cache, logits of the last token alone. ``keep`` is given the result after every row. Returns plain
     data, see ``results``.
@@ -49,7 +50,9 @@ def measure(
     if prompt < 1:
         raise ConfigError(f"prompt is {prompt}; give at least 1 token")
     defaults = {"max_batch_size": 1, "max_seq_len": prompt + 1, "max_num_tokens": prompt}
-    subject = Subject(model, defaults, config=config, overrides=overrides, random_weights=random_weights)
+    subject = Subject(
+        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
+    )
     check_positions(subject.factory.config, prompt, 0, subject.factory.name)
     subject.build()
     load = make_workload(1, Lengths(prompt, prompt), Lengths(1, 1), subject.vocab, seed)

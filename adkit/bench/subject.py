@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from adkit.bench.workload import Workload
 from adkit.config import Fragment
 from adkit.contract import ConfigError, EngineError, SamplingParams
 from adkit.models import ModelFactory
+from adkit.ranks import place
 from adkit.runtime.stats import EngineStats
 from adkit.workbench import Workbench
 
@@ -26,7 +29,8 @@ class Subject:
 
     ``defaults`` are the engine settings that the benchmark would choose; ``config`` and ``overrides`` go over them. A
     bundled config gets seeded random weights, and so does any model with ``random_weights``. The machine's
-    ceilings are measured before anything is loaded.
+    ceilings are measured before anything is loaded. ``tp``: on so many ranks, of which this process is rank 0;
+    a process that torchrun started as another rank serves, and exits here.
     """
 
     def __init__(
@@ -37,19 +41,29 @@ class Subject:
         config: Sequence[Fragment] = (),
         overrides: Sequence[str] = (),
         random_weights: bool = False,
+        tp: int | None = None,
     ) -> None:
-        settings: dict[str, Any] = {"config": [defaults, *config], "overrides": overrides}
-        wb = Workbench(model, random_weights=random_weights, **settings)
-        if wb.factory.weights == "none":
-            wb = Workbench(model, random_weights=True, **settings)
+        what: dict[str, Any] = {"model": model, "config": [defaults, *config], "overrides": overrides}
+        if not random_weights:
+            random_weights = Workbench(**what).factory.weights == "none"
+        what["random_weights"] = random_weights
+        self._ranks = ExitStack()
+        here = self._ranks.enter_context(place(tp, what))
+        if here.follows:  # rank 0 has measured with its help
+            self._ranks.close()
+            raise SystemExit(0)
+        self.ranks = here.dist.world_size
+        wb = Workbench(**{**what, **here.settings})
         self.factory: ModelFactory = wb.factory
         self.device: torch.device = wb.device
         self._wb: Workbench | None = wb
 
     def build(self) -> None:
-        """Measure the machine, then run the pipeline; after this there are ``ceilings``, ``work`` and ``llm``."""
+        """Measure the machine, then run the pipeline; after this there are ``ceilings`` (of all ranks together),
+        ``work`` and ``llm``."""
         assert self._wb is not None
-        self.ceilings = machine.ceilings(self.device, self.factory.dtype)
+        one = machine.ceilings(self.device, self.factory.dtype)
+        self.ceilings = replace(one, copy=one.copy * self.ranks, matmul=one.matmul * self.ranks)
         machine.reset_peak(self.device)
         self.llm = self._wb.llm()
         self.work: Work = work_of(self._wb)
@@ -69,7 +83,7 @@ class Subject:
         """Tokens whose keys and values fit the device beside the weights, nothing else there; no limit on a CPU."""
         if self.device.type != "cuda" or not self.work.cache_token_bytes:
             return sys.maxsize
-        total = torch.cuda.get_device_properties(self.device).total_memory
+        total = torch.cuda.get_device_properties(self.device).total_memory * self.ranks
         return int(total - self.work.weight_bytes(sys.maxsize)) // self.work.cache_token_bytes
 
     def run(self, load: Workload, *, progress: bool = False) -> tuple[Timeline, EngineStats]:
@@ -108,4 +122,5 @@ class Subject:
         """Free the engine, its cache and the weights; the factory stays."""
         self._wb = None
         del self.llm
+        self._ranks.close()
         machine.free(self.device)

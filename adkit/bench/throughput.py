@@ -36,6 +36,7 @@ def measure(
     config: Sequence[Fragment] = (),
     overrides: Sequence[str] = (),
     random_weights: bool = False,
+    tp: int | None = None,
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
@@ -43,7 +44,7 @@ def measure(
 ) -> Result:
     """Figures of ``model`` over ``requests`` of these lengths.
 
-    Weights are random where it has none or ``random_weights`` asks for them.
+    Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
     ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``. ``keep`` is
     given the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers
     that cannot be.
@@ -58,7 +59,9 @@ def measure(
         "max_seq_len": longest,
         "max_num_tokens": MAX_TOKENS,
     }
-    subject = Subject(model, defaults, config=config, overrides=overrides, random_weights=random_weights)
+    subject = Subject(
+        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
+    )
     check_positions(subject.factory.config, prompts.high, news.high, subject.factory.name)
     subject.build()
     load = make_workload(requests, prompts, news, subject.vocab, seed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from adkit.graph.display import mimebundle
+from adkit.graph.provenance import without_layer
 
 PLAN = "adkit_plan"  # gm.meta[PLAN]: the ShardingPlan that was made for a graph
 
@@ -41,9 +42,9 @@ class PlanRow:
     """One node of a plan.
 
     ``node`` is its id; ``weights`` the parameters that the decision cuts, along ``dim``, no piece smaller than
-    ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks follows;
-    ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user; ``why``: the
-    reason, for what stays whole the reason against.
+    ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks
+    follows; ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user;
+    ``why``: the reason, for what stays whole the reason against.
     """
 
     node: int
@@ -68,8 +69,8 @@ class PlanRow:
 class ShardingPlan:
     """What is cut where, and why: a row a node that has a weight or talks to other ranks, in graph order.
 
-    Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``: the
-    sizes it was made for.
+    Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``:
+    the sizes it was made for.
     """
 
     rows: tuple[PlanRow, ...] = ()
@@ -90,15 +91,31 @@ class ShardingPlan:
         return [r for r in self.rows if _matches(r, pattern)]
 
     def edit(self, pattern: str, decision: Decision, why: str = "edited by hand") -> ShardingPlan:
-        """The plan with another decision for the rows that match; KeyError when none does."""
-        if not self.find(pattern):
-            modules = sorted({r.module for r in self.rows})
-            raise KeyError(f"no row of the plan matches {pattern!r}; modules: {', '.join(modules[:8])}...")
+        """The plan with another decision for the rows that match; what follows them follows on its own.
+
+        KeyError when no row with a decision of its own matches. Whether the plan still fits together is checked when
+        it is applied.
+        """
+        if all(r.decision == "follow" for r in self.find(pattern)):
+            modules = sorted({without_layer(r.module) for r in self.rows if r.decision != "follow"})
+            raise KeyError(f"no row of the plan matches {pattern!r}; modules: {', '.join(modules[:12])}")
         rows = tuple(
-            replace(r, decision=decision, source="user", why=why) if _matches(r, pattern) else r
+            replace(r, decision=decision, source="user", why=why)
+            if r.decision != "follow" and _matches(r, pattern)
+            else r
             for r in self.rows
         )
         return replace(self, rows=rows)
+
+    def to_manual(self) -> dict[str, str]:
+        """The decisions as ``manual_config`` of detect_sharding: module path -> decision, layers alike as one."""
+        decided = [r for r in self.rows if r.decision != "follow"]
+        found: dict[str, str] = {}
+        for row in decided:
+            pattern = without_layer(row.module)
+            alike = {r.decision for r in decided if fnmatch.fnmatchcase(r.module, pattern)} == {row.decision}
+            found[pattern if alike else row.module] = row.decision
+        return found
 
     def table(self) -> Any:
         """The plan as a pandas DataFrame."""
@@ -122,14 +139,36 @@ class ShardingPlan:
             index=[r.name for r in self.rows],
         )
 
-    def __repr__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The plan in one line: the world, how many of each decision, how many sums."""
         counts: dict[str, int] = {}
         for r in self.rows:
             counts[r.decision] = counts.get(r.decision, 0) + 1
         told = ", ".join(f"{n} {d}" for d, n in sorted(counts.items(), key=lambda c: -c[1]))
         sums = sum(r.reduce for r in self.rows)
-        world = f"tp={self.tp}, moe {self.moe_ep}x{self.moe_tp}"
+        world = f"tp={self.tp}, moe {self.moe_ep}x{self.moe_tp}" + (
+            ", attention dp" if self.attention_dp else ""
+        )
         return f"ShardingPlan({world}: {told or 'nothing'}; {sums} sums over ranks)"
+
+    def __repr__(self) -> str:
+        """The summary, then a line for rows that are alike in every layer."""
+        lines: dict[tuple[str, ...], int] = {}
+        for r in self.rows:
+            piece = f"dim {r.dim}" if r.dim is not None else ""
+            piece += f" of {list(r.sizes)}" if r.sizes else ""
+            piece += f", no less than {r.min_local}" if r.min_local > 1 else ""
+            why = r.why if r.decision == "whole" else "summed over ranks" if r.reduce else ""
+            key = (without_layer(r.module), r.decision, piece, without_layer(why))
+            lines[key] = lines.get(key, 0) + 1
+        wide = [max((len(k[i]) for k in lines), default=0) for i in range(3)]
+        told = [
+            f"  {n:>4} x  "
+            + "  ".join(word.ljust(w) for word, w in zip(key, (*wide, 0), strict=True)).rstrip()
+            for key, n in lines.items()
+        ]
+        return "\n".join([self.summary, *told])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)

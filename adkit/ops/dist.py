@@ -238,6 +238,7 @@ def torch_dist_sharded_rmsnorm(
     'float weight_offset=0.0, bool weight_in_float=False, *, str strategy="AUTO") -> (Tensor normed, Tensor sum)',
     fake=lambda x, residual, *args, strategy="AUTO", **kwargs: fake_add_rms(x, residual, *args, **kwargs),
     cost=costs.per_element(6),
+    at_once="allreduce_residual_rmsnorm",
 )
 def torch_dist_allreduce_residual_rmsnorm(
     x: Tensor,
@@ -253,6 +254,6 @@ def torch_dist_allreduce_residual_rmsnorm(
 
     x and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
     """
-    total = yield Exchange("all_reduce", x.clone(), strategy=strategy)
+    total = yield Exchange("all_reduce", x, strategy=strategy)
     norm = pick("fused_add_rmsnorm", "auto", x.device)
     return norm(total, residual, weight, eps, weight_offset, weight_in_float)

@@ -49,7 +49,12 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything; nothing can be started after."""
+        """Let go of what is not of this process."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """True once nothing can be started any more."""
         ...
 
 
@@ -120,3 +125,8 @@ class OneDevice:
 
     def close(self) -> None:
         """Nothing to do: memory goes with the model."""
+
+    @property
+    def closed(self) -> bool:
+        """Never."""
+        return False

@@ -177,7 +177,9 @@ def comm_of(graph: Snapshot, world: int, link: Link = NVLINK4) -> Comm:
             size = sizes.tensor(e.tensor)
             rows = "last" if n.id in last else "all"
             shape = tuple(names.get(str(d), d if isinstance(d, int) else str(d)) for d in e.tensor.shape)
-            of = graph[n.inputs()[0]]  # who speaks is the module whose value it is, not the one that needs the sum
+            of = graph[
+                n.inputs()[0]
+            ]  # who speaks is the module whose value it is, not the one that needs the sum
             found.append(
                 Collective(
                     n.name, n.id, of.layer, of.module_path, n.target_name, e.kind, shape,

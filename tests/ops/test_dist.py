@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adkit.contract import Cut, DistConfig, LocalWeight, ShardingError
-from adkit.ops import OPS
+from adkit.ops import OPS, dist
 from adkit.ops.dist import lockstep, over_ranks
 
 ops: Any = torch.ops.adkit
@@ -104,3 +104,27 @@ def test_the_part_of_a_weight() -> None:
     assert part.shape(w.shape) == (4, 2)
     assert torch.equal(part.take(w), torch.cat([w[2:4], w[8:10]])[:, :2])
     assert LocalWeight("w", ()).take(w) is w
+
+
+def test_an_op_that_the_communicator_does_at_once_is_not_done_step_by_step() -> None:
+    class Through:
+        rank, size, able = 0, 2, True
+
+        def all_reduce(self, x: torch.Tensor, strategy: str) -> torch.Tensor:
+            return 2 * x
+
+        def allreduce_residual_rmsnorm(self, x, residual, weight, eps, *, strategy):
+            return (x + 10, residual + 10) if self.able else None
+
+    op = torch.ops.adkit.torch_dist_allreduce_residual_rmsnorm
+    x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    through = Through()
+    with dist.use(through):  # type: ignore[arg-type]
+        normed, total = op(x, residual, None, 1e-6, strategy="ONESHOT")
+        assert torch.equal(normed, x + 10)
+        assert torch.equal(total, residual + 10)
+        through.able = False
+        normed, total = op(x, residual, None, 1e-6, strategy="ONESHOT")
+    want = torch.ops.adkit.torch_fused_add_rmsnorm(2 * x, residual, None, 1e-6)
+    assert torch.equal(normed, want[0])
+    assert torch.equal(total, want[1])

@@ -108,10 +108,10 @@ class DetectSharding(Pass):
             return PassInfo(skipped=True, reason="the model brings its own hints")
         plan = plan_sharding(gm, dist, self.config, getattr(ctx.factory, "config", None))
         gm.meta[PLAN] = plan
-        ctx.report(repr(plan))
+        ctx.report(plan.summary)
         decided = [r for r in plan if r.decision not in ("whole", "follow")]
         sums = sum(r.reduce for r in plan)
-        return PassInfo(num_matches=len(decided), details={"plan": repr(plan), "sums over ranks": sums})
+        return PassInfo(num_matches=len(decided), details={"plan": plan.summary, "sums over ranks": sums})
 
 
 def plan_sharding(

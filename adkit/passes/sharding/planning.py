@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.contract import DistConfig, ShardingError
 from adkit.graph.identity import tag_of
-from adkit.graph.placement import Decision, PlanRow, ShardingPlan
+from adkit.graph.placement import PARTIAL, Decision, PlanRow, ShardingPlan
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
 from adkit.passes.sharding.regions import Choice, module_of, parameter
@@ -145,13 +145,22 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         layer=layer_of(module),
         weights=weights,
         dim=dim,
-        min_local=min_local(node, found),
+        min_local=_least(node, choice.decision, found),
         sizes=sizes_of(node, found),
         reduce=summed,
-        placement=found.of(node).placement,
+        placement=PARTIAL if summed else found.of(node).placement,
         source=choice.source,
         why=choice.why,
     )
+
+
+def _least(node: Node, decision: Decision, found: Propagation) -> int:
+    if decision != "follow":
+        return min_local(node, found)
+    blocks = [
+        c.blocks or ((c.size, c.share),) for (n, a), c in found.sliced.items() if n is node and parameter(a)
+    ]
+    return found.least(blocks[0]) if blocks else 1
 
 
 def _beside(node: Node, choices: Mapping[Node, Choice]) -> tuple[str, str, str]:
@@ -193,10 +202,9 @@ def check_sizes(found: Propagation, decisions: Mapping[Node, Decision], dist: Di
             shares.setdefault(share.top(), []).append(node)
     for node, share in found.rows.items():
         shares.setdefault(share.top(), []).append(node)
-    wanted = list(shares)
-    for share, nodes in shares.items():
-        if not _fits(share, dist.tp_size):
-            raise ShardingError(_why_not(share, nodes, wanted, dist.tp_size))
+    unfit = {share: nodes for share, nodes in shares.items() if not _fits(share, dist.tp_size)}
+    if unfit:
+        raise ShardingError(_why_not(unfit, list(shares), dist.tp_size))
     for node, decision in decisions.items():
         if decision == "experts":
             _check_experts(node, dist)
@@ -206,26 +214,24 @@ def _fits(share: Share, tp: int) -> bool:
     return share.pieces % tp == 0 or (not share.exact and tp % share.pieces == 0)
 
 
-def _why_not(share: Share, nodes: Sequence[Node], every: Sequence[Share], tp: int) -> str:
-    node = nodes[0]
+def _why_not(unfit: Mapping[Share, Sequence[Node]], every: Sequence[Share], tp: int) -> str:
+    """The first cut that does not fit, the sizes that would do, and a manual_config that leaves all such cuts whole."""
+    share, nodes = next(iter(unfit.items()))
+    what = share.heads or ("vocabulary rows" if nodes[0].target is EMBEDDING else "features")
     modules = sorted({module_of(n) for n in nodes})
-    vocabulary = node.target is EMBEDDING or "vocab" in share.heads
-    what = share.heads or ("vocabulary rows" if vocabulary else "features")
+    more = f" (and {len(modules) - 1} more)" if len(modules) > 1 else ""
     works = [n for n in range(2, 129) if all(_fits(s, n) for s in every)]
     some = [n for n in range(2, 129) if _fits(share, n)]
     rule = "divide their number" if share.exact else "divide their number or be a multiple of it"
     sizes = (
-        f"tp {_list(works)} would work for the whole model"
-        if works
-        else "no other tp works for the whole model"
+        f"tp {_list(works)} would work for the whole model" if works else "no tp works for the whole model"
     )
     if not works and some:
         sizes += f" (tp {_list(some)} for these)"
-    first = modules[0]
+    config = {_pattern(module_of(n)): "whole" for found in unfit.values() for n in found}
     return (
-        f"{share.pieces} {what} of {first}{f' (and {len(modules) - 1} more)' if len(modules) > 1 else ''} "
-        f"cannot be shared by tp={tp} ranks: tp must {rule}. {sizes}; or leave it whole: manual_config={{'tp_plan': {{{_pattern(first)!r}: "
-        "'whole'}}"
+        f"{share.pieces} {what} of {modules[0]}{more} cannot be shared by tp={tp} ranks: tp must {rule}. {sizes}; or "
+        f"leave it whole: manual_config={config}"
     )
 
 
@@ -255,5 +261,5 @@ def _check_experts(node: Node, dist: DistConfig) -> None:
             raise ShardingError(
                 f"{count} {what} of {module_of(node)} cannot be shared by {field}={size} ranks: it must divide their "
                 f"number. Of {dist.world_size} ranks {field} {_list(works)} would work; or leave them whole: "
-                f"manual_config={{'tp_plan': {{{_pattern(module_of(node) + '.')!r}: 'whole'}}}}"
+                f"manual_config={{{_pattern(module_of(node) + '.')!r}: 'whole'}}"
             )

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.graph.matching import same_shape
 from adkit.graph.placement import Decision
+from adkit.graph.provenance import module_path_of
 from adkit.passes.sharding.rules import (
     ATTENTION,
     EMBEDDING,
@@ -121,12 +122,16 @@ def parameter(value: object) -> bool:
 
 
 def module_of(node: Node) -> str:
-    """The module that owns a node's weight (the parameter's name less its last part), else the node's name."""
-    for a in node.all_input_nodes:
-        if a.op == "get_attr" and node.target in (LINEAR, EMBEDDING, MOE):
-            return str(a.target).rpartition(".")[0]
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else node.name
+    """The module that a node belongs to, as far down as its weight says; its own name where there is none.
+
+    The graph may call a tied weight by its other reader's name: then the module that called counts.
+    """
+    caller = module_path_of(node)[0]
+    if node.target in (LINEAR, EMBEDDING, MOE):
+        owners = [str(a.target).rpartition(".")[0] for a in node.all_input_nodes if a.op == "get_attr"]
+        if owners and owners[0].startswith(caller):
+            return owners[0]
+    return caller or node.name
 
 
 def _head(output: Node) -> Node | None:
@@ -180,17 +185,32 @@ def choose(layout: Layout, taken: Mapping[Node, Choice]) -> dict[Node, Choice]:
 
 def _vocabulary(layout: Layout, taken: Mapping[Node, Choice], found: dict[Node, Choice]) -> None:
     head = layout.head
+    tied = {
+        _weight(n): c for n, c in taken.items() if n.target is not MOE and c.decision in ("whole", "rowwise")
+    }
     tables = [n for n in layout.nodes if n in layout.tokens and n not in taken]
     vocab = shape_of(head.args[1])[:1] if head is not None else None
-    for node in tables:
-        if vocab is None or shape_of(node.args[0])[:1] == vocab:
+    for node in [*tables, *([head] if head is not None and head not in taken else [])]:
+        other = tied.get(_weight(node))
+        if other is not None:
+            found[node] = Choice(
+                "whole", f"its weight is tied to one that is {other.decision}", "vocab", module_of(node)
+            )
+        elif node is head:
+            why = "each rank makes some logits, then they are joined"
+            found[node] = Choice("gather", why, "vocab", module_of(node))
+        elif vocab is None or shape_of(node.args[0])[:1] == vocab:
             found[node] = Choice(
                 "vocab", "each rank has some rows and gives zeros for others", "vocab", module_of(node)
             )
-    if head is not None and head not in taken:
-        found[head] = Choice(
-            "gather", "each rank makes some logits, then they are joined", "vocab", module_of(head)
-        )
+
+
+def _weight(node: Node) -> str | None:
+    """The name of the weight that a linear or an embedding reads."""
+    if node.target not in (LINEAR, EMBEDDING):
+        return None
+    weight = node.args[0 if node.target is EMBEDDING else 1]
+    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else None
 
 
 def _cut_region(
@@ -267,9 +287,9 @@ def _one_cut_a_weight(found: dict[Node, Choice]) -> None:
     readers: dict[str, list[Node]] = {}
     for node in found:
         if node.target in (LINEAR, EMBEDDING):
-            weight = node.args[0 if node.target is EMBEDDING else 1]
-            if isinstance(weight, Node):
-                readers.setdefault(str(weight.target), []).append(node)
+            weight = _weight(node)
+            if weight is not None:
+                readers.setdefault(weight, []).append(node)
     for weight, nodes in readers.items():
         dims = {_DIM[found[n].decision] for n in nodes}
         if len(dims) > 1:

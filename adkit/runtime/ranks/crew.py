@@ -1,8 +1,4 @@
-"""The engine's side of the ranks: a device that is several.
-
-A step is sent to every rank and runs there; only its tokens come back, from rank 0. Rank 0 may live in this process (a
-program that torchrun started, or ``adkit run --tp``) or in one of its own like the others (a notebook, which must
-outlive whatever happens to ranks).
+"""The engine's side of the ranks in other processes: tell them what to do, listen, find out who failed.
 
 A rank that fails ends the world: ranks that wait for it in a collective cannot be called back, so all are ended, and
 whoever waits gets a :class:`~adkit.contract.RankError` that names the rank at fault. That is not always the first to
@@ -11,29 +7,19 @@ complain: ranks that lost a peer say so (``Failed.secondary``), and are blamed o
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, NoReturn, cast
 
-import torch
-
-from adkit.contract import (
-    BatchLayout,
-    CachePool,
-    CompiledModel,
-    HostBatch,
-    RankError,
-    ShardingError,
-    fitting_layout,
-)
+from adkit.contract import HostBatch, RankError, ShardingError
 from adkit.contract import errors as known_errors
 from adkit.runtime.device import Drawn
 from adkit.runtime.ranks.link import uninterrupted
-from adkit.runtime.ranks.messages import Collect, End, Failed, Progress, Ready, Result, Wipe, step_of
+from adkit.runtime.ranks.messages import Collect, End, Failed, Progress, Ready, Result, Step, step_of
 from adkit.runtime.ranks.processes import Member
 from adkit.runtime.sampler import Drawing
 
@@ -41,56 +27,59 @@ _BLAME_SECONDS = 2.0  # how long others may speak up once one has failed
 _END_SECONDS = 3.0  # that ranks get to end by themselves
 _LOOK_SECONDS = 1.0
 
+_NAP_SECONDS = 0.01
+
 ShowProgress = Callable[[int, int, str], None]
 
 
-@dataclass
-class CrewStep:
-    """A step that the ranks run; ``count`` rows get a token."""
-
-    crew: Crew
-    number: int
-    count: int
-
-    def wait(self) -> Drawn:
-        """Wait for it; each row's token."""
-        return self.crew.collect(self.number)
+def _unseen(done: int, total: int, what: str) -> None:
+    """Progress that nobody is shown."""
 
 
 class Crew:
-    """A :class:`~adkit.runtime.device.Device` of ``members`` in processes of their own, all ranks of a world.
+    """The ranks of a world of ``size`` that are in processes of their own.
 
     ``timeout`` (seconds): a step that takes longer is taken for stuck.
     """
 
-    pinned = False
-
-    def __init__(self, members: Seq[Member], timeout: float) -> None:
-        self.members = list(members)
+    def __init__(self, members: Seq[Member], size: int, timeout: float) -> None:
+        self.members = {m.rank: m for m in members}
+        self.size = size
         self.timeout = timeout
         self.error: RankError | None = None
         self.ready: dict[int, Ready] = {}
+        self._progress: ShowProgress = _unseen
         self._gone: set[int] = set()
         self._failures: list[Failed] = []
         self._results: dict[int, Drawn] = {}
         self._number = 0
-        self._progress: ShowProgress = lambda done, total, what: None
-        self._finalizer = weakref.finalize(self, _end, self.members, 0.0)
+        self._watched = False
+        self._finalizer = weakref.finalize(self, _end, list(members), 0.0)
 
-    @property
-    def size(self) -> int:
-        """How many ranks."""
-        return len(self.members)
+    def watch(self, lost: Callable[[Exception], object]) -> None:
+        """Listen in a thread of its own from now on; ``lost`` is called there with the error when a rank fails."""
 
-    # --- building
+        def listen() -> None:
+            try:
+                self._listen(lambda: self.error is not None, None)
+            except Exception as error:
+                lost(error)
 
-    def wait_until_ready(self, progress: ShowProgress) -> CompiledModel:
-        """Wait until every rank is built; returns their model as the engine sees it, which cannot be run by itself.
+        threading.Thread(target=listen, name="adkit-ranks", daemon=True).start()
+        self._watched = True
 
-        Raises what a rank raised, if it is one of adkit's own errors, else RankError.
+    def wait_until_ready(self, progress: ShowProgress = _unseen, here: Ready | None = None) -> Ready:
+        """Wait until every rank is built; returns what they have in common. ``here``: the one of this process.
+
+        Raises what a rank raised, if it is one of adkit's own errors, else RankError; ShardingError where they were
+        built differently.
         """
         self._progress = progress
+        if here is not None:
+            self.ready[here.rank] = here
         try:
+            while self._watched and len(self.ready) < self.size:
+                time.sleep(_NAP_SECONDS)
             self._listen(lambda: len(self.ready) == self.size, None)
         except BaseException:
             self.close(0.0)
@@ -104,23 +93,21 @@ class Crew:
                         f"the ranks were built differently: {what} is {getattr(first, what)} on rank 0 and "
                         f"{getattr(other, what)} on rank {rank}"
                     )
-        return outline(first)
+        return first
 
-    # --- running
+    # --- telling
 
-    def start(
-        self, host: HostBatch, replay: bool, sampling: Seq[Drawing], before: CrewStep | None
-    ) -> CrewStep:
-        """Send a step to every rank."""
-        self._check()
+    def start(self, host: HostBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
+        """Send a step to every rank; returns it."""
+        self.check()
         self._number += 1
         step = step_of(self._number, host, replay, sampling)
-        self._tell(step)
-        return CrewStep(self, step.number, step.rows)
+        self.tell(step)
+        return step
 
     def collect(self, number: int) -> Drawn:
         """The tokens of a step, from rank 0."""
-        self._check()
+        self.check()
         with uninterrupted():
             self._send(self.members[0], Collect(number))
         self._listen(lambda: number in self._results, self.timeout)
@@ -128,14 +115,10 @@ class Crew:
         self._results = {n: d for n, d in self._results.items() if n > number}
         return drawn
 
-    def wipe(self, pages: Seq[int]) -> None:
-        """Zero pages on every rank; nothing where there are none any more."""
-        if self.error is None:
-            self._tell(Wipe(tuple(pages)))
-
-    def _tell(self, message: Any) -> None:
+    def tell(self, message: Any) -> None:
+        """Send a message to every rank."""
         with uninterrupted():  # all ranks or none
-            for member in self.members:
+            for member in self.members.values():
                 self._send(member, message)
 
     def _send(self, member: Member, message: Any) -> None:
@@ -147,7 +130,8 @@ class Crew:
         except TimeoutError:
             self._stuck(f"rank {member.rank} has not read what it was sent")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises RankError when the ranks have ended."""
         if self.error is not None:
             raise RankError(f"the ranks have ended: {self.error}", self.error.rank)
 
@@ -158,19 +142,19 @@ class Crew:
         begin = time.monotonic()
         while not until():
             self._hear(_LOOK_SECONDS)
-            if self._failures or self._gone:
+            if (self._failures or self._gone) and not until():
                 self._lost()
             if timeout is not None and time.monotonic() - begin > timeout:
                 self._stuck(f"a step has not ended within {timeout:g} s")
 
     def _hear(self, seconds: float) -> None:
         """Wait for messages at most so long, and take those that are there."""
-        members = {m.link.fileno(): m for m in self.members if m.rank not in self._gone}
+        members = {m.link.fileno(): m for m in self.members.values() if m.rank not in self._gone}
         for ready in wait(list(members), seconds):
             member = members[cast(int, ready)]
             try:
                 message = member.link.receive()
-            except EOFError:
+            except (EOFError, OSError):
                 self._gone.add(member.rank)
                 continue
             match message:
@@ -208,7 +192,7 @@ class Crew:
 
     def _stuck(self, what: str) -> NoReturn:
         """Nobody failed, and nothing goes on."""
-        places = [(m.rank, m.where()) for m in self.members if m.rank not in self._gone]
+        places = [(m.rank, m.where()) for m in self.members.values() if m.rank not in self._gone]
         stopped = [rank for rank, place in places if "stopped" in place]
         text = "\n".join(_prefixed(rank, place) for rank, place in places if place)
         self._raise(stopped[0] if stopped else -1, f"{what}.\n\nWhere the ranks stand:\n{text}", None)
@@ -218,7 +202,7 @@ class Crew:
         text = f"{who}{what}\n\nAll ranks have been ended; start them anew, as with wb.llm(tp={self.size})."
         if failed is not None:
             text += f"\n\nTraceback of rank {rank}:\n{failed.traceback.rstrip()}"
-        log = self.members[rank].log() if rank >= 0 else ""
+        log = self.members[rank].log() if rank in self.members else ""
         if log:
             text += f"\n\nThe end of its log:\n{_prefixed(rank, log)}"
         self.error = RankError(text, rank)
@@ -235,7 +219,7 @@ class Crew:
         if self.error is None:
             self.error = RankError(f"close() was called; wb.llm(tp={self.size}) starts anew")
         if self._finalizer.detach():
-            _end(self.members, seconds)
+            _end(list(self.members.values()), seconds)
 
     def __repr__(self) -> str:
         return f"Crew({self.size} ranks{', ended' if self.error else ''})"
@@ -257,38 +241,3 @@ def _end(members: Seq[Member], seconds: float) -> None:
 
 def _prefixed(rank: int, text: str) -> str:
     return "\n".join(f"[rank {rank}] {line}" for line in text.splitlines())
-
-
-class _Replays:
-    """The layouts that ranks can replay; a :class:`~adkit.contract.Replay` that is asked for nothing else."""
-
-    def __init__(self, layouts: tuple[BatchLayout, ...], num_previous: int) -> None:
-        self.num_previous = num_previous
-        self.layouts = list(layouts)
-
-    def layout(self, tokens: int, sequences: int) -> BatchLayout | None:
-        """The smallest that holds such a step."""
-        return fitting_layout(self.layouts, tokens, sequences)
-
-    def __call__(self, host: HostBatch, previous: torch.Tensor | None) -> NoReturn:
-        """Ranks do that."""
-        raise TypeError("this model runs on ranks in other processes")
-
-
-def outline(ready: Ready) -> CompiledModel:
-    """A rank's model as the engine must know it: sizes, no weights, no cache, nothing to run."""
-
-    def elsewhere(**inputs: Any) -> NoReturn:
-        raise TypeError("this model runs on ranks in other processes")
-
-    return CompiledModel(
-        forward=elsewhere,
-        inputs=ready.inputs,
-        caches=CachePool((), ready.page_size, ready.num_pages),
-        vocab_size=ready.vocab_size,
-        device=torch.device(ready.device),
-        eos_token_ids=ready.eos_token_ids,
-        max_positions=ready.max_positions,
-        replay=_Replays(ready.layouts, ready.num_previous) if ready.layouts else None,
-        details=ready.facts,
-    )

@@ -43,6 +43,29 @@ class Member(Protocol):
         ...
 
 
+class Peer:
+    """A :class:`Member` that somebody else started and will end; all there is of it is its link."""
+
+    def __init__(self, rank: int, link: Link) -> None:
+        self.rank = rank
+        self.link = link
+
+    def how_it_ended(self, seconds: float) -> str:
+        """Not known."""
+        return "has ended" if self.link.fileno() < 0 else ""
+
+    def log(self) -> str:
+        """Not known: it wrote to a terminal or file of its own."""
+        return ""
+
+    def where(self) -> str:
+        """Not known."""
+        return ""
+
+    def kill(self) -> None:
+        """Whoever started it does that."""
+
+
 class Child:
     """A :class:`Member` that is a child process; ``pid`` is its id."""
 

@@ -15,10 +15,11 @@ import torch
 
 from adkit.contract import CompiledModel, DistConfig, EngineConfig
 from adkit.runtime import Engine
-from adkit.runtime.ranks import Crew, processes, start_processes, worker
+from adkit.runtime.ranks import processes, start_processes, worker
+from adkit.runtime.ranks.devices import Elsewhere
 
 LAUNCH = processes.Child._launch
-World = tuple[CompiledModel, Crew]
+World = tuple[CompiledModel, Elsewhere]
 
 
 def start(tp: int = 2, timeout: float = 10, **toy: object) -> World:
@@ -28,9 +29,9 @@ def start(tp: int = 2, timeout: float = 10, **toy: object) -> World:
 
 
 def engine_of(world: World, **settings: object) -> Engine:
-    model, crew = world
+    model, device = world
     config = EngineConfig(**{"max_seq_len": 64, "device": "cpu", "page_size": 4, **settings})
-    return Engine(model, config, device=crew)
+    return Engine(model, config, device=device)
 
 
 class Forked:
@@ -117,7 +118,7 @@ def worlds() -> Iterator[Callable[..., World]]:
         return made[key]
 
     yield world
-    pids = [m.pid for _, crew in made.values() for m in crew.members]
-    for _, crew in made.values():
-        crew.close()
+    pids = [m.pid for _, device in made.values() for m in device.crew.members.values()]
+    for _, device in made.values():
+        device.close()
     assert gone(pids)

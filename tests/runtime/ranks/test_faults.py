@@ -103,7 +103,8 @@ def test_a_rank_that_is_stopped_or_stuck_is_found_out(children, real):
 def test_ranks_end_with_their_parent_however_it_ends():
     program = (
         "import os, signal\nfrom tests.runtime.ranks.conftest import start\n"
-        "_, crew = start()\nprint(*[m.pid for m in crew.members], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "_, device = start()\nprint(*[m.pid for m in device.crew.members.values()], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -115,7 +116,7 @@ def test_ranks_end_with_their_parent_however_it_ends():
 def test_a_program_that_ends_without_closing_leaves_nothing():
     program = (
         "from tests.runtime.ranks.conftest import start\n"
-        "_, crew = start()\nprint(*[m.pid for m in crew.members], flush=True)"
+        "_, device = start()\nprint(*[m.pid for m in device.crew.members.values()], flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     assert gone([int(p) for p in done.stdout.split()], 0.5)

@@ -103,7 +103,7 @@ def test_an_interrupt_leaves_ranks_that_go_on(world, seconds):
 
 def test_close_ends_the_processes_and_what_comes_after_says_so():
     world = start()
-    pids = [m.pid for m in world[1].members]
+    pids = [m.pid for m in world[1].crew.members.values()]
     with LiveModel(world[0], engine_of(world).config, device=world[1]) as live:
         live.generate(PROMPTS[0], GREEDY, progress=False)
     assert gone(pids, 0.5)
