@@ -2,10 +2,11 @@
 
 A decode step reads every weight once and does little with it, so a layer's time is the weight's bytes over
 the memory's rate, plus what starting a kernel costs. The norm needs no kernel of its own: rstd is one number
-a row, so W norm(x) = rstd (W (g * x)), and the sum of squares is taken on the way. Three ways to compute the
+a row, so W norm(x) = rstd (W (g * x)), and the sum of squares is taken on the way. Four ways to compute the
 layer, chosen by measurement (:func:`adkit.ops.triton.tuning.best`):
 
 - ``rows``: up to 8 rows of input, multiplied in registers; a program holds BLOCK_N rows of the weight.
+- ``stream``: the same for one row of input, by a fixed number of programs that stay and take BLOCK_N rows in turn.
 - ``tiles``: up to 64 rows by ``tl.dot``; the sum over D may be split over SPLIT programs, of which
   the last one to finish adds the parts in their order, so that results do not vary.
 - ``library``: norm, cuBLAS and gate one after another; always above 64 rows.
@@ -24,7 +25,7 @@ import triton
 from torch import Tensor
 
 from adkit.ops.triton import pdl, tuning
-from adkit.ops.triton.linear_kernels import row_kernel, rows_kernel, tiles_kernel
+from adkit.ops.triton.linear_kernels import row_kernel, rows_kernel, stream_kernel, tiles_kernel
 from adkit.ops.triton.mlp import swiglu_packed
 from adkit.ops.triton.norm import rmsnorm
 
@@ -55,6 +56,8 @@ class Layer:
         path = settings["path"]
         if path == "library":
             return self._library(weight)
+        if path == "stream":
+            return self._by_streams(settings, weight)
         return self._by_rows(settings, weight) if path == "rows" else self._by_tiles(settings, weight)
 
     def _normed(self) -> Tensor:
@@ -101,6 +104,24 @@ class Layer:
         else:
             flags["ROWS"] = triton.next_power_of_2(many)
             rows_kernel[grid](*pointers, many, width, outs, self.eps or 0.0, self.offset, **flags)
+        return out
+
+    def _by_streams(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
+        out, pointers, flags = self._arguments(self.x, weight, self.eps is not None)
+        outs, width = out.shape[1], weight.shape[1]
+        block = settings["BLOCK_N"]
+        programs = min(triton.cdiv(outs, block), settings["each"] * _processors(weight.device))
+        stream_kernel[(programs,)](
+            *pointers,
+            width,
+            outs,
+            self.eps or 0.0,
+            self.offset,
+            BLOCK_N=block,
+            BLOCK_K=triton.next_power_of_2(width),
+            num_warps=settings["num_warps"],
+            **flags,
+        )
         return out
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
@@ -152,6 +173,13 @@ def _counts(device: torch.device) -> Tensor:
     return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
 
 
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+#: BLOCK_N and programs a processor of streams; a thread has 32 or 64 columns.
+_STREAMS = ((1, 4), (2, 2), (2, 4), (1, 8), (4, 2), (1, 2), (2, 1), (4, 1))
 #: BLOCK_N and warps for so many rows in registers.
 _IN_REGISTERS = {
     1: ((4, 4), (4, 2), (8, 4), (2, 4), (2, 8), (1, 4)),
@@ -170,6 +198,12 @@ def candidates(rows: int, outs: int, width: int, norm: bool, dtype: torch.dtype)
         {"path": "rows", "BLOCK_N": block, "num_warps": warps} for block, warps in _IN_REGISTERS.get(rows, ())
     ]
     if rows == 1:
+        columns = triton.next_power_of_2(width)
+        found += [
+            {"path": "stream", "BLOCK_N": block, "each": each, "num_warps": warps}
+            for warps in dict.fromkeys(min(16, max(4, columns // n)) for n in (1024, 2048))
+            for block, each in _STREAMS
+        ]
         return [*found, LIBRARY]
     # Times a norm's weight, a residual stream may leave float16's range before rstd brings it back.
     inlines = ([False] if dtype == torch.float16 else [True, False]) if norm else [False]

@@ -95,6 +95,73 @@ def row_kernel(
 
 
 @triton.jit
+def stream_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    width,
+    outs,
+    eps,
+    offset,
+    NORM: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of x times all rows of the weight, BLOCK_N whole ones at a time, by few programs that stay.
+
+    A program reads x once, keeps it normed, and has the next rows of the weight on their way while it multiplies
+    these: no starts and ends between them, which count the more the faster the memory is.
+    """
+    pdl.release(PDL)
+    first = tl.program_id(0) * BLOCK_N
+    cols = tl.arange(0, BLOCK_K)
+    live = (cols < width)[None, :]
+    rows = first + tl.arange(0, BLOCK_N)
+    at = weight_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
+    up = outs.to(tl.int64) * width
+    step = tl.num_programs(0) * BLOCK_N
+    w = tl.load(at, live & (rows < outs)[:, None], 0.0, eviction_policy="evict_first")
+    if ACT != "":
+        w_up = tl.load(at + up, live & (rows < outs)[:, None], 0.0, eviction_policy="evict_first")
+    pdl.wait(PDL)
+    x = tl.load(x_ptr + cols, cols < width, 0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        x = x * _norm_factor(norm_ptr, cols, cols < width, offset, HAS_NORM_WEIGHT) * rstd
+    for start in range(first, outs, step):
+        rows = start + tl.arange(0, BLOCK_N)
+        write = rows < outs
+        at += step.to(tl.int64) * width
+        ahead = live & (rows + step < outs)[:, None]
+        next_w = tl.load(at, ahead, 0.0, eviction_policy="evict_first")
+        if ACT != "":
+            next_up = tl.load(at + up, ahead, 0.0, eviction_policy="evict_first")
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * x[None, :], 1)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, write, 0.0).to(tl.float32)
+        if ACT != "":
+            other = tl.sum(w_up.to(tl.float32) * x[None, :], 1)
+            if HAS_BIAS:
+                other += tl.load(bias_ptr + outs + rows, write, 0.0).to(tl.float32)
+            y = _act(y, ACT) * other
+            w_up = next_up
+        if HAS_RESIDUAL:
+            y += residual
+        tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
+        w = next_w
+
+
+@triton.jit
 def rows_kernel(
     x_ptr,
     weight_ptr,

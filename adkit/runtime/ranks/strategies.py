@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 #: Words of 4 bytes that a program of a one-shot sum has, and how many programs there are: 1 MiB at most.
 _ONESHOT = (512, 512)
-#: Programs of a two-shot sum and their words: 16 MiB at most.
-_TWOSHOT = (128, 32768)
+#: Programs of a two-shot sum and their words: 64 MiB at most.
+_TWOSHOT = (128, 131072)
 #: Rows that are added up and normalised in one kernel, and the words of the longest.
 _ROWS, _ROW_WORDS = 64, 8192
-#: Bytes up to which AUTO takes ONESHOT, then TWOSHOT, by the number of ranks.
-_AUTO = {2: (1 << 20, 0), 4: (256 << 10, 4 << 20), 8: (128 << 10, 8 << 20)}
+#: Bytes up to which AUTO takes ONESHOT, then TWOSHOT, by the number of ranks: measured for 2, guessed for more.
+_AUTO = {2: (1 << 20, 64 << 20), 4: (256 << 10, 4 << 20), 8: (128 << 10, 8 << 20)}
 #: The strategies that a name stands for, in order; NCCL after them.
 _MEANS = {"NCCL": (), "ONESHOT": ("ONESHOT",), "TWOSHOT": ("TWOSHOT",), "MIN_LATENCY": ("ONESHOT", "TWOSHOT")}
 _NOT_THERE = {

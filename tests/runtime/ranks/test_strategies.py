@@ -17,7 +17,7 @@ from adkit.runtime.ranks.peers import Unavailable
 from adkit.runtime.ranks.strategies import Site, Strategies, automatic
 
 KB, MB = 1 << 10, 1 << 20
-MOST = {"ONESHOT": MB, "TWOSHOT": 16 * MB, "NCCL": 1 << 40}
+MOST = {"ONESHOT": MB, "TWOSHOT": 64 * MB, "NCCL": 1 << 40}
 
 
 class Known:
@@ -62,15 +62,16 @@ def message(nbytes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     ("name", "nbytes", "taken"),
     [
         ("AUTO", 8 * KB, "ONESHOT"),
-        ("AUTO", 64 * MB, "NCCL"),
+        ("AUTO", 2 * MB, "TWOSHOT"),
+        ("AUTO", 128 * MB, "NCCL"),
         ("NCCL", 8 * KB, "NCCL"),
         ("ONESHOT", 8 * KB, "ONESHOT"),
         ("ONESHOT", 2 * MB, "NCCL"),
         ("TWOSHOT", 8 * KB, "TWOSHOT"),
-        ("TWOSHOT", 64 * MB, "NCCL"),
+        ("TWOSHOT", 128 * MB, "NCCL"),
         ("MIN_LATENCY", MB, "ONESHOT"),
         ("MIN_LATENCY", 2 * MB, "TWOSHOT"),
-        ("MIN_LATENCY", 64 * MB, "NCCL"),
+        ("MIN_LATENCY", 128 * MB, "NCCL"),
         ("LOWPRECISION", 8 * KB, "ONESHOT"),
     ],
 )
