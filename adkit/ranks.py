@@ -13,6 +13,7 @@ from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError
 from adkit.passes import Pass
 from adkit.runtime.live import LiveModel
 from adkit.runtime.ranks import current_program, launched_ranks, program, start_processes
+from adkit.runtime.ranks.over_ray import start_actors
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -60,12 +61,13 @@ def start(
 ) -> LiveModel:
     """The engine of a Workbench's model cut over ``tp`` ranks; the Workbench itself stays where it is.
 
-    ``moe_ep``: ranks the experts are dealt to (default: all). ``executor``: ``processes`` of this host, or ``ray``.
+    ``moe_ep``: ranks the experts are dealt to (default: all). ``executor``: ``processes`` of this host, or ``ray``
+    (actors of a cluster, ``pip install 'adkit[ray]'``).
     ``timeout`` (seconds): a step that takes longer is taken for stuck; ``port``: where the ranks meet (default: a free
     one). Raises ShardingError for ranks that cannot be had, the error of a rank that cannot be built, RankError where a
     rank ended.
     """
-    starters = {"processes": start_processes}
+    starters: dict[str, Any] = {"processes": start_processes, "ray": start_actors}
     if executor not in starters:
         raise ConfigError(f"executor is {executor!r}; expected one of: {', '.join(starters)}")
     known = {"timeout", "port"}

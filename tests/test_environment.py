@@ -23,6 +23,7 @@ CONDA_NAMES = {
     "torch": "pytorch",
     "graphviz": "python-graphviz",
     "playwright": "playwright-python",
+    "ray": "ray-core",
     "triton": None,  # pytorch brings it, on the platforms that have it
 }
 # What only conda needs to be told: the interpreter, the build tools, and the `dot` program.

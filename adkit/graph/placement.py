@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adkit.graph.display import mimebundle
@@ -78,7 +78,6 @@ class ShardingPlan:
     moe_ep: int = 1
     moe_tp: int = 1
     attention_dp: bool = False
-    notes: tuple[str, ...] = field(default=())
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from adkit.contract import AdkitError, CachePool, CompiledModel, PassError
 from adkit.graph.edit import SiteRecord, clean, fake_value, journal
@@ -213,22 +212,33 @@ def propagate_values(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        inputs: dict[Node, Any] = {n: alike(n.meta.get("val")) for n in node.all_input_nodes}
-        key = (node.target, repr((map_arg(node.args, inputs.get), map_arg(node.kwargs, inputs.get))))
+        key = (node.target, _alike(node.args), _alike(node.kwargs))
         if key not in known:
-            known[key] = fake_value(node.target, node.args, node.kwargs, gm)
-        if alike(node.meta.get("val")) != alike(known[key]):
-            node.meta["val"] = known[key]
+            value = fake_value(node.target, node.args, node.kwargs, gm)
+            known[key] = value, _alike(value)
+        value, kind = known[key]
+        if _alike(node.meta.get("val")) != kind:
+            node.meta["val"] = value
 
 
-def alike(value: Any) -> Any:
-    """What of a value decides others' values: sizes (symbolic ones as formulas), strides, dtype, device."""
+def _alike(value: Any) -> Any:
+    """What of a value decides others' values: sizes (symbolic ones as formulas), strides, dtype, device; hashable."""
+    if isinstance(value, Node):
+        return _alike(value.meta.get("val"))
     if isinstance(value, torch.Tensor):
-        sizes = tuple(str(d) for d in value.shape), tuple(str(d) for d in value.stride())
-        return "tensor", *sizes, str(value.dtype), str(value.device)
+        sizes = tuple(map(_size, value.shape)), tuple(map(_size, value.stride()))
+        return "tensor", *sizes, value.dtype, value.device
     if isinstance(value, (tuple, list)):
-        return tuple(map(alike, value))
-    return str(value)
+        return tuple(map(_alike, value))
+    if isinstance(value, dict):
+        return tuple((k, _alike(v)) for k, v in value.items())
+    if isinstance(value, torch.SymInt):
+        return "size", _size(value)
+    return type(value), str(value)
+
+
+def _size(d: Any) -> Any:
+    return d.node.expr if isinstance(d, torch.SymInt) else int(d)
 
 
 def _valueless(n: Any) -> bool:

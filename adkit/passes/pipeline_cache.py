@@ -110,7 +110,8 @@ def fingerprint(ctx: Context, before: list[Pass]) -> str:
         "tied": sorted(ctx.factory.tied.items()),
         "dtype": str(ctx.factory.dtype),
         "engine": ctx.engine.model_dump(),
-        "dist": ctx.dist.model_dump(),
+        # Until the model is cut all ranks have the same graph, and share an entry.
+        "dist": ctx.dist.model_dump() if any(p.config.stage == Stage.SHARDING for p in before) else None,
         "transforms": [(p.key, _code_of(type(p)), p.config.model_dump(mode="json")) for p in before],
         "versions": (_package_hash(), torch.__version__, transformers.__version__),
         "weights": ctx.weights,

@@ -54,7 +54,7 @@ class Divergence:
         lines = [f"{self.node} = {self.op}(...) in {place}: {who} diverges"]
         if not math.isnan(self.rmse_ratio):
             lines[0] += f" (rmse ratio {self.rmse_ratio:.1e}, max abs {self.max_abs:.1e})"
-        lines.append(f"  {self.why}")
+        lines.append(f"  {self.why} (held as {self.placement})")
         if self.source:
             lines.append(f"  {self.source}")
         return "\n".join(lines)
@@ -93,8 +93,7 @@ class Agreement:
         self.blocks = _blocks(plan, between)
         self.wanted = {i for pair in self.pairs.values() for i in pair.ids}
         self.values: dict[int, Any] = {}  # of the uncut graph, of the prompt at hand
-        self.compared = 0
-        self.held: dict[int, Placement] = {}
+        self.held: dict[int, Placement] = {}  # nodes whose values agreed, and how ranks hold them
         self.divergence: Divergence | None = None
 
     def keep(self, nodes: Sequence[Node], values: list[Any]) -> None:
@@ -118,7 +117,6 @@ class Agreement:
             return
         w, best = min(tries, key=lambda t: _rank_of(t[1].rmse_ratio))
         if best.rmse_ratio <= self.tolerance:
-            self.compared += 1
             self.held[i] = best.placement
         elif pair.strict:
             self.divergence = self._told(i, w, best)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adkit.contract import CachePool, CompiledModel, ShardingError
 from adkit.passes.compile.compile_model import learned_positions
-from adkit.runtime.live import LiveModel
 from adkit.sharding.forks import graph_module
 from adkit.sharding.lockstep import Together
 
@@ -49,7 +48,9 @@ class RankPools(CachePool):
 
 
 def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
-    """Ranks whose pipelines stand before compilation, as one model that the runtime can run."""
+    """Ranks as one model that the runtime can run: what remains of each pipeline is run, to its cache."""
+    for wb in ranks:
+        wb.run(until="cache_init")
     together = Together([graph_module(wb) for wb in ranks])
     caches = [wb._state.caches for wb in ranks]
     if any(c is None for c in caches):
@@ -73,11 +74,3 @@ def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
         max_positions=learned_positions(together.graphs[0]),
         details={"backend": f"{len(ranks)} virtual ranks"},
     )
-
-
-def live(ranks: Sequence[Workbench]) -> LiveModel:
-    """Run what remains on every rank, to its cache, and an engine over them."""
-    for wb in ranks:
-        wb.run(until="cache_init")
-    first = ranks[0]
-    return LiveModel(compiled(ranks), first._context.engine, first.factory.tokenizer())

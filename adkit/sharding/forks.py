@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from adkit.contract import AdkitError, DistConfig
 from adkit.graph.snapshot import take
+from adkit.models import ModelFactory
 from adkit.passes.pipeline import State, rebuild
 from adkit.passes.tensors import put_tensor, take_stamps, tensor_at
 
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def fork(
-    wb: Workbench, index: int, *, dist: DistConfig | None = None, without_weights: bool = False
+    wb: Workbench, index: int, *, dist: DistConfig | None = None, factory: ModelFactory | None = None
 ) -> Workbench:
     """A Workbench before step ``index`` of ``wb``, on shapes; what either does from there the other does not see.
 
     It starts from the graph that stood there, and runs the steps that ``wb`` has not run yet. ``dist``: to walk as
-    another rank; ``without_weights``: to the end on shapes.
+    another rank; ``factory``: the same model with other weights (or none).
     """
     new = copy.copy(wb)
-    new.factory = wb.factory.without_weights() if without_weights else wb.factory
+    new.factory = factory or wb.factory
     new._context = replace(
         wb._context, factory=new.factory, weights=new.factory.weights, dist=dist or wb._context.dist,
         caches=None, compiled=None, loaded=frozenset(),

@@ -18,8 +18,8 @@ class ShardingCheck:
     """Do the ranks compute what the uncut model computes?
 
     ``max_abs`` and ``rmse_ratio`` (rmse over rms of the uncut) are of the logits, the worst over ranks, NaN where there
-    are none to compare; ``compared`` of ``nodes`` values were held against the uncut model's, in the ways that
-    ``held`` counts; ``first_divergence`` is the first that was wrong.
+    are none to compare; values of ``compared`` of ``nodes`` nodes agreed with the uncut model's, held by the ranks in
+    the ways that ``held`` counts; ``first_divergence`` is the first that was wrong.
     """
 
     ok: bool
@@ -40,11 +40,16 @@ class ShardingCheck:
     def __repr__(self) -> str:
         verdict = "the ranks compute what the uncut model does" if self.ok else "the ranks DIFFER"
         prompts = " and ".join(f"{list(shape)}" for shape in self.prompts)
+        held = ", ".join(f"{n} {p}" for p, n in self.held.items())
+        values = (
+            f"{self.compared} of {self.nodes} nodes agreed while they ran ({held})"
+            if held
+            else "logits alone"
+        )
         lines = [
             f"{self.dist.world_size} ranks: {verdict}: logits rmse ratio {self.rmse_ratio:.1e} (allowed "
             f"{self.tolerance:.0e}), max abs {self.max_abs:.1e}",
-            f"  {self.compared} values of {self.nodes} nodes compared while they ran "
-            f"({', '.join(f'{n} {p}' for p, n in self.held.items())}); {self.weights} weights, tokens {prompts}",
+            f"  {values}; {self.weights} weights, tokens {prompts}",
         ]
         if self.first_divergence is not None:
             lines.append(f"first divergence: {self.first_divergence!r}")
@@ -70,7 +75,7 @@ def result_of(
         rmse_ratio=ratio,
         tolerance=agreement.tolerance,
         first_divergence=agreement.divergence,
-        compared=agreement.compared,
+        compared=len(agreement.held),
         nodes=sum(n.op == "call_function" for n in agreement.records.values()),
         weights=weights,
         prompts=tuple(tuple(e.shape[:2]) for e in expected),

@@ -9,6 +9,7 @@ from adkit.contract import DistConfig, ShardingError
 from adkit.graph.cost import Device, device_named, node_costs, total_cost
 from adkit.sharding.comm import NVLINK4, Link
 from adkit.sharding.forks import fork
+from adkit.sharding.rank import end_of
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -29,15 +30,23 @@ def scaling(
     One rank's graph is taken to its cache on shapes and every node costed alone on ``device`` (see
     :mod:`adkit.graph.cost`); collectives take the link's latency and bytes over bandwidth, and hide behind nothing.
     So it is a bound for an engine without gaps, not a forecast. Experts are dealt to all ranks, or cut within them
-    as ``dist`` does. A pandas DataFrame, a row a tp: GB of weights a rank, then for both batches microseconds of
-    compute and of talk a step, tokens/s, and speed over the first row's. A tp that cannot be is a row with a note.
+    as ``dist`` does.
+
+    A pandas DataFrame, a row a tp: GB of weights a rank, then for both batches microseconds of compute and of talk a
+    step, tokens/s, and speed over the first row's. A tp that cannot be is a row with a note. Raises ShardingError for
+    attention data parallelism.
     """
     import pandas as pd
 
-    from adkit.sharding.virtual import end_of, shard
+    from adkit.sharding.world import shard  # which makes what this is a method of
 
+    if dist is not None and dist.enable_attention_dp:
+        raise ShardingError(
+            "scaling() estimates ranks that share every sequence; with attention_dp each has sequences of its own. "
+            "wb.shard(tp=...).scaling() estimates the same model without it"
+        )
     on = device_named(device)
-    shapes = fork(wb, wb.position, without_weights=True)
+    shapes = fork(wb, wb.position, factory=wb.factory.without_weights())
     rows: dict[int, dict[str, Any]] = {}
     first: dict[int, float] = {}
     for tp in tps:

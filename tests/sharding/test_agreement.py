@@ -35,7 +35,7 @@ def test_hand_cut_ranks_compute_what_the_whole_computes(tp: int) -> None:
     world = World(tp)
     found = world.agreement()
     assert found.divergence is None
-    assert found.compared > 15
+    assert len(found.held) > 15
     for logits in world.found:
         torch.testing.assert_close(logits, world.expected, rtol=1e-5, atol=1e-5)
     ids = {n.name: n.id for n in world.snapshots()[1]}

@@ -7,22 +7,25 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import adkit
 from adkit.contract import ConfigError, ShardingError
 from adkit.graph.placement import ShardingPlan
-from adkit.sharding import VirtualRanks
+from adkit.models.bundled import bundled_config
+from adkit.sharding import Rank, ShardingCheck, VirtualRanks
 from adkit.sharding.forks import graph_module
 from tests.reference import hf_greedy
 from tests.sharding.models import MOE_TYPES, TYPES, mutated, nodes
+from tests.zoo import tiny_config
 
 ops: Any = torch.ops.adkit
 PROMPTS = [[5, 9, 33, 2, 71, 8, 100, 31, 4], [17, 3, 3]]
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "tp"), [*((k, 4) for k in TYPES), ("llama", 2), ("phi3", 2), ("gpt_oss", 2)]
+)
 def test_logits_on_ranks_are_the_uncut_models(models, kind: str, tp: int) -> None:
     found = models.shard(kind, tp).check()
     assert found.ok, found
@@ -39,8 +42,8 @@ def test_more_ranks_than_kv_heads(models, kind: str) -> None:
     assert [r.memory.cache_per_token for r in v.ranks] == [v.ranks[0].memory.cache_per_token] * 8
 
 
+@pytest.mark.parametrize(("tp", "moe_ep"), [(4, 2), (2, 1)])
 @pytest.mark.parametrize("kind", MOE_TYPES)
-@pytest.mark.parametrize(("tp", "moe_ep"), [(4, 2), (4, 4), (2, 1)])
 def test_experts_by_expert_and_by_feature(models, kind: str, tp: int, moe_ep: int) -> None:
     v = models.shard(kind, tp, moe_ep=moe_ep)
     assert (v.dist.moe_ep_size, v.dist.moe_tp_size) == (moe_ep, tp // moe_ep)
@@ -60,6 +63,24 @@ def test_generation_over_a_cache_a_rank_is_greedy_as_hugging_face(models, kind: 
     assert not models(kind).loaded  # the Workbench itself did not run on
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gemma2", "mixtral"])
+def test_logits_over_a_cache_a_rank_are_the_uncut_models(models, kind: str) -> None:
+    found = models.shard(kind, 2).check(PROMPTS, cached=True)
+    assert found.ok, found
+    assert found.prompts == ((1, 9), (1, 3))
+
+
+def test_each_step_of_the_stage_can_be_checked(models) -> None:
+    steps = models.shard("llama", 2).steps
+    assert steps.keys()[0] == "detect_sharding"
+    hinted = steps["sharding_transform_executor"]
+    assert hinted.check().ok
+    assert hinted.check().how == "whole graph"
+    cut = steps["apply_sharding_hints"].check()
+    assert isinstance(cut, ShardingCheck)
+    assert cut.ok
+
+
 def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
     v = models.shard("llama", 2)
     ids = torch.tensor([PROMPTS[0]])
@@ -70,6 +91,41 @@ def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
     assert found.prompts == ((1, 9), (1, 3))
     with pytest.raises(ConfigError, match="list of"):
         v.check(prompts=[])
+
+
+@pytest.mark.parametrize(("kind", "moe_ep"), [("mixtral", 2), ("mixtral", 4), ("qwen3_moe", 4)])
+def test_with_attention_dp_ranks_have_sequences_of_their_own(models, kind: str, moe_ep: int) -> None:
+    v = models.shard(kind, 4, moe_ep=moe_ep, attention_dp=True)
+    found = v.check()
+    assert found.ok, found
+    assert found.prompts == ((4, 23),)
+    assert found.held["cut(0)"] > 40
+    assert v.check(prompts=PROMPTS).prompts == ((4, 9), (4, 3))
+    assert {c.kind for c in v.comm} == {"all_gather", "reduce_scatter"}
+    assert v.ranks[0].memory.fraction("experts") == 1 / 4
+    assert v.ranks[0].memory.fraction("attention") == 1
+    with pytest.raises(ShardingError, match="do not divide by 4"):
+        v.run(input_ids=torch.tensor(PROMPTS[:1]))
+    for refused in (v.scaling, lambda: v.generate(PROMPTS), lambda: v.check(cached=True)):
+        with pytest.raises(ShardingError, match=r"of (its|their) own"):
+            refused()
+
+
+def test_a_config_without_weights_is_checked_with_random_ones() -> None:
+    wb = adkit.Workbench(
+        tiny_config("llama", num_hidden_layers=1, vocab_size=144), device="cpu", progress=False
+    )
+    v = wb.shard(2)
+    found = v.check(seed=3)
+    assert found.ok
+    assert found.weights == "random"
+    assert v.check(seed=3, cached=True).rmse_ratio <= 1e-5
+    with pytest.raises(ShardingError, match="no weights to generate with"):
+        v.generate(PROMPTS)
+    with pytest.raises(ConfigError, match="expected auto"):
+        v.check(weights="loaded")
+    with pytest.raises(ConfigError, match="at least 1"):
+        v.check(tokens=0)
 
 
 # --- mistakes
@@ -189,6 +245,25 @@ def test_memory_and_comm_hold_on_shapes(shapes: VirtualRanks) -> None:
     table = comm.table(100)
     assert len(table) == len(comm)
     assert table["decode bytes"].sum() == pytest.approx(table.attrs["total"]["decode bytes"])
+
+
+@pytest.mark.slow
+def test_large_models_are_cut_fairly() -> None:
+    """Whole layers of them, at their full widths; all of their layers are in benchmarks/sharding.py."""
+    options = {"dtype": "bfloat16", "device": "cpu", "progress": False}
+    config = AutoConfig.for_model(**bundled_config("llama-3.1-405b") | {"num_hidden_layers": 2})
+    v = adkit.Workbench(config, **options).shard(8)
+    assert all(r.memory.share <= 1.01 for r in v.ranks)
+    config = AutoConfig.for_model(**bundled_config("deepseek-v3") | {"num_hidden_layers": 4})
+    v = adkit.Workbench(config, **options).shard(8, moe_ep=8)
+    assert all(r.memory.fraction("experts") == 1 / 8 for r in v.ranks)
+    assert sorted(i for r in v.ranks for i in _experts(r)) == list(range(256))
+
+
+def _experts(rank: Rank) -> range:
+    """Numbers of the experts that a rank has of layer 3."""
+    (cuts,) = {w.cuts[0] for n, w in rank.local.items() if "layers.3.mlp.experts" in n and "gate_up" in n}
+    return range(*cuts.ranges[0])
 
 
 def test_shapes_alone_show_themselves(shapes: VirtualRanks) -> None:

@@ -55,11 +55,12 @@ class ApplyShardingHints(Pass):
         names = make_local(gm, wanted, dist.rank)
         counts: Counter[str] = Counter()
         cut_values: dict[Node, Any] = {}
+        shapes: dict[Any, Any] = {}
         for hint, world in sorted(found, key=lambda f: f[0].node.target is ops.shard.default):
             node = hint.node
             now = bind(node, hint.strategies, hint.overrides)  # arguments may have been replaced by now
             with self.site(gm, [node], label=_label(node), before=node) as s:
-                writer = Rewriter(s, dist.rank, names, cut_values)
+                writer = Rewriter(s, dist.rank, names, cut_values, shapes)
                 s.replace(node, LOCAL_CALLS[node.target](now, world, writer))
             counts[_label(node)] += 1
         for node, value in cut_values.items():

@@ -16,9 +16,9 @@ from adkit.ops.hints import is_hint
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 from adkit.passes.sharding import sources
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE
 from adkit.passes.sharding.planning import check_sizes, make_plan, settled
 from adkit.passes.sharding.regions import Choice, Layout, choose, kind_of_rest, module_of
-from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, shape_of
 

@@ -100,13 +100,15 @@ def _taken(tensor: Tensor, recipe: LocalWeight) -> Tensor:
 class Rewriter:
     """A :class:`~adkit.passes.sharding.local_calls.Writer` into one site, for one rank.
 
-    Values stay those of the whole graph until every hint has been read; ``cut_values`` keeps the parts' until then.
+    Values stay those of the whole graph until every hint has been read; ``cut_values`` keeps the parts' until then
+    (weights of one shape share a value, from ``shapes``).
     """
 
     site: Site
     rank: int
     names: dict[tuple[str, Part], str]
     cut_values: dict[Node, Any]
+    shapes: dict[Any, Any]
 
     def cut(self, operand: Node | None, part: Part) -> Node | None:
         """The part of a weight under its name; of a computed value a slice, or zeros."""
@@ -118,7 +120,10 @@ class Rewriter:
             # The node that read the whole weight reads the part where nobody else wants more.
             node = operand if name == operand.target else self.site.get_attr(name, val=val)
             if node not in self.cut_values:
-                self.cut_values[node] = val.new_empty(part.of(name, self.rank).shape(val.shape))
+                shape = part.of(name, self.rank).shape(val.shape)
+                if (shape, val.dtype) not in self.shapes:
+                    self.shapes[shape, val.dtype] = val.new_empty(shape)
+                self.cut_values[node] = self.shapes[shape, val.dtype]
             return node
         return self._sliced(operand, part)
 

@@ -12,10 +12,15 @@ from adkit.graph.identity import tag_of
 from adkit.graph.placement import PARTIAL, Decision, PlanRow, ShardingPlan
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten
 from adkit.passes.sharding.regions import Choice, module_of, parameter
-from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE, Unaccounted, propagate
+from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
 
+_PRODUCTS = {
+    aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
+    aten.linear.default, aten.conv1d.default,
+}  # fmt: skip
 #: Which dimension of its weight a decision cuts.
 WEIGHT_DIM: dict[Decision, int] = {"colwise": 0, "gather": 0, "vocab": 0, "rowwise": 1, "experts": 0}
 DECISIONS: dict[object, tuple[Decision, ...]] = {
@@ -125,6 +130,10 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
     summed = node in found.sums or node in found.merged
     if choice is None:
         if not (extra or summed or node in found.norms):
+            if node.target in _PRODUCTS and any(
+                parameter(a) and rank_of(a) > 1 for a in node.all_input_nodes
+            ):
+                yield _unreadable(node)
             return
         kind, region, source = _beside(node, choices)
         why = "its weight goes with what it works on" if extra else "norm over features that are cut"
@@ -152,6 +161,18 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         source=choice.source,
         why=choice.why,
     )
+
+
+def _unreadable(node: Node) -> PlanRow:
+    """A product with a weight that is no ``torch_linear_simple``: it stays whole."""
+    op = str(node.target).removeprefix("aten.")
+    weights = tuple(str(a.target) for a in node.all_input_nodes if parameter(a))
+    module, tag = module_of(node), tag_of(node)
+    return PlanRow(
+        node=tag.id if tag is not None else -1, name=node.name, module=module, op=op, decision="whole", region=module,
+        layer=layer_of(module), weights=weights,
+        why=f"{op} is not a torch_linear_simple: its weight is laid out otherwise",
+    )  # fmt: skip
 
 
 def _least(node: Node, decision: Decision, found: Propagation) -> int:
@@ -202,6 +223,9 @@ def check_sizes(found: Propagation, decisions: Mapping[Node, Decision], dist: Di
             shares.setdefault(share.top(), []).append(node)
     for node, share in found.rows.items():
         shares.setdefault(share.top(), []).append(node)
+    for (reader, _), slices in found.sliced.items():
+        if not slices.share.owners:  # computed values, of which each rank takes its share
+            shares.setdefault(slices.share.top(), []).append(reader)
     unfit = {share: nodes for share, nodes in shares.items() if not _fits(share, dist.tp_size)}
     if unfit:
         raise ShardingError(_why_not(unfit, list(shares), dist.tp_size))

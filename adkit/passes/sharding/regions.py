@@ -16,17 +16,8 @@ from torch.fx import GraphModule, Node
 from adkit.graph.matching import same_shape
 from adkit.graph.placement import Decision
 from adkit.graph.provenance import module_path_of
-from adkit.passes.sharding.rules import (
-    ATTENTION,
-    EMBEDDING,
-    LINEAR,
-    MOE,
-    TOPK,
-    Unaccounted,
-    Walk,
-    aten,
-    carries,
-)
+from adkit.passes.sharding.op_kinds import ATTENTION, EMBEDDING, LINEAR, MOE, TOPK, aten, carries
+from adkit.passes.sharding.rules import Unaccounted, Walk
 from adkit.passes.sharding.spread import Propagation, shape_of
 
 _SAME_IDS = {aten.to.dtype, aten.clone.default, aten.view.default, aten.reshape.default, aten.clamp.default}
@@ -85,11 +76,11 @@ class Layout:
         for node in nodes:
             if node.target in _SAME_IDS and node.all_input_nodes[:1] and node.all_input_nodes[0] in ids:
                 ids.add(node)
-        layout.tokens = {
-            n for n in nodes if n.target is EMBEDDING and n.args[1] in ids and parameter(n.args[0])
-        }
-        layout._follow_stream()
         layout.head = _head(nodes[-1])
+        tied = None if layout.head is None else weight_of(layout.head)
+        tables = [n for n in nodes if n.target is EMBEDDING and parameter(n.args[0])]
+        layout.tokens = {n for n in tables if n.args[1] in ids or weight_of(n) == tied}
+        layout._follow_stream()
         layout.expert_blocks = {layout.block[n] for n in nodes if n.target is MOE}
         return layout
 
@@ -176,22 +167,24 @@ def choose(layout: Layout, taken: Mapping[Node, Choice]) -> dict[Node, Choice]:
         first = closest_linears(layout, end)
         if first and not any(n in taken or (n in found and found[n].decision != "whole") for n in first):
             found.update(_cut_region(layout, end, first, {**taken, **found}))
-    _one_cut_a_weight(found)
     for node in layout.nodes:
         if node.target in (LINEAR, EMBEDDING) and node not in found and node not in taken:
             found[node] = Choice("whole", _why_whole(node, found), *kind_of_rest(layout, node))
+    _one_cut_a_weight(found)
     return found
 
 
 def _vocabulary(layout: Layout, taken: Mapping[Node, Choice], found: dict[Node, Choice]) -> None:
     head = layout.head
     tied = {
-        _weight(n): c for n, c in taken.items() if n.target is not MOE and c.decision in ("whole", "rowwise")
+        weight_of(n): c
+        for n, c in taken.items()
+        if n.target is not MOE and c.decision in ("whole", "rowwise")
     }
     tables = [n for n in layout.nodes if n in layout.tokens and n not in taken]
     vocab = shape_of(head.args[1])[:1] if head is not None else None
     for node in [*tables, *([head] if head is not None and head not in taken else [])]:
-        other = tied.get(_weight(node))
+        other = tied.get(weight_of(node))
         if other is not None:
             found[node] = Choice(
                 "whole", f"its weight is tied to one that is {other.decision}", "vocab", module_of(node)
@@ -205,7 +198,7 @@ def _vocabulary(layout: Layout, taken: Mapping[Node, Choice], found: dict[Node, 
             )
 
 
-def _weight(node: Node) -> str | None:
+def weight_of(node: Node) -> str | None:
     """The name of the weight that a linear or an embedding reads."""
     if node.target not in (LINEAR, EMBEDDING):
         return None
@@ -287,7 +280,7 @@ def _one_cut_a_weight(found: dict[Node, Choice]) -> None:
     readers: dict[str, list[Node]] = {}
     for node in found:
         if node.target in (LINEAR, EMBEDDING):
-            weight = _weight(node)
+            weight = weight_of(node)
             if weight is not None:
                 readers.setdefault(weight, []).append(node)
     for weight, nodes in readers.items():

@@ -17,8 +17,8 @@ from adkit.graph.placement import PLAN, Decision, PlanRow, ShardingPlan
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, adkit_ops
 from adkit.passes.sharding.planning import check_sizes, follow, min_local, sizes_of
-from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE, adkit_ops
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of, shape_of
 
@@ -98,10 +98,10 @@ class _Writer:
     def write(self) -> int:
         """Write all; returns how many hints."""
         for node in list(self.gm.graph.nodes):
-            for operand, slices in self.cuts.get(node, ()):
-                self._reads_part(node, operand, slices)
             for term in self.needs.get(node, ()):
                 node.replace_input_with(self._now(term), self.summed[term])
+            for operand, slices in self.cuts.get(node, ()):
+                self._reads_part(node, operand, slices)
             if node in self.found.merged:
                 self._merge(node)
             elif node in self.found.made:
@@ -125,7 +125,7 @@ class _Writer:
         return "unknown"
 
     def _reads_part(self, node: Node, operand: Node, slices: Slices) -> None:
-        now = self._now(operand)
+        now = self.summed[operand] if operand in self.needs.get(node, ()) else self._now(operand)
         with self.of.site(self.gm, [now], label="shard", before=node) as s:
             part = self._shard(s, now, slices, self.kinds[node])
         node.replace_input_with(now, part)

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from adkit.contract import ShardingError, nearest
 from adkit.graph.placement import Decision
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE
 from adkit.passes.sharding.regions import Choice, Layout, closest_linears, kind_of_rest, layer_type, module_of
-from adkit.passes.sharding.rules import EMBEDDING, LINEAR, MOE
 
 #: Styles of transformers and AutoDeploy, and our own words, as decisions for a linear.
 STYLES: dict[str, Decision] = {
@@ -82,7 +82,7 @@ def _choices(layout: Layout, plan: Mapping[str, str], source: str, must_match: b
         if decision is None:
             raise ShardingError(f"{source} plan: {pattern!r} has the style {style!r}{nearest(style, STYLES)}")
         named = [n for n, names in targets.items() if any(matches(name, pattern) for name in names)]
-        if not named and must_match:
+        if not named and must_match and not (decision == "whole" and _is_there(layout, pattern)):
             raise ShardingError(
                 f"{source} plan: {pattern!r} names no linear, embedding or op of experts{_like(pattern, every)}"
             )
@@ -152,6 +152,12 @@ def names_of(node: Node) -> tuple[str, ...]:
 def matches(name: str, pattern: str) -> bool:
     """``layers.*.mlp`` names ``model.layers.3.mlp``: a pattern may leave out the first modules."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _is_there(layout: Layout, pattern: str) -> bool:
+    """Whether a pattern names a node of any kind that reads a weight."""
+    readers = (n for n in layout.nodes if any(a.op == "get_attr" for a in n.all_input_nodes))
+    return any(matches(name, pattern) for n in readers for name in names_of(n))
 
 
 def _exact(pattern: str) -> bool:

@@ -39,10 +39,12 @@ def _unseen(done: int, total: int, what: str) -> None:
 class Crew:
     """The ranks of a world of ``size`` that are in processes of their own.
 
-    ``timeout`` (seconds): a step that takes longer is taken for stuck.
+    ``timeout`` (seconds): a step that takes longer is taken for stuck. ``after`` is called once all have ended.
     """
 
-    def __init__(self, members: Seq[Member], size: int, timeout: float) -> None:
+    def __init__(
+        self, members: Seq[Member], size: int, timeout: float, after: Callable[[], object] = lambda: None
+    ) -> None:
         self.members = {m.rank: m for m in members}
         self.size = size
         self.timeout = timeout
@@ -54,7 +56,7 @@ class Crew:
         self._results: dict[int, Drawn] = {}
         self._number = 0
         self._watched = False
-        self._finalizer = weakref.finalize(self, _end, list(members), 0.0)
+        self._finalizer = weakref.finalize(self, _end, list(members), 0.0, after)
 
     def watch(self, lost: Callable[[Exception], object]) -> None:
         """Listen in a thread of its own from now on; ``lost`` is called there with the error when a rank fails."""
@@ -218,14 +220,15 @@ class Crew:
         """End every rank: asked to, and killed if they have not after so many seconds."""
         if self.error is None:
             self.error = RankError(f"close() was called; wb.llm(tp={self.size}) starts anew")
-        if self._finalizer.detach():
-            _end(list(self.members.values()), seconds)
+        if found := self._finalizer.detach():
+            _, _, (members, _, after), _ = found
+            _end(members, seconds, after)
 
     def __repr__(self) -> str:
         return f"Crew({self.size} ranks{', ended' if self.error else ''})"
 
 
-def _end(members: Seq[Member], seconds: float) -> None:
+def _end(members: Seq[Member], seconds: float, after: Callable[[], object]) -> None:
     if seconds:
         for member in members:
             try:
@@ -237,6 +240,7 @@ def _end(members: Seq[Member], seconds: float) -> None:
         if not seconds or not member.how_it_ended(max(0.0, limit - time.monotonic())):
             member.kill()
         member.link.close()
+    after()
 
 
 def _prefixed(rank: int, text: str) -> str:

@@ -31,6 +31,10 @@ class Link:
         sock.settimeout(timeout)
         self._socket = sock
 
+    def settimeout(self, timeout: float | None) -> None:
+        """Change it."""
+        self._socket.settimeout(timeout)
+
     def fileno(self) -> int:
         """To wait for messages with ``multiprocessing.connection.wait``; -1 once closed."""
         return self._socket.fileno()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +132,17 @@ def test_captured_sizes_share_the_memory_of_their_logits():
         logits, best = graphs(host, None)
         assert torch.equal(logits, table[ids.cuda()])
         assert torch.equal(best, table[ids.cuda()].argmax(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_bear_the_padding_of_steps_with_prompts():
+    root = Path(__file__).parents[3]
+    path = os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("replay_with_kernels.py"))],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -16,8 +16,9 @@ from adkit.contract import DistConfig, EngineError, RankError, SamplingParams, S
 from adkit.runtime import LiveModel
 from adkit.runtime.ranks import meeting, start, start_processes
 from adkit.runtime.ranks.link import Door, knock
+from tests.forked_ranks import gone
 from tests.runtime.ranks import conftest
-from tests.runtime.ranks.conftest import engine_of, gone
+from tests.runtime.ranks.conftest import engine_of
 
 LONG = SamplingParams(max_tokens=50, ignore_eos=True)
 
@@ -113,6 +114,7 @@ def test_ranks_end_with_their_parent_however_it_ends():
     assert gone(pids)
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_without_closing_leaves_nothing():
     program = (
         "from tests.runtime.ranks.conftest import start\n"

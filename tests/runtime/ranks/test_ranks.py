@@ -8,10 +8,12 @@ import threading
 
 import pytest
 
-from adkit.contract import RankError, SamplingParams
+from adkit.contract import DistConfig, RankError, SamplingParams
 from adkit.runtime import LiveModel
+from adkit.runtime.ranks import start_processes
+from tests.forked_ranks import gone
 from tests.runtime.conftest import Lab
-from tests.runtime.ranks.conftest import engine_of, gone, start
+from tests.runtime.ranks.conftest import engine_of, start
 
 PROMPTS = [[i + 1, 2, 3] * (1 + i % 3) for i in range(6)]
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -99,6 +101,14 @@ def test_an_interrupt_leaves_ranks_that_go_on(world, seconds):
     assert not live.engine.has_work
     answer = live.generate(PROMPTS[3], GREEDY, progress=False)
     assert list(answer.token_ids) == Lab.greedy_alone(PROMPTS[3], 20, ignore_eos=True)
+
+
+def test_exchanges_over_any_dimension_and_dtype():
+    model, device = start_processes(
+        "tests.runtime.ranks.toy:exchanges", {}, DistConfig.of(tp=2), device="cpu"
+    )
+    assert model.vocab_size == Lab.VOCAB
+    device.close()
 
 
 def test_close_ends_the_processes_and_what_comes_after_says_so():

@@ -16,6 +16,24 @@ from tests.runtime.conftest import INPUTS, HashModel
 PAGE_SIZE = 4
 
 
+def exchanges(*, dist: DistConfig, device: str, progress) -> CompiledModel:
+    """Raises unless every exchange gives what it says, computed here from what every rank has."""
+    here = over_ranks.communicator()
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        parts = [torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(r)) for r in range(here.size)]
+        parts = [(8 * p).round().to(dtype) for p in parts]  # whole numbers, whose sums are exact
+        mine = parts[here.rank]
+        total = torch.stack(parts).sum(0)
+        assert torch.equal(here.all_reduce(mine.clone(), "AUTO"), total)
+        assert torch.equal(here.all_reduce(mine.clone().transpose(0, 2), "NCCL"), total.transpose(0, 2))
+        assert torch.equal(here.broadcast(mine.clone()), parts[0])
+        for dim in range(3):
+            assert torch.equal(here.all_gather(mine, dim, "AUTO"), torch.cat(parts, dim))
+            share = here.reduce_scatter(mine, dim, "AUTO")
+            assert torch.equal(share, total.chunk(here.size, dim)[here.rank])
+    return build(dist=dist, device=device, progress=progress)
+
+
 def build(
     *,
     dist: DistConfig,
@@ -63,6 +81,7 @@ def build(
     for n in range(3):
         progress(n + 1, 3, "building")
     compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,))
+    compiled.details["pid"] = os.getpid()
     if replay:
         settings = EngineConfig()
         most = settings.max_batch_size
