@@ -128,7 +128,6 @@ class ResizeKVCache(Pass):
             )
         from adkit.passes.compile.compile_model import warmup_batch
 
-        batch = warmup_batch(ctx, pool)
         gm.recompile()
         torch.cuda.synchronize(ctx.device)
         torch.cuda.empty_cache()
@@ -137,6 +136,7 @@ class ResizeKVCache(Pass):
         names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
         step = f"for a step of max_num_tokens={ctx.engine.max_num_tokens}"
         with torch.inference_mode(), memory.limited(step, ctx.device, "lower max_num_tokens"):
+            batch = warmup_batch(ctx, pool)
             gm(**{n: pool.tensors[n] if n in pool.tensors else getattr(batch, n) for n in names})
         torch.cuda.synchronize(ctx.device)
         activations = torch.cuda.max_memory_allocated(ctx.device) - before
