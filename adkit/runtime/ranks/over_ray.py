@@ -89,6 +89,7 @@ def _start(
     ends = list(reversed(undo))
     undo.clear()  # from here on the crew does it
     crew = Crew(sorted(members, key=lambda m: m.rank), size, timeout, lambda: [step() for step in ends])
+    crew.store = store
     return outline(crew.wait_until_ready(progress)), Elsewhere(crew)
 
 
