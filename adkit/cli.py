@@ -227,11 +227,19 @@ def _record(path: Path) -> Any:
 
 def main() -> None:
     """Entry point: adkit's own errors are one line, not a traceback."""
+    status = 1
     try:
         app()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     except AdkitError as error:
         print(f"adkit: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(status)
     except KeyboardInterrupt:
+        status = 130
         print("adkit: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(status)
+    finally:
+        if "adkit.runtime.ranks" in sys.modules:
+            sys.modules["adkit.runtime.ranks"].leave(status)

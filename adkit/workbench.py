@@ -75,7 +75,8 @@ class Workbench:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         settings = load_config(fragments, overrides, **engine)
         self._made_of = {"model": model, "random_weights": random_weights, "seed": seed,
-                         "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}  # fmt: skip
+                         "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+                         "lean": lean}  # fmt: skip
         self.device = settings.usable_device()
         self.factory: ModelFactory = resolve(
             model,

@@ -5,7 +5,8 @@
 Writes ``benchmarks/results/explorer.json``. Milliseconds from the input event to the frame that shows its effect; the
 longest frame is the longest time between two frames while the mouse drags and the wheel turns. Headless Chromium
 draws in software, so a real screen is faster. Medians over rounds, each in a new page (of JupyterLab: a new widget);
-nothing is downloaded. Let the machine be otherwise idle: its load is written beside the figures.
+nothing is downloaded. Let the machine be otherwise idle: its load is written beside the figures, and beside some what
+the page's main thread itself worked (``cpu``), which other programs do not lengthen much.
 """
 
 from __future__ import annotations
@@ -76,6 +77,13 @@ class Explored:
 
     def __init__(self, page: Any) -> None:
         self.page = page
+        self.tools = page.context.new_cdp_session(page)
+        self.tools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def cpu(self) -> float:
+        """Milliseconds that the main thread has worked so far."""
+        metrics = self.tools.send("Performance.getMetrics")["metrics"]
+        return 1e3 * next(float(m["value"]) for m in metrics if m["name"] == "TaskDuration")
 
     def act(self, code: str, shown: str) -> float:
         """Milliseconds until ``shown`` is on the screen after ``code``."""
@@ -127,8 +135,11 @@ class Explored:
 
     def round(self) -> dict[str, float]:
         elements = {"outline": self.page.evaluate(ELEMENTS)}
+        clock = [self.cpu()]
         unfold = self.unfold()
+        clock.append(self.cpu())
         steps = self.steps()
+        clock.append(self.cpu())
         frame = self.move()
         self.button("Unfold all")
         elements["everything unfolded"] = self.page.evaluate(ELEMENTS)
@@ -139,7 +150,9 @@ class Explored:
         three = self.move()
         return {
             "unfold_ms": unfold,
+            "unfold_cpu_ms": clock[1] - clock[0],
             "step_ms": statistics.median(steps),
+            "step_cpu_ms": (clock[2] - clock[1]) / len(steps),
             "slowest_step_ms": max(steps),
             "longest_frame_ms": frame,
             "longest_frame_everything_unfolded_ms": all_frame,
@@ -178,7 +191,7 @@ def lab_rounds(browser: Any, name: str, rounds: int) -> dict[str, float]:
             page.evaluate("window.from = performance.now()")
             page.evaluate(f"() => {{ {PAINT} }}")  # not its promise: nothing is painted yet
             cell = lab.run(
-                "start = time.perf_counter(); explorer = wb.explore(); took = time.perf_counter() - start\nexplorer"
+                "start = time.process_time(); explorer = wb.explore(); took = time.process_time() - start\nexplorer"
             )
             paint = float(page.evaluate("window.painted.then(at => at - window.from)"))
             told = lab.run("print('seconds', took)").locator(".jp-OutputArea-output").first
@@ -189,7 +202,7 @@ def lab_rounds(browser: Any, name: str, rounds: int) -> dict[str, float]:
             found = Explored(page).round()
             lab.command("notebook:clear-all-cell-outputs")
             lab.run("explorer.close()")
-            return {"explore_to_paint_ms": paint, "explore_in_python_ms": seconds * 1e3, **found}
+            return {"explore_to_paint_ms": paint, "explore_in_python_cpu_ms": seconds * 1e3, **found}
 
         found = medians(one, rounds)
         page.close()
@@ -246,10 +259,10 @@ def main() -> None:
                 found["jupyterlab"] = lab_rounds(browser, name, max(1, a.rounds - 2))
             loads.append(os.getloadavg()[0])
             out["models"][name] = found
+            out["load_average"] = [round(x, 2) for x in loads]
+            RESULTS.write_text(json.dumps(out, indent=1) + "\n")
             print(name, json.dumps(found, indent=1), flush=True)
         browser.close()
-    out["load_average"] = [round(x, 2) for x in loads]
-    RESULTS.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

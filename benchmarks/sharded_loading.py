@@ -4,8 +4,9 @@
 
 Makes two checkpoints in a temporary directory (a llama and a mixture of experts stored expert by expert, random bf16
 values, files of at most 1 GB), then lets four ranks load one after another, a process each, on the CPU. Writes
-``benchmarks/results/sharded_loading.json``. Anonymous memory is ``RssAnon`` of ``/proc/self/status``, sampled every five
-milliseconds; mapped checkpoint files are not in it. ``--small`` takes checkpoints of a few megabytes and writes nothing.
+``benchmarks/results/sharded_loading.json``. Anonymous memory is ``RssAnon`` of ``/proc/self/status``, sampled every
+five milliseconds; mapped checkpoint files are not in it. ``--small`` takes checkpoints of a few megabytes and writes
+nothing.
 """
 
 from __future__ import annotations

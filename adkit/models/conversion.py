@@ -21,13 +21,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
-    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
+from adkit.contract import LocalWeight
 from adkit.models.checkpoint import Stored
 
 # Path segments under which a multi-modal checkpoint keeps its language model.
@@ -47,47 +47,62 @@ class Group:
     converter: WeightConverter | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def convert(
-        self, tensors: Iterable[Tensor], model: nn.Module, sources: list[tuple[str, str]] | None = None
-    ) -> dict[str, Tensor]:
-        """The model's tensors made from the stored ones (in the order of ``sources``; default: all of them)."""
+    def convert(self, tensors: Iterable[Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensors made from the stored ones (in the order of ``sources``)."""
         if self.converter is None:
             (tensor,) = tensors
             return {self.key: tensor}
         converter = deepcopy(self.converter)
-        for (name, pattern), tensor in zip(sources or self.sources, tensors, strict=True):
+        for (name, pattern), tensor in zip(self.sources, tensors, strict=True):
             converter.add_tensor(self.key, name, pattern, cast(Any, tensor))
         made = converter.convert(self.key, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def experts(self) -> list[list[tuple[str, str]]] | None:
-        """The sources of each index of dimension 0, where the conversion works index by index; else None.
+    def experts(self) -> Experts | None:
+        """How the one tensor that this makes is stacked, where it is stacked index by index; else None.
 
-        That is so where it stacks as many tensors a pattern as the dimension is long, and then joins or turns other
-        dimensions.
+        That is so where the conversion stacks as many tensors a pattern as dimension 0 is long, and does no more than
+        join the patterns' stacks along another dimension.
         """
         if self.converter is None or len(self.shapes) != 1:
             return None
         first, *rest = self.converter.operations
-        if not isinstance(first, MergeModulelist) or first.dim != 0:
-            return None
         (shape,) = self.shapes.values()
-        for op in rest:
-            dims = (
-                (op.dim0, op.dim1)
-                if isinstance(op, Transpose)
-                else (op.dim,)
-                if isinstance(op, Concatenate)
-                else (0,)
-            )
-            if any(d % len(shape) == 0 for d in dims):
-                return None
-        by_pattern: dict[str, list[tuple[str, str]]] = {}
-        for source in self.sources:
-            by_pattern.setdefault(source[1], []).append(source)
-        if any(len(found) != shape[0] for found in by_pattern.values()):
+        if not isinstance(first, MergeModulelist) or first.dim != 0 or len(rest) > 1:
             return None
-        return [list(row) for row in zip(*by_pattern.values(), strict=True)]
+        dim = rest[0].dim % len(shape) if rest and isinstance(rest[0], Concatenate) else None
+        patterns = [p for p in self.converter.source_patterns if any(p == found for _, found in self.sources)]
+        stacks = [[name for name, found in self.sources if found == p] for p in patterns]
+        if any(len(stack) != shape[0] for stack in stacks):
+            return None
+        if (rest and not dim) or (not rest and len(stacks) != 1):
+            return None
+        return Experts([list(row) for row in zip(*stacks, strict=True)], dim or 1)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Stored tensors of each index of dimension 0, which lie side by side along ``dim`` of the model's tensor."""
+
+    sources: list[list[str]]
+    dim: int
+
+    def copy(self, stored: list[Tensor], part: LocalWeight, made: Tensor) -> None:
+        """Write one index's part into ``made`` [1, ...], straight from its stored tensors (without dimension 0)."""
+        total = sum(t.shape[self.dim - 1] for t in stored)
+        ranges = next((c.ranges for c in part.cuts if c.dim == self.dim), ((0, total),))
+        others = LocalWeight(part.name, tuple(c for c in part.cuts if c.dim not in (0, self.dim)))
+        at = 0
+        for start, stop in ranges:
+            offset = 0
+            for tensor in stored:
+                size = tensor.shape[self.dim - 1]
+                low, high = max(start, offset), min(stop, offset + size)
+                if low < high:
+                    piece = tensor[None].narrow(self.dim, low - offset, high - low)
+                    others.copy(piece, made.narrow(self.dim, at, high - low))
+                    at += high - low
+                offset += size
 
 
 @dataclass

@@ -384,27 +384,20 @@ class ModelFactory:
             yield from self._whole(group, found, device)
         else:
             for _, part in found:
-                yield part, self._expert_by_expert(group, experts, part, device)
+                yield part, self._expert_by_expert(experts, part, device)
 
     def _expert_by_expert(
-        self,
-        group: conversion.Group,
-        experts: list[list[tuple[str, str]]],
-        part: LocalWeight,
-        device: torch.device,
+        self, experts: conversion.Experts, part: LocalWeight, device: torch.device
     ) -> Tensor:
-        """A part of a tensor of experts: those of this rank, one after another."""
+        """A part of a tensor of experts: those of this rank, one after another, straight from the mapped files."""
         meta = self.tensors[part.name]
         made = torch.zeros(part.shape(meta.shape), dtype=meta.dtype, device=device)
         if part.zero:
             return made
-        kept = next((c.ranges for c in part.cuts if c.dim == 0), ((0, len(experts)),))
-        within = replace(part, cuts=tuple(c for c in part.cuts if c.dim != 0))
+        kept = next((c.ranges for c in part.cuts if c.dim == 0), ((0, len(experts.sources)),))
         for at, expert in enumerate(e for start, stop in kept for e in range(start, stop)):
-            sources = experts[expert]
-            stored = [self._checkpoint.mapped(name) for name, _ in sources]
-            (one,) = group.convert(stored, self._skeleton, sources).values()
-            within.copy(one, made[at : at + 1])
+            stored = [self._checkpoint.mapped(name) for name in experts.sources[expert]]
+            experts.copy(stored, part, made[at : at + 1])
         return made
 
     def _from_seed(

@@ -93,7 +93,8 @@ class Explorer(anywidget.AnyWidget):
         """Take over a record that went on; what is looked at stays where it still is."""
         old = self._data
         at = old.steps[self.step] if 0 <= self.step < len(old.steps) else None
-        follows = at is None or at.after < 0 or self.step == _last_change(old)
+        failed = (self.live.get("error") or {}).get("step")
+        follows = at is None or (at.name != failed and (at.after < 0 or self.step == _last_change(old)))
         overlays = old.overlays
         self._take(data)
         self._stale = False

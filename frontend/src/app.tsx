@@ -77,10 +77,21 @@ function App({ store, group }: { store: Store; group: Group }) {
           )}
           <Legend store={store} />
         </div>
+        <p class="adk-spoken" role="status">{spoken(store)}</p>
         {state.side && <Side store={store} show={(id) => reveal(store, group, id)} />}
       </div>
     </div>
   );
+}
+
+/** What is chosen, for who hears it. */
+function spoken({ state, walk, graph }: Store): string {
+  const [id] = state.selection;
+  if (id === undefined) return state.module ?? "";
+  const row = graph < 0 ? undefined : walk.rowOf(graph).get(id);
+  if (row === undefined) return "";
+  const n = walk.info(row);
+  return `${n.name}, ${n.op === "call_function" ? n.short : n.op}, ${n.value}, in ${n.path || "the model"}`;
 }
 
 /** Why there is nothing to draw at the step looked at. */
@@ -178,7 +189,9 @@ function find(store: Store, query: string) {
       const all = `${n.name} ${n.target} ${n.short} ${n.op} ${n.value} ${n.path} ${n.type} ${n.source === null ? "" : `${n.source.file}:${n.source.line} ${n.source.code}`}`.toLowerCase();
       return words.every((w) => all.includes(w));
     });
-  return [...found.filter((n) => !LEAVES.has(n.op)), ...found.filter((n) => LEAVES.has(n.op))];
+  // Those that are called so before those that only stand in such a module.
+  const rank = (n: NodeInfo): number => (LEAVES.has(n.op) ? 2 : words.some((w) => `${n.name} ${n.short}`.toLowerCase().includes(w)) ? 0 : 1);
+  return found.sort((a, b) => rank(a) - rank(b));
 }
 
 function Legend({ store }: { store: Store }) {

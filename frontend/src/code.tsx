@@ -49,8 +49,10 @@ function Cell({ line, chosen, store }: { line: Line | null; chosen: Set<number>;
   const hit = line.ids.some((i) => chosen.has(i));
   return (
     <td class={hit ? "adk-chosen" : ""} onClick={() => line.ids.length > 0 && store.select([line.ids[line.ids.length - 1]!])}>
-      <code style={{ paddingLeft: `${line.depth * 2.4}em` }}>{line.text}</code>
-      {line.comment && <span class="adk-comment">  # {line.comment}</span>}
+      <div class="adk-line" style={{ paddingLeft: `${line.depth * 2.4 + 3}em` }}>
+        <code>{line.text}</code>
+        {line.comment && <span class="adk-comment">  # {line.comment}</span>}
+      </div>
     </td>
   );
 }

@@ -50,7 +50,7 @@ export function scaleOf(overlay: Overlay): Scale {
     low,
     high,
     colour: (v) => (overlay.scale === "words" ? `rgb(${WORDS[v % WORDS.length]!.join(",")})` : mix(overlay.scale === "diverging" ? DIVERGING : RAMP, share(v))),
-    text: (v) => (overlay.scale === "words" ? (overlay.words[v] ?? "") : `${short(v)}${overlay.unit ? ` ${overlay.unit}` : ""}`),
+    text: (v) => (overlay.scale === "words" ? (overlay.words[v] ?? "") : measured(v, overlay.unit)),
   };
 }
 
@@ -59,6 +59,13 @@ function mix(stops: number[][], at: number): string {
   const k = Math.min(stops.length - 2, Math.floor(x));
   const part = x - k;
   return `rgb(${stops[k]!.map((c, n) => Math.round(c + (stops[k + 1]![n]! - c) * part)).join(",")})`;
+}
+
+/** A value with its unit; times in the unit that reads best. */
+function measured(v: number, unit: string): string {
+  if (unit !== "µs" && unit !== "us") return `${short(v)}${unit ? ` ${unit}` : ""}`;
+  const a = Math.abs(v);
+  return a >= 1e6 ? `${short(v / 1e6)} s` : a >= 1e3 ? `${short(v / 1e3)} ms` : `${short(v)} µs`;
 }
 
 /** A number in three figures: 1.23 k, 4.5 M, 6.7e-6. */

@@ -55,7 +55,10 @@ export interface Shown {
   title(module: Module): string;
 }
 
-const LETTER = 6.4;
+/** Pixels of a letter: of a node's name, and of the line below it. */
+const LETTER = 6.95;
+const SMALL_LETTER = 6.05;
+const WIDEST = 250;
 const TITLE_LETTER = 7;
 const HEADER = 26;
 const PADDING = 14;
@@ -158,14 +161,14 @@ export class Layout {
           .map((i) => this.graph.nodes.get(i))
           .filter((n): n is GraphNode => n !== undefined && this.shown.isHidden(n))
           .map((n) => n.name);
-        const longest = Math.max(...lines.map((l) => l.length), 8);
+        const longest = Math.max((lines[0]?.length ?? 0) * LETTER, (lines[1]?.length ?? 0) * SMALL_LETTER, 52);
         drafts.set(`n:${item}`, {
           item: node,
           key: `n:${item}`,
           count: 1,
           inside: null,
           chips,
-          width: Math.min(220, longest * LETTER + 20),
+          width: Math.min(WIDEST, longest + 20),
           height: NODE_HEIGHT + (chips.length > 0 ? CHIP_HEIGHT : 0),
         });
         continue;
@@ -273,6 +276,11 @@ function arrange(drafts: Map<string, Draft>, edges: { from: string; to: string }
     at: new Map([...drafts.keys()].map((k) => [k, graph.node(k) as unknown as { x: number; y: number }])),
     points: edges.map((e) => (graph.edge(e.from, e.to) as unknown as { points: { x: number; y: number }[] }).points),
   };
+}
+
+/** Letters of a name that fit into a width. */
+export function letters(width: number): number {
+  return Math.floor((width - 8) / LETTER);
 }
 
 /** Height of an open module's title, above its inside. */

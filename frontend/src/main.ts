@@ -155,7 +155,9 @@ function begin(el: HTMLElement, walk: Walk, model: Model, on: (event: string, ca
       model.set(name, value);
       any = true;
     };
-    for (const name of SHARED) put(name, store.state[name]);
+    // While the kernel runs the pipeline it reads nothing, and which step is shown changes by itself.
+    const follows = store.state.live.running !== "" && store.graph < 0;
+    for (const name of SHARED) if (name !== "step" || !follows) put(name, store.state[name]);
     put("unfolded", foldState(store));
     if (any) model.save_changes();
   };

@@ -220,7 +220,7 @@ function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number,
   if (row === undefined) return;
   const info = store.walk.info(row);
   tip.replaceChildren();
-  for (const [tag, content] of [["b", info.name], ["div", info.op === "call_function" ? store.walk.call(graph, row) : info.op], ["div", info.value], ["small", info.source === null ? info.path : `${info.path}  ${info.source.file}:${info.source.line}`]] as const) {
+  for (const [tag, content] of [["b", info.name], ["div", info.op === "call_function" ? `${info.short}(${store.walk.call(graph, row)})` : info.op], ["div", info.value], ["small", info.source === null ? info.path : `${info.path}  ${info.source.file}:${info.source.line}`]] as const) {
     const e = document.createElement(tag);
     e.textContent = content.length > 300 ? `${content.slice(0, 300)}…` : content;
     tip.append(e);

@@ -17,9 +17,9 @@ function Half({ picture, side, store, show }: { picture: Picture; side: "before"
   const laid = useMemo(() => arrange(picture, side), [picture, side]);
   const kinds = new Map(store.walk.data.categories.map((c, k) => [c.name, k]));
   return (
-    <figure>
+    <figure tabIndex={0} aria-label={side}>
       <figcaption>{side}</figcaption>
-      <svg viewBox={`0 0 ${laid.width} ${laid.height}`} style={{ maxWidth: `${laid.width}px` }} role="img" aria-label={`${side}: ${laid.boxes.map((b) => b.title).join(", ")}`}>
+      <svg viewBox={`0 0 ${laid.width} ${laid.height}`} style={{ width: `${laid.width * 0.9}px` }} role="img" aria-label={`${side}: ${laid.boxes.map((b) => b.title).join(", ")}`}>
         <defs><marker id={`adk-tip-${side}`} viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0.5 L7.5,4 L0,7.5 z" class="adk-arrow" /></marker></defs>
         {laid.arrows.map((d, n) => <path key={n} d={d} class="adk-edge" marker-end={`url(#adk-tip-${side})`} />)}
         {laid.boxes.map((b, n) => (

@@ -2,7 +2,7 @@
  * The picture: an SVG that holds only what is in view. Every change of view walks the layout from the top and
  * leaves out modules outside the frame or too small to read, so the work follows what is visible.
  */
-import { TITLE_HEIGHT, type Edge, type Inside, type Layout, type ModuleBox, type NodeBox } from "./layout.ts";
+import { letters, TITLE_HEIGHT, type Edge, type Inside, type Layout, type ModuleBox, type NodeBox } from "./layout.ts";
 
 const NS = "http://www.w3.org/2000/svg";
 /** Screen pixels below which a module's inside is not drawn. */
@@ -357,11 +357,18 @@ function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement 
   if (box.kind === "module") {
     const fold = make("g", { class: "adk-fold" });
     fold.append(make("rect", { x: "5", y: "6", width: "16", height: "16", rx: "3" }), make("path", { d: open ? "M9,14 h8" : "M9,14 h8 M13,10 v8" }));
-    g.append(fold, text(look.lines[0] ?? "", 27, 18, "adk-name"));
+    const [name, type] = (look.lines[0] ?? "").split(/(?=: )/, 2);
+    const told = text(name ?? "", 27, 18, "adk-name");
+    if (type !== undefined) {
+      const more = make("tspan", { class: "adk-type" });
+      more.textContent = type;
+      told.append(more);
+    }
+    g.append(fold, told);
     if (box.count > 1) g.append(text(`×${box.count}`, box.width - 8, 18, "adk-count", "end"));
     if (!open && look.lines[1] !== undefined) g.append(text(look.lines[1], 27, 30, "adk-detail"));
   } else {
-    g.append(text(look.lines[0] ?? "", box.width / 2, 15, "adk-name", "middle"));
+    g.append(text(clip(look.lines[0] ?? "", letters(box.width)), box.width / 2, 15, "adk-name", "middle"));
     if (look.lines[1] !== undefined) g.append(text(clip(look.lines[1], box.width / 6.1), box.width / 2, 29, "adk-detail", "middle"));
     if (box.chips.length > 0) g.append(text(clip(box.chips.join(", "), box.width / 5.7), box.width / 2, 43, "adk-chips", "middle"));
   }

@@ -126,7 +126,7 @@ function NodePanel({ store, show }: { store: Store; show: Show }) {
     <>
       <h2>{n.name}</h2>
       {here === undefined && <p class="adk-note">Not in this graph: erased by {walk.steps[gone]?.name ?? "a later step"}. <button type="button" onClick={() => { const s = walk.stepWith(id, state.step); if (s !== null) { store.set({ step: s }); show(id); } }}>go where it stands</button></p>}
-      <pre class="adk-code">{n.op === "call_function" ? walk.call(graph, row) : `${n.op} ${n.target}`}</pre>
+      <pre class="adk-code">{n.op === "call_function" ? `${n.short}(${walk.call(graph, row)})` : `${n.op} ${n.target}`}</pre>
       <Facts facts={[["value", n.value], ["op", n.op === "call_function" ? n.target : n.op], ["module", `${n.path || "root"}${n.type ? ` (${n.type})` : ""}`], ["id", `%${n.id}`], ...values.map(([o, k]) => [o.name, scaleOf(o).text(o.values[k]!)] as [string, string])]} />
       <Links title="inputs" ids={n.inputs} store={store} show={show} />
       <Links title="users" ids={users} store={store} show={show} />

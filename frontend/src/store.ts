@@ -153,14 +153,19 @@ export class Store {
     const changed = new Set<keyof State | "walk">(["walk"]);
     if (walk !== this.walk) {
       const { name = "", after = -1 } = this.walk.steps[this.state.step] ?? {};
-      const follows = after < 0 || this.state.step === lastChange(this.walk);
+      const failed = name === this.state.live.error?.step;
+      const follows = !failed && (after < 0 || this.state.step === lastChange(this.walk));
       this.walk = walk;
-      const again = follows ? -1 : walk.steps.findIndex((s) => s.name === name && s.after >= 0);
+      const again = follows ? -1 : walk.steps.findIndex((s) => s.name === name && (s.after >= 0 || failed));
       const step = again < 0 ? lastChange(walk) : again;
       const known = (k: number): boolean => k < walk.steps.length;
-      this.state = { ...this.state, step, against: known(this.state.against) ? this.state.against : -1, panes: this.state.panes.every(known) && this.state.panes.includes(step) ? this.state.panes : [], rewrite: -1, open: this.state.open.size > 1 ? this.state.open : this.opened() };
+      this.state = { ...this.state, step, against: known(this.state.against) ? this.state.against : -1, panes: this.state.panes.every(known) && this.state.panes.includes(step) ? this.state.panes : [], rewrite: -1 };
       changed.add("step");
-    } else if (this.state.open.size <= 1) this.state = { ...this.state, open: this.opened() };
+    }
+    if (this.state.open.size <= 1) {
+      this.state = { ...this.state, open: this.opened() };
+      changed.add("open");
+    }
     for (const cache of [this.layouts, this.differences, this.marked, this.aligned, this.laid]) cache.clear();
     this.tell(changed);
   }
@@ -182,13 +187,22 @@ export class Store {
 
   /** Graph of the step looked at. */
   get graph(): number {
-    return this.walk.steps[this.state.step]?.after ?? -1;
+    return this.graphOf(this.state.step);
+  }
+
+  /** Graph after a step; of the one that failed the graph that it was given. */
+  private graphOf(step: number): number {
+    const { steps } = this.walk;
+    const at = steps[step];
+    if (at === undefined || at.after >= 0 || at.name !== this.state.live.error?.step) return at?.after ?? -1;
+    for (let k = step - 1; k >= 0; k--) if (steps[k]!.after >= 0) return steps[k]!.after;
+    return -1;
   }
 
   /** What stands side by side: one point, or what is compared, left to right. */
   points(): Point[] {
     const { step, against, mode, panes } = this.state;
-    const at = (k: number): Point => ({ step: k, graph: this.walk.steps[k]?.after ?? -1, title: `after ${this.walk.steps[k]?.name ?? ""}` });
+    const at = (k: number): Point => ({ step: k, graph: this.graphOf(k), title: `${(this.walk.steps[k]?.after ?? -1) < 0 ? "before" : "after"} ${this.walk.steps[k]?.name ?? ""}` });
     if (mode === "graph") return [at(step)];
     if (panes.length > 0) return panes.map(at);
     if (against >= 0) return against === step ? [at(step)] : [at(against), at(step)];

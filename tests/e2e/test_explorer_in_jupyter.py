@@ -136,7 +136,7 @@ def test_a_running_pipeline_is_seen_while_it_runs(jupyter_lab):
     run.locator(".jp-OutputArea-output").first.wait_for(timeout=10_000)
     view.locator(".adk-failure").click()
     view.locator(".adk-failure-text", has_text="ValueError: no good").wait_for(timeout=10_000)
-    view.locator("[data-key='m:model.layers']").first.wait_for(timeout=30_000)
+    view.locator(".adk-pane[aria-label='before broken'] [data-key='m:model.layers']").wait_for(timeout=30_000)
     view.locator("[aria-label^='slow']").click()
     view.locator(".adk-log", has_text="waited long enough").wait_for(timeout=10_000)
     if SHOTS:
@@ -145,5 +145,5 @@ def test_a_running_pipeline_is_seen_while_it_runs(jupyter_lab):
     # Mended, it goes on to the end in the same widget.
     lab.run("wb.disable('broken').run()")
     view.locator("[aria-label^='compile_model: done']").wait_for(timeout=60_000)
-    view.locator(".adk-pane[aria-label='after slow']").wait_for(timeout=10_000)
+    view.locator(".adk-pane[aria-label='after slow']").wait_for(timeout=20_000)
     assert view.locator(".adk-failure").count() == 0

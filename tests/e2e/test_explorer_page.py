@@ -147,6 +147,10 @@ def test_by_keyboard_alone(tab) -> None:
     name = tab.locator(".adk-panel h2").text_content()
     tab.keyboard.press("ArrowRight")
     eventually(tab, lambda: tab.locator(".adk-panel h2").text_content() != name)
+    eventually(
+        tab,
+        lambda: tab.locator(".adk-spoken").text_content().startswith(f"{tab.locator('h2').text_content()}, "),
+    )
     tab.keyboard.press("Escape")
     tab.keyboard.press("x")
     assert tab.locator(".adk-pane").count() == 2

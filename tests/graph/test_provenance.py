@@ -11,6 +11,7 @@ import pytest
 from torch.fx import Graph, Node
 
 from adkit.graph.provenance import Source, context_of, module_path_of
+from tests.graph.samples import sample
 
 
 def node(stack: dict[str, tuple[str, str]] | None) -> Node:
@@ -36,9 +37,10 @@ def test_exports_name_for_no_module_is_no_module() -> None:
     assert module_path_of(node({"a": ("model", "m.Model"), none: (none, none)})) == ("model", "Model")
 
 
-def test_torch_still_names_no_module_so() -> None:
-    hook = pytest.importorskip("torch._export.passes._node_metadata_hook")
-    assert hook._EMPTY_NN_MODULE_STACK_KEY.startswith("_empty_nn_module_stack")
+def test_every_module_of_an_exported_graph_is_one_of_the_models() -> None:
+    paths = {n.module_path for n in sample("llama")["export_to_gm"].after}
+    assert "" in paths
+    assert {p.split(".")[0] for p in paths - {""}} == {"model", "lm_head"}
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.ops.test_triton import needs_triton, run
+from tests.ops.test_triton import ROOT, needs_triton, run
 
 
 @pytest.mark.slow
@@ -23,6 +24,20 @@ def test_kernels_add_up_and_gather_between_processes_with_the_same_bits_everywhe
 def test_kernels_compile_for_gpus() -> None:
     done = run([str(Path(__file__).with_name("collectives_for_gpus.py"))], TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ranks need a GPU each: run it on a host with two")
+def test_every_strategy_on_gpus_adds_up_with_the_same_bits_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    script = str(ROOT / "benchmarks" / "collectives.py")
+    done = run([script, "--json", str(file), "--seconds", "20"], TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = [r for r in json.loads(file.read_text())["rows"] if not r["strategy"].startswith("torch")]
+    assert {"ONESHOT", "TWOSHOT", "NCCL"} <= {r["strategy"] for r in rows}
+    for row in rows:
+        assert (row["same_bits"], row["same_again"]) == (True, True), row
+        assert row["error"] < 2**-7, row
 
 
 @needs_triton

@@ -5,7 +5,8 @@
 - two shots: every rank adds up a share and sends it around: less to send for many ranks, one way more.
 
 Memory comes from the caller (:class:`Inboxes`): the runtime maps it between processes. All ranks must make the
-same calls in the same order on the same inboxes. Calls may be captured in CUDA graphs, and keep the rules of ``pdl``.
+same calls in the same order on the same inboxes, one after another (on one stream). Calls
+may be captured in CUDA graphs, and keep the rules of ``pdl``.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

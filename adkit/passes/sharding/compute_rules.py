@@ -106,7 +106,7 @@ def _rope(w: Walk, node: Node) -> tuple[Spread, Spread]:
     for x in (q, k):
         s = w.found.of(x)
         if s.kind == "cut" and s.dim == rank_of(x) - 1:
-            raise w.unaccounted(node, "rotates along the dimension that is cut")
+            raise w.unaccounted(node, "rotates along the dimension that is cut", x)
     return w.found.of(q), w.found.of(k)
 
 
@@ -135,7 +135,7 @@ def _attention(w: Walk, node: Node) -> Spread:
         s = w.found.of(x)
         if s.kind == "cut":
             if s.dim != at or s.share is None:
-                raise w.unaccounted(node, f"its {name} are not cut by heads")
+                raise w.unaccounted(node, f"its {name} are not cut by heads", x)
             s.share.whole_pieces(kv_heads)
             s.share.need(exact=s.share.pieces != kv_heads, heads="key/value heads")
         elif kv_heads > 1:

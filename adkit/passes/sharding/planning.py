@@ -13,7 +13,7 @@ from adkit.graph.placement import PARTIAL, Decision, PlanRow, ShardingPlan
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
 from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten
-from adkit.passes.sharding.regions import Choice, module_of, parameter
+from adkit.passes.sharding.regions import WEIGHT_DIM, Choice, module_of, parameter
 from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
 
@@ -21,8 +21,6 @@ _PRODUCTS = {
     aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
     aten.linear.default, aten.conv1d.default,
 }  # fmt: skip
-#: Which dimension of its weight a decision cuts.
-WEIGHT_DIM: dict[Decision, int] = {"colwise": 0, "gather": 0, "vocab": 0, "rowwise": 1, "experts": 0}
 DECISIONS: dict[object, tuple[Decision, ...]] = {
     LINEAR: ("colwise", "rowwise", "gather", "whole"),
     EMBEDDING: ("vocab", "whole"),

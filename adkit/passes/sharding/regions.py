@@ -21,6 +21,8 @@ from adkit.passes.sharding.rules import Unaccounted, Walk
 from adkit.passes.sharding.spread import Propagation, shape_of
 
 _SAME_IDS = {aten.to.dtype, aten.clone.default, aten.view.default, aten.reshape.default, aten.clamp.default}
+#: Which dimension of its weight a decision cuts.
+WEIGHT_DIM: dict[Decision, int] = {"colwise": 0, "gather": 0, "vocab": 0, "rowwise": 1, "experts": 0}
 _ADDS = {aten.add.Tensor, aten.add_.Tensor}
 
 
@@ -284,23 +286,13 @@ def _one_cut_a_weight(found: dict[Node, Choice]) -> None:
             if weight is not None:
                 readers.setdefault(weight, []).append(node)
     for weight, nodes in readers.items():
-        dims = {_DIM[found[n].decision] for n in nodes}
+        dims = {WEIGHT_DIM.get(found[n].decision) for n in nodes}
         if len(dims) > 1:
             regions = {found[n].region for n in nodes}
             why = f"{weight} has readers that would cut it differently"
             for node, choice in found.items():
                 if choice.region in regions:
                     found[node] = Choice("whole", why, choice.layer_type, choice.region)
-
-
-_DIM: dict[str, int | None] = {
-    "colwise": 0,
-    "gather": 0,
-    "vocab": 0,
-    "rowwise": 1,
-    "experts": 0,
-    "whole": None,
-}
 
 
 def _why_whole(node: Node, found: Mapping[Node, Choice]) -> str:

@@ -180,10 +180,10 @@ class Walk:
         if any(self.found.of(a).kind == "cut" for a in node.all_input_nodes):
             raise self.unaccounted(node, why)
 
-    def unaccounted(self, node: Node, why: str, rowwise: bool = False) -> Unaccounted:
-        """The exception, with the owners of all cuts that ``node`` reads."""
+    def unaccounted(self, node: Node, why: str, *blamed: Any, rowwise: bool = False) -> Unaccounted:
+        """The exception, with the owners of the cuts of ``blamed`` (default: of all that ``node`` reads)."""
         owners: set[Node] = set()
-        for a in node.all_input_nodes:
+        for a in blamed or node.all_input_nodes:
             for share in self.found.of(a).shares:
                 owners |= share.owners
         return Unaccounted(node, why, owners, rowwise)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from adkit.contract import ShardingError
 from adkit.graph.edit import Site
 from adkit.graph.identity import tag_of
-from adkit.graph.matching import arg, aten
+from adkit.graph.matching import arg, aten, dtype_of, same_shape
 from adkit.graph.placement import PLAN, Decision, PlanRow, ShardingPlan
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
@@ -136,7 +136,7 @@ class _Writer:
         kwargs: dict[str, Any] = {"layer_type": kind, **_least(blocks)}
         if len(blocks) > 1:
             kwargs["output_sizes"] = [size for size, _ in blocks]
-        return s.call(adkit_ops.shard.default, (x, slices.dim), kwargs)
+        return s.call(adkit_ops.shard.default, (x, slices.dim), kwargs, like=x)
 
     def _sum(self, node: Node) -> None:
         now = self._now(node)
@@ -150,14 +150,20 @@ class _Writer:
         with self.of.site(self.gm, [node], label="one sum for parallel branches", before=node) as s:
             total = self._now(terms[0])
             for term in terms[1:]:
-                total = s.call(aten.add.Tensor, (total, self._now(term)))
+                total = self._plus(s, total, self._now(term))
             kwargs = {"layer_type": self.kinds[terms[0]]}
-            total = s.call(adkit_ops.all_reduce.default, (total,), kwargs)
+            total = s.call(adkit_ops.all_reduce.default, (total,), kwargs, like=total)
             for value in rest:
-                total = s.call(aten.add.Tensor, (self.summed.get(value, self._now(value)), total))
+                total = self._plus(s, self.summed.get(value, self._now(value)), total)
             self.now[node] = total
             s.replace(node, total)
         self.count += 1
+
+    @staticmethod
+    def _plus(s: Site, a: Node, b: Node) -> Node:
+        """Their sum; values of one shape and dtype need no look at what addition makes of them."""
+        alike = same_shape(a, b) and dtype_of(a) == dtype_of(b)
+        return s.call(aten.add.Tensor, (a, b), like=a if alike else None)
 
     def _make_part(self, node: Node) -> None:
         readers = list(node.users)

@@ -8,6 +8,14 @@ to do, in ``messages`` over ``link``s, and finds out who failed.
 
 from adkit.runtime.ranks.communicator import TorchCommunicator
 from adkit.runtime.ranks.crew import Crew
-from adkit.runtime.ranks.start import current_program, launched_ranks, program, start_processes
+from adkit.runtime.ranks.start import current_program, launched_ranks, leave, program, start_processes
 
-__all__ = ["Crew", "TorchCommunicator", "current_program", "launched_ranks", "program", "start_processes"]
+__all__ = [
+    "Crew",
+    "TorchCommunicator",
+    "current_program",
+    "launched_ranks",
+    "leave",
+    "program",
+    "start_processes",
+]

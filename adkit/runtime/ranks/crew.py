@@ -50,6 +50,7 @@ class Crew:
         self.timeout = timeout
         self.error: RankError | None = None
         self.ready: dict[int, Ready] = {}
+        self.store: Any = None  #: where the ranks have met, kept while they live
         self._progress: ShowProgress = _unseen
         self._gone: set[int] = set()
         self._failures: list[Failed] = []

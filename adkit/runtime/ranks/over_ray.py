@@ -6,6 +6,7 @@ the address that Ray knows this host by, and lets in who was given its token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -19,7 +20,8 @@ from adkit.runtime.ranks.messages import Job
 from adkit.runtime.ranks.start import MEET_SECONDS, STEP_SECONDS
 from adkit.runtime.ranks.worker import work
 
-_PLACE_SECONDS = 60.0  # for Ray to find room, and to start a process
+_PLACE_SECONDS = 180.0  # for Ray to find room, and to start a process that imports torch
+_LOOK_SECONDS = 2.0
 
 
 def start_actors(
@@ -87,20 +89,24 @@ def _start(
     ends = list(reversed(undo))
     undo.clear()  # from here on the crew does it
     crew = Crew(sorted(members, key=lambda m: m.rank), size, timeout, lambda: [step() for step in ends])
+    crew.store = store
     return outline(crew.wait_until_ready(progress)), Elsewhere(crew)
 
 
 def _let_in(ray: Any, door: Door, futures: list[Any], timeout: float) -> Link:
-    try:
-        link = door.let_in(_PLACE_SECONDS)
-    except TimeoutError:
-        ended, _ = ray.wait(futures, timeout=0)
-        why = f": {_story(ray, ended[0])}" if ended else ""
-        raise ShardingError(
-            f"a rank did not come within {_PLACE_SECONDS:g} s of being started by Ray{why}"
-        ) from None
-    link.settimeout(timeout)
-    return link
+    """The next rank to come; ShardingError when one has ended instead, or none comes."""
+    limit = time.monotonic() + _PLACE_SECONDS
+    while time.monotonic() < limit:
+        try:
+            link = door.let_in(_LOOK_SECONDS)
+        except TimeoutError:
+            ended, _ = ray.wait(futures, timeout=0)
+            if ended:
+                raise ShardingError(f"a rank that Ray was to start {_story(ray, ended[0])}") from None
+        else:
+            link.settimeout(timeout)
+            return link
+    raise ShardingError(f"a rank did not come within {_PLACE_SECONDS:g} s of being started by Ray")
 
 
 class _Actor:

@@ -66,6 +66,7 @@ def start_processes(
         for rank, place in enumerate(devices)
     ]
     crew = _children(jobs, timeout)
+    crew.store = store  # libraries look into it now and then, as long as they live
     return outline(crew.wait_until_ready(progress)), Elsewhere(crew)
 
 
@@ -93,13 +94,14 @@ class Program:
     device: str
     _communicator: TorchCommunicator
     _crew: Crew | None = None
+    _rank: Rank | None = None
 
     def _close(self) -> None:
         if self._crew is not None:
             self._crew.close()
         if self._communicator.device.type == "cuda":
-            # To destroy it would wait for ranks that have ended, and for graphs that were captured with it.
-            torch_dist.distributed_c10d._abort_process_group()
+            # NCCL's clean-up would wait for ranks that have ended and for graphs that were captured with it.
+            _KEPT.append(self)
         else:
             torch_dist.destroy_process_group()
 
@@ -108,6 +110,7 @@ class Program:
         assert self._crew is not None, "rank 0 leads"
         rank = Rank(model, self._communicator)
         self._crew.wait_until_ready(here=rank.ready())
+        self._rank = rank
         return Here(rank, self._crew)
 
 
@@ -135,6 +138,7 @@ class _Follower(Program):
 
 
 _PROGRAM: Program | None = None
+_KEPT: list[Program] = []  # ranks on GPUs that have done their work
 
 
 def current_program() -> Program | None:
@@ -186,6 +190,7 @@ def _as_parent(builder: str, options: dict[str, Any], dist: DistConfig, device: 
         for rank, place in enumerate(devices)
     ]
     crew = _children(jobs[1:], STEP_SECONDS)
+    crew.store = store
     crew.watch(_give_up)
     os.environ.update(quiet_interfaces(LOOPBACK))
     communicator = join(store, 0, dist.world_size, torch.device(devices[0]), MEET_SECONDS)
@@ -210,6 +215,14 @@ def _as_launched(dist: DistConfig, device: str) -> Program:
     crew = Crew([Peer(link.receive(), link) for link in links], size, STEP_SECONDS)
     crew.watch(_give_up)
     return Program(dist.at(0), place, communicator, crew)
+
+
+def leave(status: int) -> None:
+    """End a command's process at once, if it was a rank on a GPU: clean-up would never end."""
+    if _KEPT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _give_up(error: Exception) -> None:

@@ -46,6 +46,7 @@ EXPECTED = {
     "llama4_text": (7, 1, COMPLEX, 4, 17),
     "nanochat": (10, 2, HALF, 0, 13),  # scale-free norms, signs of the rotation swapped
     "gptj": (0, 2, INTERLEAVED, 0, 13),
+    "falcon": (0, 2, HALF, 0, 9),  # products with a weight turned around
 }
 
 

@@ -11,6 +11,7 @@ from adkit.contract import DistConfig, ShardingError
 from adkit.graph.placement import PLAN, ShardingPlan
 from tests.passes.graphs import rmse_ratio
 from tests.passes.sharding.tiny import canonical, hinted, logits, logits_on_ranks, planned, run, short
+from tests.zoo import INTERFACE_TYPES
 
 QKV = {f"self_attn.{n}_proj": "colwise 12" for n in "qkv"}
 ATTENTION = {**QKV, "self_attn.o_proj": "rowwise 12 sum"}
@@ -65,6 +66,22 @@ def test_the_hinted_graph_computes_the_same(kind: str) -> None:
     gm = canonical(kind)
     expected = logits(gm)
     assert rmse_ratio(logits(hinted(gm)), expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", [*sorted({*INTERFACE_TYPES, "deepseek_v2", "falcon", "gptj"} - {*PLANS}), "bloom"]
+)
+def test_every_type_is_cut_or_says_why_not(kind: str) -> None:
+    gm = canonical(kind)
+    expected, dist = logits(gm), DistConfig.of(tp=2)
+    plan = planned(gm, dist)
+    assert all(r.why for r in plan)
+    assert sum(r.decision != "whole" for r in plan) >= 2, "at least the vocabulary"
+    run(gm, "sharding_transform_executor", dist)
+    assert rmse_ratio(logits(gm), expected) < 1e-6
+    for out in logits_on_ranks(gm, dist):
+        assert rmse_ratio(out, expected) < 1e-5
 
 
 @pytest.mark.slow

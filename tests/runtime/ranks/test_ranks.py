@@ -90,14 +90,14 @@ def test_a_request_whose_logits_turn_bad_ends_alone_and_its_pages_are_wiped_ever
     assert good.output == Lab.greedy_alone(prompt, 10, ignore_eos=True)
 
 
-@pytest.mark.parametrize("seconds", [0.005, 0.011, 0.02])
+@pytest.mark.parametrize("seconds", [0.02, 0.035, 0.05])
 def test_an_interrupt_leaves_ranks_that_go_on(world, seconds):
     """It strikes while the engine waits for a step, or packs, or sends."""
     live = LiveModel(world[0], engine_of(world, overlap=True).config, device=world[1])
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        live.generate(PROMPTS * 20, SamplingParams(max_tokens=50, ignore_eos=True), progress=False)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come before the first request
+        timer.start()
+        live.generate(PROMPTS * 40, SamplingParams(max_tokens=50, ignore_eos=True), progress=False)
     assert not live.engine.has_work
     answer = live.generate(PROMPTS[3], GREEDY, progress=False)
     assert list(answer.token_ids) == Lab.greedy_alone(PROMPTS[3], 20, ignore_eos=True)
