@@ -130,6 +130,8 @@ def placements(v: VirtualRanks, graph: Snapshot) -> dict[int, Placement]:
     A value whose counterpart in the uncut graph is larger along one dimension is cut there; a term is what the plan
     sums, until an op over ranks has added it up.
     """
+    if v.dist.enable_attention_dp:
+        return _own_sequences(graph)
     pairs = counterparts(v.whole, [v.hinted], graph)
     found: dict[int, Placement] = {}
     terms = _terms(v.plan, v.hinted)
@@ -149,6 +151,25 @@ def placements(v: VirtualRanks, graph: Snapshot) -> dict[int, Placement]:
                 known = [p for i in n.inputs() if (p := found.get(i, REPLICATED)) != REPLICATED]
             found[n.id] = known[0] if known else REPLICATED
     return found
+
+
+def _own_sequences(graph: Snapshot) -> dict[int, Placement]:
+    """Placements where each rank has sequences of its own: pieces of the batch, but for experts, who see all tokens."""
+    found: dict[int, Placement] = {n.id: cut(0) for n in graph if n.op == "placeholder"}
+    gathered: set[int] = set()
+    for n in graph:
+        if n.op != "call_function":
+            continue
+        if over_ranks(n.target):
+            joins = "all_gather" in n.target_name
+            found[n.id] = REPLICATED if joins else cut(0)
+            gathered |= {n.id} if joins else set()
+        elif gathered.intersection(n.inputs()):
+            if n.val is None or n.val.dtype.is_floating_point:  # not the ids of a rank's own experts
+                found[n.id] = PARTIAL
+        else:
+            found[n.id] = cut(0) if any(found.get(i) == cut(0) for i in n.inputs()) else REPLICATED
+    return {i: p for i, p in found.items() if graph[i].op == "call_function"}
 
 
 def notes(v: VirtualRanks, graph: Snapshot) -> dict[int, str]:
