@@ -58,8 +58,8 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             ),
             (*experts, r(4, 6, 8), r(4, 8, 6), {"gated": False, "act": "relu2"}),
         ],
-        "moe_local_ids": [(ids, 1, 2), (ids.t(), 0, 2)],
-        "vocab_embedding": [(r(4, 8), torch.tensor([[5, 1, 7], [8, 9, 6]]), 5)],
+        "moe_local_ids": [(torch.arange(20).view(2, 5, 2) % 4, 1, 2), (ids.t(), 0, 2)],
+        "vocab_embedding": [(r(4, 8), torch.tensor([[5, 1, 7, 0, 6], [8, 9, 6, 5, 2]])[..., None], 5)],
         "moe_topk": [
             (r(2, 5, 8), 3, {"normalize": True, "dtype": dtype}),
             (r(5, 2, 8).transpose(0, 1), 2, rand(8), {"score": "sigmoid", "groups": 4, "top_groups": 2}),
