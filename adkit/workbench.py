@@ -30,6 +30,7 @@ from adkit.progress import Bars
 from adkit.watching import Watching
 
 if TYPE_CHECKING:
+    from adkit.graph.placement import ShardingPlan
     from adkit.playground import Playground
     from adkit.plotting import Plots
     from adkit.profiling import Profile
@@ -547,14 +548,24 @@ class Workbench:
 
         return explore(self, **options)
 
-    def shard(self, tp: int, **options: Any) -> VirtualRanks:
+    def shard(
+        self,
+        tp: int,
+        moe_ep: int | None = None,
+        attention_dp: bool | None = None,
+        plan: ShardingPlan | None = None,
+        **config: Any,
+    ) -> VirtualRanks:
         """The model cut over ``tp`` virtual ranks, to look at and to check; this Workbench stays as it is.
 
-        Options as :func:`adkit.sharding.shard` takes (``moe_ep``, ``attention_dp``, ``plan``). No weights are needed.
+        Experts are dealt to ``moe_ep`` of the ranks (default: all) and cut over the rest; with ``attention_dp``
+        attention stays whole and each rank has sequences of its own; ``plan`` is an edited one, in place of detection.
+        ``config``: fields of the sharding stage's transforms. No weights are needed. Raises ShardingError for what
+        cannot be cut so, ConfigError for unknown fields.
         """
         from adkit.sharding import shard
 
-        return shard(self, tp, **options)
+        return shard(self, tp, moe_ep, attention_dp, plan, **config)
 
     def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
         """Write the explorer with this walk as one standalone HTML file; returns its path."""
