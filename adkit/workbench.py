@@ -16,17 +16,16 @@ from adkit.config import AdkitConfig, Fragment, load_config
 from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, DistConfig, ModelError, nearest
 from adkit.editing import a_pass, beside, with_config
 from adkit.graph.history import Trace, descendants
-from adkit.graph.snapshot import Snapshot, take
+from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
 from adkit.models import ModelFactory, resolve
-from adkit.models.export import retarget_device
-from adkit.models.loading import LOCAL, graph_memory, graph_tensor_names, load_graph_tensors
+from adkit.models.loading import LOCAL, graph_memory
 from adkit.models.memory import MemoryEstimate
 from adkit.passes import Context, Pass, Stage, get_pass
-from adkit.passes.pipeline import State, ordered, pending_step, rebuild, records_of, run_pass
+from adkit.passes.pipeline import State, ordered, pending_step, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
-from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 from adkit.progress import Bars
+from adkit.rewinding import return_to, start_from_cache
 from adkit.watching import Watching
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ class Workbench:
         stop = self._end_of(until) if until is not None else len(self._passes)
         with self.watching.run():
             if self.position == 0:
-                self._restore(stop)
+                start_from_cache(self, stop)
                 for step in self._done():
                     if on_step is not None:
                         on_step(step)
@@ -211,36 +210,6 @@ class Workbench:
             self._mend()
         return step
 
-    def _restore(self, stop: int) -> None:
-        """Start from the latest enabled ``pipeline_cache`` whose entry can be read."""
-        for i in range(stop - 1, -1, -1):
-            p = self._passes[i]
-            if not isinstance(p, PipelineCache) or not p.config.enabled:
-                continue
-            self._context.fingerprint = fingerprint(self._context, self._passes[:i])
-            entry = p.find(self._context)
-            if entry is None:
-                continue
-            snapshot, holder, caches = entry
-            gm = rebuild(snapshot, holder)
-            snapshot = take(gm)  # records of the nodes just made, which later steps can then share
-            state = State(gm, snapshot, caches, records=records_of(gm))
-            past = self._past_loading(i) and self.factory.weights != "none"
-            if past:
-                with self.bars:
-                    load_graph_tensors(gm, self.factory, _on_meta(gm), self.device, self.bars.loading)
-                retarget_device(gm, self.device)
-            state.tensors = take_stamps(gm, snapshot, {}, self.factory, past)
-            for j in range(i + 1):
-                step = pending_step(self._passes[j])
-                step.status, step.after, step.before = "skipped", snapshot, snapshot
-                step.info.reason = f"restored from the pipeline cache ({self._context.fingerprint})"
-                self._steps[j] = step
-            self._history = [State()] * (i + 1)
-            self._state = state
-            self._bind()
-            return
-
     def rewind(self, to: str | int = 0) -> Workbench:
         """Go back to just before the step ``to`` (key or index, negative from the end); earlier steps are
         kept.
@@ -258,71 +227,13 @@ class Workbench:
             while self.position < index:
                 self.step()
             return self
-        self._return_to(index)
+        return_to(self, index)
         return self
-
-    def _return_to(self, index: int) -> None:
-        """Stand before step ``index``, which has a graph, or after the last step when it is the position."""
-        leaving = self._state
-        states = [*self._history, leaving]
-        module = cast(GraphModule, leaving.module)
-        good = index
-        while good > 0 and len(states[good].snapshot) and lost(_reads(states[good]), states[good].tensors):
-            good -= (
-                1  # what that state read was changed since, by a pass that left no copy: run the pass again
-            )
-        target = states[good]
-        if not len(target.snapshot):
-            self._state, self._history = State(), []
-            self._reset_steps(0)
-        else:
-            gm = rebuild(target.snapshot, module, target.records)
-            target = replace(
-                target, module=gm, tensors=dict(target.tensors), caches=self._fresh(target.caches)
-            )
-            again = restore(gm, _reads(target), target.tensors, leaving.tensors)
-            self._state, self._history = target, self._history[:good]
-            if good < len(states) - 1:
-                self._reset_steps(good)
-            del leaving, module, states  # frees what only later steps used
-            self._reload(again)
-        while self.position < index:
-            self.step()
-
-    def _fresh(self, caches: CachePool | None) -> CachePool | None:
-        """A cache to go on with: one that an engine writes to stays that engine's; one without memory gets
-        it back."""
-        if caches is None or not caches.num_pages:
-            return caches
-        if caches.tensors and not any(pool() is caches for pool in self._served):
-            return caches
-        new = replace(caches, tensors={})
-        new.allocate(new.num_pages, torch.device("meta") if self.factory.weights == "none" else self.device)
-        return new
-
-    def _reload(self, names: list[str]) -> None:
-        """Read tensors again; when that fails, stand before the weights were loaded, where shapes are
-        enough."""
-        if not names:
-            return
-        gm = cast(GraphModule, self._state.module)
-        try:
-            with self.bars:
-                load_graph_tensors(gm, self.factory, names, self.device, self.bars.loading)
-        except BaseException:
-            first = next(i for i, p in enumerate(self._passes) if p.loads and p.config.enabled)
-            self._state = replace(
-                self._state, tensors={n: s for n, s in self._state.tensors.items() if n not in names}
-            )
-            self.rewind(first)
-            raise
-        for name in names:
-            self._state.tensors[name].renew(cast(torch.Tensor, tensor_at(gm, name)))
 
     def _mend(self) -> None:
         """Put back tensors that a failed step changed or freed."""
         if isinstance(self._state.module, GraphModule) and len(self._state.snapshot):
-            self._return_to(self.position)
+            return_to(self, self.position)
 
     def _reset_steps(self, index: int) -> None:
         self._steps = self._steps[:index] + [pending_step(p) for p in self._passes[index:]]
@@ -637,13 +548,3 @@ class Workbench:
         if html is not None:
             bundle["text/html"] = html
         return bundle
-
-
-def _reads(state: State) -> list[str]:
-    """Names of the tensors a state's graph reads."""
-    return list(dict.fromkeys(n.target for n in state.snapshot if n.op == "get_attr"))
-
-
-def _on_meta(gm: GraphModule) -> list[str]:
-    """Names of the tensors the graph reads that have no data."""
-    return [n for n in graph_tensor_names(gm) if cast(torch.Tensor, tensor_at(gm, n)).is_meta]
