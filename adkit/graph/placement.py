@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from adkit.graph.display import mimebundle
 from adkit.graph.provenance import without_layer
@@ -92,9 +92,12 @@ class ShardingPlan:
     def edit(self, pattern: str, decision: Decision, why: str = "edited by hand") -> ShardingPlan:
         """The plan with another decision for the rows that match; what follows them follows on its own.
 
-        KeyError when no row with a decision of its own matches. Whether the plan still fits together is checked when
-        it is applied.
+        KeyError when no row with a decision of its own matches, ValueError for what is no decision. Whether the plan
+        still fits together is checked when it is applied.
         """
+        if decision not in get_args(Decision) or decision == "follow":
+            known = ", ".join(d for d in get_args(Decision) if d != "follow")
+            raise ValueError(f"{decision!r} is no decision; expected one of {known}")
         if all(r.decision == "follow" for r in self.find(pattern)):
             modules = sorted({without_layer(r.module) for r in self.rows if r.decision != "follow"})
             raise KeyError(f"no row of the plan matches {pattern!r}; modules: {', '.join(modules[:12])}")

@@ -223,6 +223,8 @@ def test_a_world_that_contradicts_the_settings() -> None:
 def test_a_plan_is_edited_and_goes_round_as_manual_config() -> None:
     gm = canonical("llama")
     plan = planned(gm)
+    with pytest.raises(ValueError, match="expected one of colwise, rowwise"):
+        plan.edit("model.layers.0.mlp*", "colwize")  # type: ignore[arg-type]
     edited = plan.edit("model.layers.0.mlp*", "whole")
     gm.meta[PLAN] = edited
     expected = logits(gm)
