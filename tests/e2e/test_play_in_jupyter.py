@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SETUP = """
@@ -36,7 +37,8 @@ def test_ask_watch_stop_and_close(jupyter_lab):
     box.fill("What is 27 + 45?")
     box.press("Enter")
     panel.locator(".al-text", has_text="27 + 45 = 72.").wait_for(timeout=30_000)
-    assert panel.get_by_text("stop", exact=True).is_visible()
+    # Why it ended comes a redraw after the text.
+    panel.get_by_text("stop", exact=True).wait_for(timeout=30_000)
 
     # Slow enough that a busy machine has time to look, on the way.
     lab.run(
@@ -70,7 +72,7 @@ def test_ask_watch_stop_and_close(jupyter_lab):
     assert ended.startswith(early)
     lab.page.wait_for_timeout(500)
     assert second.locator(".al-text").text_content() == ended
-    assert panel.get_by_role("button", name="Stop").is_disabled()
+    expect(panel.get_by_role("button", name="Stop")).to_be_disabled(timeout=30_000)
 
     # A mistake is told; the panel lives on.
     panel.get_by_label("copies").fill("1")
@@ -82,6 +84,6 @@ def test_ask_watch_stop_and_close(jupyter_lab):
     # Closed, the output is a picture that needs no kernel.
     lab.run("panel.close()")
     cell.locator(".jp-RenderedHTMLCommon .al-answers").wait_for(timeout=30_000)
-    assert panel.count() == 0
+    expect(panel).to_have_count(0, timeout=30_000)
     assert "27 + 45 = 72." in cell.text_content()
     picture(cell, "closed")
