@@ -56,7 +56,7 @@ def test_step_unfold_search_compare_and_read_back(jupyter_lab):
     expect(view.locator(".adk-added").first).to_be_visible()
 
     # Python leads, the picture follows.
-    lab.run("explorer.goto('fuse_rmsnorm')")
+    lab.run("explorer.goto('fuse_rmsnorm');")
     expect(view.locator("[aria-label^='fuse_rmsnorm'][aria-current=step]")).to_be_visible()
 
 
