@@ -104,6 +104,7 @@ class Slow(Pass):
     key, stage = "slow", Stage.POST_EXPORT
     def apply(self, gm, ctx):
         end = time.monotonic() + 300
+        ctx.report("at work on <it>")
         while not Path({go!r}).exists() and time.monotonic() < end:
             ctx.progress(7, 30, "waiting")
             time.sleep(0.1)
@@ -131,6 +132,7 @@ def test_a_running_pipeline_is_seen_while_it_runs(jupyter_lab, tmp_path):
     now = view.locator(".adk-now")
     expect(now.locator("b", has_text="slow")).to_be_visible()
     expect(now.get_by_text("7 of 30")).to_be_visible()
+    expect(view.locator(".adk-log", has_text="at work on <it>")).to_be_visible()
     expect(view.locator("[aria-label^='export_to_gm: done']")).to_be_visible()
     expect(view.locator("[aria-label^='match_rmsnorm_pattern: pending']")).to_be_visible()
     assert at_rest(view) == frame

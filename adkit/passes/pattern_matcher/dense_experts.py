@@ -85,7 +85,9 @@ def read(root: Node, shapes: ShapeOnly) -> DenseExperts | None:
     above = shapes.closure(root, [a for p in (down, up) for a in p.args[1:] if isinstance(a, Node)])
     repeats = [n for n in above if n.target is aten.repeat.default and list(n.args[1]) == [shape[0], 1]]
     turned = [
-        n for n in above if n.target is aten.transpose.int and (shape_of(args_of(n)[0]) or ())[1:] == shape[:1]
+        n
+        for n in above
+        if n.target is aten.transpose.int and (shape_of(args_of(n)[0]) or ())[1:] == shape[:1]
     ]
     if len(repeats) != 1 or len(turned) != 1:
         raise NotUnderstood("it is not every token through every expert, times the router's scores")
@@ -181,7 +183,11 @@ class DenseProver:
             return torch.randn((*rows, *(small[int(s)] for s in sizes)), generator=generator)
 
         ids = torch.arange(experts).expand(tokens, experts)
-        hidden, up, down = filled(found.hidden, tokens), filled(found.up, experts), filled(found.down, experts)
+        hidden, up, down = (
+            filled(found.hidden, tokens),
+            filled(found.up, experts),
+            filled(found.down, experts),
+        )
         scores = torch.rand(tokens, experts, generator=generator)
         values = dict(zip(found.given, (hidden, scores, up, down), strict=True))
         want = compute(self.shapes, self.shapes.closure(found.output, found.given), values, small)
