@@ -119,12 +119,13 @@ function select(store: Store, r: Rewrite, site: number, show: Show): void {
   const here = store.walk.rowOf(store.graph);
   const ids = made.filter((i) => here.has(i));
   store.set({ selection: ids.length > 0 ? ids : list(r.erased_ids, site), module: null });
-  if (ids.length > 0) show(ids[0]!);
+  const { inspected } = store;
+  if (ids.length > 0 && inspected !== undefined) show(inspected);
 }
 
 function NodePanel({ store, show }: { store: Store; show: Show }) {
   const { state, walk } = store;
-  const id = state.selection[0];
+  const id = store.inspected;
   if (id === undefined) return state.module !== null ? <ModulePanel store={store} path={state.module} /> : <p class="adk-muted">Click a node. Arrow keys follow its inputs and users; Enter opens a module.</p>;
   const graph = store.graph;
   const here = walk.rowOf(graph).get(id);
