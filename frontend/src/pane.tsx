@@ -78,8 +78,12 @@ export function Pane({ store, points, n, group }: Props) {
       shown.current = { walk: store.walk, graph };
       const leader = [...group.keys()].find((other) => other !== s);
       if (was === null) {
-        if (leader === undefined || leader.fitted) fit(store, group);
-        else follow(store, group, leader);
+        if (leader === undefined || leader.fitted) {
+          fit(store, group);
+          // Opened at a node: it is what the reader came for.
+          const at = store.inspected === undefined ? undefined : layout.trail(store.inspected).at(-1);
+          if (at !== undefined && graph === store.graph) s.reveal(at);
+        } else follow(store, group, leader);
       } else if (s.fitted && was.graph !== graph) fit(store, group);
     }
     const { selection, module } = store.state;
