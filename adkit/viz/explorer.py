@@ -282,7 +282,8 @@ class Explorer(anywidget.AnyWidget):
             and all(o.name != self.overlay for o in self.data.overlays)
         ):
             self._writer.costed()  # it is one of the costs, which are made when they are looked at
-        look = Looked(self.step, tuple(self.selection), self.overlay)
+        compared = self.against if self.mode != "graph" else -1
+        look = Looked(self.step, tuple(self.selection), self.overlay, compared)
         still = {
             "text/plain": repr(self),
             "text/html": static_html(self.data, look),

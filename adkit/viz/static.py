@@ -88,7 +88,7 @@ def walk_svg(record: Record, look: Looked = LAST) -> str:
     if graph is not None:
         step = record.steps[shown.step]
         told += f" after {step.name}"
-        y = _caption(parts, step, shown, y + 20)
+        y = _caption(parts, record, shown, y + 20)
         colours = Colours(shown.overlay) if shown.overlay is not None else None
         body, height = _draw(record, shown.root, 8, y + 4, WIDTH - 16, 0, colours)
         parts += body
@@ -155,18 +155,20 @@ def _timeline(record: Record, parts: list[str], shown: int) -> float:
     return y + 14 + _BAR
 
 
-def _caption(parts: list[str], s: Step, shown: Point, y: float) -> float:
+def _caption(parts: list[str], record: Record, shown: Point, y: float) -> float:
     """Which step is shown and what it rewrote; returns the last line's place."""
+    s = record.steps[shown.step]
     counts = [(shown.created, "+", _MARKS["created"]), (shown.erased, "−", _ERASED)]
     counts.append((shown.changed, "~", _MARKS["changed"]))
-    title = f"after {s.name}"
+    compared = shown.against >= 0
+    title = f"after {s.name}" + (f", against {record.steps[shown.against].name}" if compared else "")
     parts.append(_text(8, y, title, ' font-size="11.5" font-weight="600"'))
     x = 8 + len(title) * 7.1 + 10
     for n, sign, colour in counts:
         if n:
             parts.append(_text(x, y, f"{sign}{n}", ' font-size="11.5" font-weight="600"', colour))
             x += (len(str(n)) + 1) * 7.1 + 8
-    lines = [x.strip() for x in _what(s).split(";") if x.strip()]
+    lines = [] if compared else [x.strip() for x in _what(s).split(";") if x.strip()]
     for line in lines[:_MOST_REWRITES]:
         y += 14
         parts.append(

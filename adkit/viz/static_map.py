@@ -23,11 +23,15 @@ _WORDS = (  # Okabe and Ito: colour-blind readers tell them apart
 
 @dataclass(frozen=True)
 class Looked:
-    """What is looked at: a step (-1: the last that changed the graph), nodes chosen by id, an overlay's name."""
+    """What is looked at: a step (-1: the last that changed the graph), nodes chosen by id, an overlay's name.
+
+    ``against``: the step whose graph it is compared with; -1 for the one before.
+    """
 
     step: int = -1
     selection: tuple[int, ...] = ()
     overlay: str = ""
+    against: int = -1
 
 
 #: The last step that changed the graph, nothing chosen.
@@ -64,6 +68,7 @@ class Point:
     step: int
     graph: Graph | None
     root: Module
+    against: int = -1
     created: int = 0
     erased: int = 0
     changed: int = 0
@@ -88,11 +93,14 @@ def point(record: Record, look: Looked) -> Point:
     rows = graph_rows(record)
     r, texts = record.rows, record.texts
     here = rows[s.after]
-    before = rows[s.before] if s.before >= 0 else []
+    against = look.against if 0 <= look.against < at and record.steps[look.against].after >= 0 else -1
+    base = s.before if against < 0 else record.steps[against].after
+    before = rows[base] if base >= 0 else []
     ids, old = {r.node[row] for row in here}, {r.node[row] for row in before}
-    created = ids - old if s.before >= 0 and s.before != s.after else set()
+    created = ids - old if base >= 0 and base != s.after else set()
     erased = old - ids
-    changed = set(s.changed)
+    changed = {i for step in record.steps[against + 1 if against >= 0 else at : at + 1] for i in step.changed}
+    changed &= ids & old
     over = _overlay(record, look.overlay, s.after)
     values = dict(zip(over.ids, over.values, strict=True)) if over is not None else {}
 
@@ -152,7 +160,7 @@ def point(record: Record, look: Looked) -> Point:
         while path not in made and path:  # a module that went with its nodes: the one around it tells
             path = path.rpartition(".")[0]
         made[path].erased += n
-    return Point(at, graph, root, len(created), len(erased), len(changed), over)
+    return Point(at, graph, root, against, len(created), len(erased), len(changed), over)
 
 
 def _overlay(record: Record, name: str, k: int) -> Overlay | None:

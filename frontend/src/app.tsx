@@ -28,7 +28,8 @@ export function mount(element: HTMLElement, walk: Walk): Mounted {
   const goto = (step: number, node: number | null): void => {
     store.set({ step });
     if (node !== null) {
-      store.select([node]);
+      if (!store.state.selection.includes(node)) store.select([node]);
+      else store.select(store.state.selection);
       reveal(store, group, node);
     }
   };
@@ -111,8 +112,8 @@ function Divider({ wide, set }: { wide: number; set(wide: number): void }) {
 }
 
 /** What is chosen, for who hears it. */
-function spoken({ state, walk, graph }: Store): string {
-  const [id] = state.selection;
+function spoken({ state, walk, graph, inspected }: Store): string {
+  const id = inspected;
   if (id === undefined) return state.module ?? "";
   const row = graph < 0 ? undefined : walk.rowOf(graph).get(id);
   if (row === undefined) return "";
@@ -167,7 +168,7 @@ function Toolbar({ store, group }: { store: Store; group: Group }) {
 function unfolded(store: Store, group: Group, how: () => void): void {
   how();
   requestAnimationFrame(() => {
-    const [id] = store.state.selection;
+    const id = store.inspected;
     if (id !== undefined && store.walk.rowOf(store.graph).has(id)) reveal(store, group, id);
     else fit(store, group);
   });

@@ -136,7 +136,7 @@ function begin(el: HTMLElement, walk: Walk, model: Model, on: (event: string, ca
     const unfolded = model.get("unfolded") as string[] | null;
     if (unfolded !== null && unfolded !== undefined && !equal(unfolded, foldState(store))) store.unfold(new Set(["", ...unfolded]));
     store.set(change as Partial<State>);
-    const [id] = store.state.selection;
+    const id = store.inspected;
     if (change.selection !== undefined && id !== undefined) made.goto(store.state.step, id);
   };
   const live = (): void => {

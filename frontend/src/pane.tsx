@@ -78,14 +78,18 @@ export function Pane({ store, points, n, group }: Props) {
       shown.current = { walk: store.walk, graph };
       const leader = [...group.keys()].find((other) => other !== s);
       if (was === null) {
-        if (leader === undefined || leader.fitted) fit(store, group);
-        else follow(store, group, leader);
+        if (leader === undefined || leader.fitted) {
+          fit(store, group);
+          // Opened at a node: it is what the reader came for.
+          const at = store.inspected === undefined ? undefined : layout.trail(store.inspected).at(-1);
+          if (at !== undefined && graph === store.graph) s.reveal(at);
+        } else follow(store, group, leader);
       } else if (s.fitted && was.graph !== graph) fit(store, group);
     }
     const { selection, module } = store.state;
-    const trails = selection.map((id) => layout.trail(id)).filter((t) => t.length > 0);
-    const marked = trails.map((t) => t[t.length - 1]!);
-    const chosen = module !== null ? `m:${layout.stands(module)}` : (marked[0] ?? null);
+    const marked = selection.map((id) => layout.trail(id)).filter((t) => t.length > 0).map((t) => t[t.length - 1]!);
+    const first = store.inspected === undefined ? undefined : layout.trail(store.inspected).at(-1);
+    const chosen = module !== null ? `m:${layout.stands(module)}` : (first ?? marked[0] ?? null);
     s.select(chosen, marked, module === null && selection.length > 0 ? flow(store, graph, selection) : null);
   });
 
@@ -262,10 +266,10 @@ function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number,
 }
 
 function keys(e: KeyboardEvent, store: Store, scene: Scene, fitted: () => void): void {
-  const { selection, module } = store.state;
+  const { module } = store.state;
   const k = store.graph;
   const graph = store.walk.graph(k);
-  const at = selection[0] ?? null;
+  const at = store.inspected ?? null;
   const go = (id: number | undefined): void => {
     if (id === undefined) return;
     store.select([id]);

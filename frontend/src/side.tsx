@@ -46,7 +46,7 @@ function StepPanel({ store }: { store: Store }) {
   const [first = "", ...more] = step.doc.trim().split(/\n\s*\n/);
   return (
     <>
-      <h2>{step.name}</h2>
+      <h2><Name of={step.name} /></h2>
       <p class="adk-muted">{step.stage.replace(/_/g, " ")}: {tell(head)}</p>
       {failure?.step === step.name && <pre class="adk-code adk-failure-text">{failure.text}</pre>}
       <Doc text={first} />
@@ -60,7 +60,7 @@ function StepPanel({ store }: { store: Store }) {
       <Facts facts={Object.entries(step.details).map(([k, v]) => [k, plain(v)])} />
       <Doc text={more.join("\n\n")} />
       <details><summary>configuration</summary><Facts facts={config.map(([k, v]) => [k, plain(v)])} /></details>
-      {step.source !== null && <details><summary>source of the pass ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
+      {step.source !== null && <details><summary>source of the pass (<Name of={`${step.source.file}:${step.source.line}`} />)</summary><pre class="adk-code">{step.source.code}</pre></details>}
     </>
   );
 }
@@ -103,7 +103,7 @@ function Rewrites({ store, show }: { store: Store; show: Show }) {
         </p>
       )}
       {chosen.count === 1 && <p><button type="button" onClick={() => select(store, chosen, 0, show)}>show it in the graph</button></p>}
-      {step?.source != null && <details><summary>the pattern ({step.source.file}:{step.source.line})</summary><pre class="adk-code">{step.source.code}</pre></details>}
+      {step?.source != null && <details><summary>the pattern (<Name of={`${step.source.file}:${step.source.line}`} />)</summary><pre class="adk-code">{step.source.code}</pre></details>}
     </>
   );
 }
@@ -119,12 +119,13 @@ function select(store: Store, r: Rewrite, site: number, show: Show): void {
   const here = store.walk.rowOf(store.graph);
   const ids = made.filter((i) => here.has(i));
   store.set({ selection: ids.length > 0 ? ids : list(r.erased_ids, site), module: null });
-  if (ids.length > 0) show(ids[0]!);
+  const { inspected } = store;
+  if (ids.length > 0 && inspected !== undefined) show(inspected);
 }
 
 function NodePanel({ store, show }: { store: Store; show: Show }) {
   const { state, walk } = store;
-  const id = state.selection[0];
+  const id = store.inspected;
   if (id === undefined) return state.module !== null ? <ModulePanel store={store} path={state.module} /> : <p class="adk-muted">Click a node. Arrow keys follow its inputs and users; Enter opens a module.</p>;
   const graph = store.graph;
   const here = walk.rowOf(graph).get(id);
@@ -137,7 +138,7 @@ function NodePanel({ store, show }: { store: Store; show: Show }) {
   const values = walk.data.overlays.filter((o) => overlays(walk, graph, o.name).length > 0).map((o) => [o, o.ids.indexOf(id)] as const).filter(([, k]) => k >= 0);
   return (
     <>
-      <h2>{n.name}</h2>
+      <h2><Name of={n.name} /></h2>
       {here === undefined && <p class="adk-note">Not in this graph: erased by {walk.steps[gone]?.name ?? "a later step"}. <button type="button" onClick={() => { const s = walk.stepWith(id, state.step); if (s !== null) { store.set({ step: s }); show(id); } }}>go where it stands</button></p>}
       <pre class="adk-code">{n.op === "call_function" ? `${n.short}(${walk.call(graph, row)})` : `${n.op} ${n.target}`}</pre>
       <Facts facts={[["value", n.value], ["op", n.op === "call_function" ? n.target : n.op], ["module", `${n.path || "root"}${n.type ? ` (${n.type})` : ""}`], ["id", `%${n.id}`], ...values.map(([o, k]) => [o.name, scaleOf(o).text(o.values[k]!)] as [string, string])]} />
@@ -233,7 +234,7 @@ function Source({ n }: { n: NodeInfo }) {
   return (
     <>
       <h3>Modelling code</h3>
-      <p class="adk-muted">{n.source.file}:{n.source.line}{n.source.function ? `, in ${n.source.function}` : ""}</p>
+      <p class="adk-muted"><Name of={`${n.source.file}:${n.source.line}`} />{n.source.function ? `, in ${n.source.function}` : ""}</p>
       <Code source={n.source} />
     </>
   );
@@ -306,7 +307,7 @@ function About({ store }: { store: Store }) {
 
 function StepLink({ store, step }: { store: Store; step: number }) {
   const s = store.walk.steps[step];
-  return s === undefined ? <>?</> : <button type="button" class="adk-link" onClick={() => store.set({ step, tab: "step" })}>{s.name}</button>;
+  return s === undefined ? <>?</> : <button type="button" class="adk-link" onClick={() => store.set({ step, tab: "step" })}><Name of={s.name} /></button>;
 }
 
 function Links({ title, ids, store, show }: { title: string; ids: number[]; store: Store; show: Show }) {
@@ -320,16 +321,21 @@ function Links({ title, ids, store, show }: { title: string; ids: number[]; stor
       {unique.slice(0, 24).map((i) => {
         const row = here.get(i) ?? walk.lastRow(i);
         const name = row === null ? `%${i}` : walk.text(walk.data.rows.name[row]!);
-        return <button type="button" key={i} class={here.has(i) ? "adk-link" : "adk-link adk-gone"} onClick={() => { store.select([i]); if (here.has(i)) show(i); }}>{name}</button>;
+        return <button type="button" key={i} class={here.has(i) ? "adk-link" : "adk-link adk-gone"} onClick={() => { store.select([i]); if (here.has(i)) show(i); }}><Name of={name} /></button>;
       })}
       {unique.length > 24 && <span class="adk-muted"> and {unique.length - 24} more</span>}
     </p>
   );
 }
 
+/** A name that may break after its dots, dashes and slashes, and not within its words. */
+function Name({ of }: { of: string }) {
+  return <>{of.split(/(?<=[_./])(?=\w)/).map((part, n) => (n === 0 ? part : [<wbr key={n} />, part]))}</>;
+}
+
 function Facts({ facts }: { facts: (readonly [string, string])[] }) {
   if (facts.length === 0) return null;
-  return <dl class="adk-facts">{facts.map(([k, v], n) => [<dt key={`k${n}`}>{k}</dt>, <dd key={`v${n}`}>{v}</dd>])}</dl>;
+  return <dl class="adk-facts">{facts.map(([k, v], n) => [<dt key={`k${n}`}>{k}</dt>, <dd key={`v${n}`}><Name of={v} /></dd>])}</dl>;
 }
 
 function plain(v: unknown): string {

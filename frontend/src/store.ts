@@ -114,6 +114,8 @@ export class Laid {
   }
 }
 
+const SAME: Difference = { created: new Set(), erased: new Set(), changed: new Set(), moved: new Set() };
+
 /** Inputs that so many nodes read are drawn as words: lines from them would cover everything. */
 const WIDELY_READ = 6;
 /** Side by side at most: a fifth would be too narrow to read. */
@@ -256,6 +258,7 @@ export class Store {
   /** What differs between the two graphs compared. */
   difference(): Difference {
     const { mode, panes, step } = this.state;
+    if (this.before < 0 || this.graph < 0) return SAME;
     return panes.length > 0 && mode !== "graph" && panes[0] === step ? this.between(this.graph, this.before) : this.between(this.before, this.graph);
   }
 
@@ -486,6 +489,17 @@ export class Store {
     };
     visit(graph.root.items);
     return open;
+  }
+
+  /** Of the nodes chosen the one that the panel tells of: the first that computes, for weights are drawn only on demand. */
+  get inspected(): number | undefined {
+    const { selection } = this.state;
+    const rows = this.graph < 0 ? undefined : this.walk.rowOf(this.graph);
+    const computes = (id: number): boolean => {
+      const op = OPS[this.walk.data.rows.op[rows?.get(id) ?? -1] ?? -1];
+      return op !== undefined && op !== "get_attr" && op !== "placeholder";
+    };
+    return selection.find(computes) ?? selection[0];
   }
 
   /** Choose nodes; Python and every pane follow. */

@@ -49,6 +49,16 @@ def test_it_shows_the_step_asked_for_and_what_it_made(record: Record) -> None:
     assert svg != walk_svg(record)
 
 
+def test_compared_with_an_earlier_step_it_tells_of_all_in_between(record: Record) -> None:
+    first, *_, last = changing(record)
+    rows = graph_rows(record)
+    at = [{record.rows.node[r] for r in rows[record.steps[k].after]} for k in (first, last)]
+    shown = point(record, Looked(last, against=first))
+    assert (shown.created, shown.erased) == (len(at[1] - at[0]), len(at[0] - at[1]))
+    assert point(record, Looked(last)).created == record.steps[last].created
+    assert f"against {record.steps[first].name}" in walk_svg(record, Looked(last, against=first))
+
+
 def test_a_repeated_layer_tells_of_its_own_nodes_alone(record: Record) -> None:
     for k in changing(record):
         s = record.steps[k]
