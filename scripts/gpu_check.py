@@ -39,10 +39,10 @@ from benchmarks import accuracy, gpu  # noqa: E402
 GROUPS = ("tests", "kernels", "accuracy", "speed")
 #: Kernels against their references -> the test that runs the file where it is not run by itself.
 SUITES = {
-    "triton_against_reference": "test_triton.py::test_kernels_equal_their_references_on_a_gpu",
-    "triton_moe": "test_moe.py::test_kernels_equal_float64_on_a_gpu",
     "sampling_against_reference": "test_sampling.py::test_on_a_gpu",
     "rope_cache_against_reference": "test_rope_cache.py::test_the_kernel_equals_its_reference_on_a_gpu",
+    "triton_moe": "test_moe.py::test_kernels_equal_float64_on_a_gpu",
+    "triton_against_reference": "test_triton.py::test_kernels_equal_their_references_on_a_gpu",
 }
 #: One quick test of each suite for --tiny, where triton's interpreter runs it.
 QUICK = {
