@@ -69,7 +69,3 @@ class Feeds:
             )
         return [{k: v.chunk(n)[r] for k, v in feed.items()} for r in range(n)]
 
-    def joined(self, outs: list[Any]) -> list[Tensor]:
-        """Logits of each rank [B, S, V]; with attention_dp one, of all ranks' sequences."""
-        logits = [out[0] for out in outs]
-        return [torch.cat(logits)] if self.dist.enable_attention_dp else logits
