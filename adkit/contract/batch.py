@@ -130,8 +130,8 @@ class HostBatch:
 
     ``logits``: L without rows that only pad the batch. ``continues``: some ids are not known on the host
     yet, because the step before is still running. Its tokens [L'] are needed to complete the batch on the
-    device. ``shares``: where ranks have sequences of their own, how many rows of each rank get a token. The logits of all
-    ranks lie rank by rank, ``layout.logits`` each, and the first of each rank's count.
+    device. ``shares``: where ranks have sequences of their own, how many rows of each rank get a token. The
+    logits of all ranks lie rank by rank, ``layout.logits`` each, of which the first so many count.
     """
 
     layout: BatchLayout

@@ -37,7 +37,7 @@ class EngineConfig(BaseModel):
     )
 
     def share(self, pools: int) -> EngineConfig:
-        """What each of so many ranks is sized for that have sequences of their own: sizes of a step are those of all."""
+        """What one of so many ranks is sized for that have sequences of their own: these sizes are those of all."""
         if pools == 1:
             return self
         shared = {n: -(-getattr(self, n) // pools) for n in ("max_batch_size", "max_num_tokens")}

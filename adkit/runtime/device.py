@@ -40,8 +40,8 @@ class Device(Protocol):
     def start(self, host: Any, replay: bool, sampling: Seq[Drawing], before: Any) -> Running:
         """Start a step, and do not wait for it. ``before``: what this returned for the one that still runs, or None.
 
-        ``host``: a HostBatch, for a model of several pools a SplitBatch. ``replay``: the batch is laid out for the model's
-        ``replay``. ``sampling`` are those that get a token.
+        ``host``: a HostBatch, for a model of several pools a SplitBatch. ``replay``: the batch is laid out for the
+        model's ``replay``. ``sampling`` are those that get a token.
         """
         ...
 
@@ -137,7 +137,7 @@ class OneDevice:
 
 
 def picked(host: HostBatch, logits: Tensor, best: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Of the logits of all ranks [ranks * L, V], and the best tokens, the rows that get a token; ``host`` says which."""
+    """Of the logits [ranks * L, V] and best tokens of all ranks the rows that get a token, as ``host`` says."""
     size = host.layout.logits
     rows = [rank * size + i for rank, count in enumerate(host.shares) for i in range(count)]
     index = torch.tensor(rows, dtype=torch.int64, pin_memory=logits.is_cuda)

@@ -82,7 +82,7 @@ class Launcher:
     def _batch(
         self, sequences: list[Sequence], decode: bool, num_tokens: int, previous: Running | None
     ) -> tuple[HostBatch, DecodeRows | None, bool]:
-        """The batch, the rows to count on from, and whether it is to be replayed. ``decode``: a token each, all sample."""
+        """The batch, rows to count on from, and whether to replay it. ``decode``: each brings a token and samples."""
         replay = self._replays if decode or num_tokens > len(sequences) else None
         padded = None if replay is None else replay.layout(num_tokens, len(sequences))
         if replay is None or padded is None:

@@ -19,8 +19,9 @@ class Sequence:
 
     ``tokens`` is prompt and output together, as far as the host knows them; ``num_pending`` more are being sampled
     by steps in flight, the last of them in ``row`` of the latest. The keys and values of the first ``num_cached``
-    are in ``pages`` of ``pool`` (or will be before anything launched later runs), and the step being scheduled computes the next
-    ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds ``tokens``.
+    are in ``pages`` of ``pool`` (or will be before anything launched later runs), and the step being scheduled
+    computes the next ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds
+    ``tokens``.
     Tokens and pages are stdlib arrays because numpy copies slices of those without a Python loop.
     """
 

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from adkit.contract import BatchLayout, CompiledModel, HostBatch, SplitBatch
-from adkit.runtime.batch import DecodeRows, build_batch, table_width
+from adkit.runtime.batch import DecodeRows, table_width
 from adkit.runtime.device import Device, Running
 from adkit.runtime.launch import Launcher
 from adkit.runtime.sequence import Sequence
 
 
 class SplitLauncher(Launcher):
-    """A :class:`Launcher` for a model whose ranks have sequences of their own (``CompiledModel.pools``). It is given those of
-    one pool after another."""
+    """A :class:`Launcher` for a model whose ranks have sequences of their own (``CompiledModel.pools``).
+
+    It is given those of one pool after another.
+    """
 
     def __init__(self, model: CompiledModel, page_size: int, device: Device) -> None:
         super().__init__(model, page_size, device)

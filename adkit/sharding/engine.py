@@ -77,7 +77,9 @@ def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
     def forward(**feed: Any) -> Tensor:
         feeds = [feed] * len(ranks)
         if dist.pools > 1:
-            feeds = [{n: v if n in pools.tensors else v[r] for n, v in feed.items()} for r in range(dist.pools)]
+            feeds = [
+                {n: v if n in pools.tensors else v[r] for n, v in feed.items()} for r in range(dist.pools)
+            ]
         feeds[1:] = [{**f, **pool.tensors} for f, pool in zip(feeds[1:], pools.others, strict=True)]
         logits: Tensor = together.run(feeds)[0][0]
         return logits
@@ -99,9 +101,7 @@ def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
 class SplitDevice(OneDevice):
     """Virtual ranks that have sequences of their own, as an engine's device."""
 
-    def logits(
-        self, host: Any, replay: bool, previous: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def logits(self, host: Any, replay: bool, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits of the rows that get a token, of all ranks; ``host`` is a SplitBatch."""
         batches = [part.to(self.model.device, previous) for part in host.parts]
         rows = {n: torch.stack([getattr(b, n) for b in batches]) for n in SequenceBatch.names()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -68,4 +68,3 @@ class Feeds:
                 f"with attention_dp {n} ranks share out the sequences of a batch; {rows} do not divide by {n}"
             )
         return [{k: v.chunk(n)[r] for k, v in feed.items()} for r in range(n)]
-

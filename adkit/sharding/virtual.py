@@ -220,7 +220,17 @@ class VirtualRanks:
     ) -> Any:
         """Estimated decode speed of this model over so many ranks, as a pandas DataFrame; see
         :func:`adkit.sharding.scaling.scaling`."""
-        return scaling(self.wb, tps, device, batch=batch, context=context, link=link, dist=self.dist)
+        detects: Any = self._hinted._passes[self._hinted._index("detect_sharding")].config
+        return scaling(
+            self.wb,
+            tps,
+            device,
+            batch=batch,
+            context=context,
+            link=link,
+            dist=self.dist,
+            shard_layers=detects.shard_layers,
+        )
 
     # --- inside
 
@@ -269,6 +279,8 @@ class VirtualRanks:
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Logits of the uncut model and of the ranks over their caches, a prompt each."""
         model = self._compiled(source, seed)
+        if self._live is not None:  # its cache is written over
+            self._live.engine.reset()
         if model.pools > 1:
             return self._cached_apart(rows, whole, model)
         sequences = [ids for batch in rows for ids in batch]
@@ -296,7 +308,10 @@ class VirtualRanks:
 
             def forward(**feed: Any) -> Tensor:
                 at = feed.pop("input_ids")
-                own = {n: v if n in model.caches.tensors else torch.stack([v] * len(table)) for n, v in feed.items()}
+                own = {
+                    n: v if n in model.caches.tensors else torch.stack([v] * len(table))
+                    for n, v in feed.items()
+                }
                 return model.forward(input_ids=table[:, at], **own).movedim(0, -2).flatten(-2)[None]
 
             found = packed_logits(forward, model.inputs, model.caches, places, prefill, model.device)

@@ -79,8 +79,8 @@ class CompileModel(Pass):
             )
         if ctx.dist.pools > 1 and "logits_indices" not in inputs:
             raise ShardingError(
-                "with attention data parallelism each rank picks the rows that are sampled from, but this graph has logits "
-                "of every token: gather_logits_before_lm_head found no linear layer that makes them, or is off"
+                "with attention data parallelism each rank picks the rows that are sampled from, but this graph has "
+                "logits of every token: gather_logits_before_lm_head found no linear layer that makes them, or is off"
             )
         gm.recompile()
         backend, why = self._backend(gm, ctx)

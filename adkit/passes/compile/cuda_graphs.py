@@ -80,9 +80,9 @@ class StepGraphs:
     """A :class:`~adkit.contract.Replay`: steps of ``forward`` over ``caches``, in place.
 
     ``inputs`` are the graph's placeholders, ``layouts`` the sizes (those of as many tokens as sequences are for decode
-    steps), ``num_previous`` the most tokens that a step samples (of all ranks together). ``agree`` makes one of the best tokens [L] that ranks
-    found. Until :meth:`capture` it runs ``forward`` itself on the same buffers, on any device. ``seconds`` and
-    ``bytes`` say what warming up and capturing took.
+    steps), ``num_previous`` the most tokens that a step samples, of all ranks. ``agree`` makes one of the best tokens
+    [L] that ranks found. Until :meth:`capture` it runs ``forward`` itself on the same buffers, on any device.
+    ``seconds`` and ``bytes`` say what warming up and capturing took.
     """
 
     forward: Forward

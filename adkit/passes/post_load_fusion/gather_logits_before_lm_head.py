@@ -88,4 +88,4 @@ def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
 def _joins(node: Any, dim: int) -> bool:
     """True where ranks put together their shares of each token's logits, or (dimension 0) those of their own tokens."""
     target = torch.ops.adkit.torch_dist_all_gather.default
-    return isinstance(node, Node) and node.target is target and node.args[1] == dim
+    return isinstance(node, Node) and node.target is target and bool(node.args[1] == dim)

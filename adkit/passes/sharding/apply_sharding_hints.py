@@ -47,7 +47,7 @@ class ApplyShardingHints(Pass):
         """Rewrite every hint; ShardingError for sizes that do not divide, leaving the graph to the caller."""
         dist = agreed_world(self.config, ctx.dist)
         found = self._hints(gm, dist)
-        if not found and not dist.enable_attention_dp:
+        if not found and dist.pools == 1:
             return PassInfo()
         wanted = Wanted()
         for hint, world in found:
@@ -76,7 +76,7 @@ class ApplyShardingHints(Pass):
                 f"after cutting for rank {dist.rank} of {dist.world_size} the graph's shapes do not fit each other: "
                 f"{error}. A hint is missing or wrong (a view with a literal head count needs tp_scaled_dim)"
             ) from error
-        if dist.enable_attention_dp:
+        if dist.pools > 1:
             self._join_logits(gm, dist)
         ctx.report(f"{len(found)} nodes processed")
         details = {
@@ -101,7 +101,7 @@ class ApplyShardingHints(Pass):
             moe = node.target is ops.torch_moe.default
             hinted = is_hint(node.target, node.kwargs)
             hint = bind(node, how)
-            # Hints that a model brings do not gather tokens of ranks that have their own: only experts do so themselves.
+            # A model's own hints gather no tokens of ranks that have their own: only experts do so by themselves.
             active = hinted and self.config.cuts(hint["layer_type"]) and (moe or gathers)
             if linear and (not active or hint["tp_mode"] == "none") and not dist.enable_attention_dp:
                 weight = hint["weight"]
@@ -110,7 +110,6 @@ class ApplyShardingHints(Pass):
             if hinted:
                 found.append((hint, dist if active else _WHOLE))
         return found
-
 
     def _join_logits(self, gm: GraphModule, dist: DistConfig) -> None:
         """Each rank has the logits of its own tokens: whoever samples needs those of all. A vocabulary that is cut has

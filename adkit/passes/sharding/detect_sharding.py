@@ -101,7 +101,8 @@ class DetectSharding(Pass):
         if self.config.enable_attention_dp and not dist.enable_attention_dp:
             raise ShardingError(
                 "enable_attention_dp=True, but the world that runs has it off: set it there "
-                "(DistConfig.of(tp=..., enable_attention_dp=True))"
+                "(wb.shard or wb.llm(tp=..., attention_dp=True), --attention-dp, or "
+                "Workbench(dist=DistConfig.of(tp=..., enable_attention_dp=True)))"
             )
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")

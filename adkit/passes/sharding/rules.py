@@ -70,7 +70,9 @@ class Walk:
 
     def visit(self, node: Node) -> None:
         """Find the spread of ``node``, whose inputs were visited."""
-        if self.attention_dp and (node.op == "placeholder" or any(a in self._own for a in node.all_input_nodes)):
+        if self.attention_dp and (
+            node.op == "placeholder" or any(a in self._own for a in node.all_input_nodes)
+        ):
             self._own.add(node)
         if node.op == "output":
             self._need_whole(node, "the model's output must be whole on every rank")
@@ -119,7 +121,9 @@ class Walk:
             raise self.unaccounted(node, f"reads tokens of all ranks, and {own[0].name}, which is of its own")
         whole = any(self.found.of(a).kind == "gathered" for a in apart)
         if whole and not (elementwise(node.target) and len(node.all_input_nodes) == 1):
-            raise self.unaccounted(node, "reads tokens of all ranks, which are put together for sampling alone")
+            raise self.unaccounted(
+                node, "reads tokens of all ranks, which are put together for sampling alone"
+            )
 
     def gather(self, node: Node, value: Any) -> None:
         """``node`` works on the tokens of all ranks."""

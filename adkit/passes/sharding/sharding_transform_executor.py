@@ -173,10 +173,10 @@ class _Writer:
         label = "reduce_scatter" if self.own_tokens else "all_reduce"
         with self.of.site(self.gm, [now], label=label, before=now.next) as s:
             kwargs = {"layer_type": self.kinds[node]}
-            target, args = adkit_ops.all_reduce.default, (now,)
             if self.own_tokens:
-                target, args = adkit_ops.reduce_scatter.default, (now, 0)
-            self.summed[node] = s.call(target, args, kwargs, like=now)
+                self.summed[node] = s.call(adkit_ops.reduce_scatter.default, (now, 0), kwargs, like=now)
+            else:
+                self.summed[node] = s.call(adkit_ops.all_reduce.default, (now,), kwargs, like=now)
         self.count += 1
 
     def _merge(self, node: Node) -> None:

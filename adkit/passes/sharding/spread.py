@@ -86,9 +86,9 @@ class Share:
 class Spread:
     """How ranks hold a value.
 
-    Where ranks have tokens of their own, what is cut is cut for the tokens of all; ``gathered`` is then what is whole for
-    these. ``blocks``: along ``dim`` lie several cuts side by side, as (size, share) (a fused Q|K|V). ``terms`` and ``rest``:
-    a sum not yet made, of terms (each with the node that adds it) and of values that every rank has.
+    ``blocks``: along ``dim`` lie several cuts side by side, as (size, share) (a fused Q|K|V). ``terms`` and ``rest``:
+    a sum not yet made, of terms (each with the node that adds it) and of values that every rank has. Where ranks have
+    tokens of their own, pieces and terms are of the tokens of all, and ``gathered`` is what is whole for these.
     """
 
     kind: str = "replicated"
@@ -137,8 +137,8 @@ class Propagation:
     size and shares. ``blocks``: splits and slices along a cut, as block sizes. ``sliced``: (reader, operand) -> what
     a rank takes of it. ``made``: values without content that are cut as they are made. ``norms`` over a cut
     dimension. ``sums``: partial value -> its readers that need the sum. ``merged``: node -> (terms, rest), a sum put
-    in another order so that it takes one exchange. ``gathered``: value -> its readers that need the tokens of all ranks,
-    where each has its own.
+    in another order so that it takes one exchange. ``gathered``: value -> its readers that need the tokens of all
+    ranks, where each has its own.
     """
 
     spreads: dict[Node, Spread | tuple[Spread, ...]] = field(default_factory=dict)

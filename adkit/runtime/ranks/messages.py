@@ -52,8 +52,8 @@ _PLAIN = Draw(SamplingParams(), True, array("q"), 0, 0, 0.0)
 class Step:
     """Run a packed batch, the ``number``-th. ``rows`` sequences get a token.
 
-    ``host``: every rank's, or a part a rank (:meth:`of`). ``replay``: by the model's ``decode``. ``plain``: every row takes its best token; if not, ``draws`` tells rank 0 how
-    each gets its own.
+    ``host``: every rank's, or a part a rank (:meth:`of`). ``replay``: by the model's ``decode``. ``plain``: every row
+    takes its best token; if not, ``draws`` tells rank 0 how each gets its own.
     """
 
     number: int
