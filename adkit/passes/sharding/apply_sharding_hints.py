@@ -116,8 +116,9 @@ class ApplyShardingHints(Pass):
         gathered them already."""
         output = gm.graph.output_node()
         (logits,) = output.all_input_nodes
-        (ids,) = (n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
-        if str(logits.meta["val"].shape[0]) != str(ids.meta["val"].shape[0]):
+        inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
+        ids = inputs.get("input_ids")
+        if ids is None or str(logits.meta["val"].shape[0]) != str(ids.meta["val"].shape[0]):
             return
         with self.site(gm, [logits], label="join logits", before=output) as s:
             target = ops.torch_dist_all_gather.default
