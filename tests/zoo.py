@@ -94,6 +94,7 @@ _SIZES: dict[str, Any] = {
     "patch_size": 14,
     "depth": 2,
     "embed_dim": 48,
+    "hidden_size_global": 48,
     # indexers, state spaces
     "index_head_dim": 16,
     "index_n_heads": 2,
@@ -130,6 +131,13 @@ _LATENT: dict[str, Any] = {
 
 #: Leaves a field to the config class.
 DROP = object()
+
+#: Hybrids that share a block's weights: with fewer than two such layers there is nothing to share.
+_SHARING: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": DROP,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+}
 
 #: What a type needs beyond sizes. Keys are merged over ``_SIZES``.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -183,11 +191,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 48, "adapter_out_dim": 48},
+    "dots3_note_audio_encoder": {"adapter_input_size": 48, "adapter_out_dim": 48},
     "reformer": {"axial_pos_embds": False},
     "xlstm": {"hidden_size": 128},
-    # what their layers share exists from the second such layer on
-    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba": _SHARING,
+    "zamba2": _SHARING,
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
