@@ -147,7 +147,7 @@ function Toolbar({ store, group }: { store: Store; group: Group }) {
       <button type="button" onClick={() => store.addPane()} disabled={state.mode === "code" || !store.canAddPane} title={`One more point side by side, ${MOST_PANES} at most (p); shift-click a step for that step`}>Add pane</button>
       <label>
         <span class="adk-word">Colour </span>
-        <select class="adk-overlay" value={state.overlay} onChange={(e) => store.set({ overlay: e.currentTarget.value })}>
+        <select class="adk-overlay" aria-label="Colour" value={state.overlay} onChange={(e) => store.set({ overlay: e.currentTarget.value })}>
           <option value="">kind of work</option>
           {lays.map((name) => <option key={name} value={name}>{name}</option>)}
         </select>

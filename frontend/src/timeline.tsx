@@ -125,13 +125,14 @@ function Running({ store, hovered, all }: { store: Store; hovered: number; all: 
   };
   if (hovered >= 0) return said(hovered);
   if (live.running !== "") {
-    const { progress } = live;
+    const { progress, log } = live;
+    const line = log[log.length - 1];
     const seconds = live.elapsed + (performance.now() - live.told) / 1e3;
     return (
       <div class="adk-now">
         <span role="status">running <b>{live.running}</b></span>
-        <span class="adk-muted">
-          {progress === null ? `${seconds.toFixed(0)} s` : `${progress.what}: ${amount(progress.done)} of ${amount(progress.total)}`}
+        <span class="adk-muted" title={line}>
+          {progress === null ? `${seconds.toFixed(0)} s${line === undefined ? "" : `: ${line}`}` : `${progress.what}: ${amount(progress.done)} of ${amount(progress.total)}`}
         </span>
         <progress aria-label={`Progress of ${live.running}`} {...(progress === null ? {} : { value: progress.done, max: Math.max(1, progress.total) })} />
       </div>
