@@ -128,8 +128,8 @@ def placements(v: VirtualRanks, graph: Snapshot) -> dict[int, Placement]:
     """How ranks hold each value of a rank's graph, by node id, read off shapes and the plan (``v.check()`` proves it).
 
     A value whose counterpart in the uncut graph is larger along one dimension is cut there; a term is what the plan
-    sums, until an op over ranks has added it up. Where ranks have sequences of their own values are pieces of the batch,
-    but between a gather of tokens and the op that scatters their sum.
+    sums, until an op over ranks has added it up. Where ranks have sequences of their own values are pieces of the
+    batch, but between a gather of tokens and the op that scatters their sum.
     """
     pairs = counterparts(v.whole, [v.hinted], graph)
     apart = v.dist.pools > 1
