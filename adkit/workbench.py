@@ -94,7 +94,7 @@ class Workbench:
             dist=dist or DistConfig.of(),
         )  # fmt: skip
         self.watching = Watching(self)
-        self._context.progress = self._progress
+        self._context.progress, self._context.overheard = self._progress, self.watching.log
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
         self._history: list[State] = []  # the state before each step that ran, without its module
