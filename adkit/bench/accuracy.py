@@ -81,9 +81,13 @@ def measure(
         "max_seq_len": max(prompt + new, 512),
     }
     settings |= {"max_num_tokens": max(sequences * prompt, 2048), "dtype": dtype}
-    settings["free_gpu_memory_fraction"] = 0.2  # a few hundred tokens need little, and others may run beside this
+    settings["free_gpu_memory_fraction"] = (
+        0.2  # a few hundred tokens need little, and others may run beside this
+    )
     if not demo:  # logits come from steps launched one by one: nothing to capture for
-        settings["transforms"] = {"compile_model": {"cuda_graph_batch_sizes": [1], "cuda_graph_num_tokens": []}}
+        settings["transforms"] = {
+            "compile_model": {"cuda_graph_batch_sizes": [1], "cuda_graph_num_tokens": []}
+        }
     if layers is not None:
         model = _shorter(model, layers)
     options: Row = {"config": [settings, *config], "overrides": overrides, "progress": progress}
