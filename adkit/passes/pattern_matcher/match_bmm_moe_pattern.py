@@ -137,9 +137,7 @@ class MatchBmmMoE(Pass):
 
     def _replace_picked(self, gm: GraphModule, prover: _Prover, found: _Experts) -> None:
         options = prover.options(found)
-        with self.site(
-            gm, with_asserts(prover.region(found)), label="bmm experts", before=found.output
-        ) as s:
+        with self.site(gm, with_asserts(prover.region(found)), label="bmm experts", before=found.output) as s:
             s.replace(found.output, s.call(MOE, found.args, options, like=found.output))
 
     def _replace_dense(

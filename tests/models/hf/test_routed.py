@@ -17,7 +17,9 @@ D, FFN, E = 16, 8, 4
 class Loop(nn.Module):
     """Goes over the experts that some token chose; those past the last pair of matrices return the token."""
 
-    def __init__(self, act: Any = F.silu, transposed: bool = False, gated: bool = True, extra: int = 0) -> None:
+    def __init__(
+        self, act: Any = F.silu, transposed: bool = False, gated: bool = True, extra: int = 0
+    ) -> None:
         super().__init__()
         self.act, self.transposed, self.gated, self.extra = act, transposed, gated, extra
         generator = torch.Generator().manual_seed(0)
@@ -63,10 +65,14 @@ def test_the_op_takes_the_loops_place(act: Any, gated: bool, transposed: bool, e
     generator = torch.Generator().manual_seed(1)
     hidden, weights = torch.randn(9, D, generator=generator), torch.rand(9, 3, generator=generator)
     ids = torch.randint(E + extra, (9, 3), generator=generator)
-    torch.testing.assert_close(forward(hidden, ids, weights), loop(hidden, ids, weights), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        forward(hidden, ids, weights), loop(hidden, ids, weights), rtol=1e-5, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("module", [Doubled(), Loop(torch.sin), nn.Bilinear(3, 4, 5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [Doubled(), Loop(torch.sin), nn.Bilinear(3, 4, 5)], ids=lambda m: type(m).__name__
+)
 def test_what_computes_something_else_keeps_its_forward(module: nn.Module) -> None:
     assert not list(routed_forwards(nn.Sequential(module)))
 

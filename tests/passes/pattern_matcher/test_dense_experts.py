@@ -22,7 +22,9 @@ D, FFN, E = 12, 10, 4
 class Dense(nn.Module):
     """Every expert on every token; most scores are zero."""
 
-    def __init__(self, k: int = 1, weighs_input: bool = True, gate: Any = F.silu, unchosen: float = 0.0) -> None:
+    def __init__(
+        self, k: int = 1, weighs_input: bool = True, gate: Any = F.silu, unchosen: float = 0.0
+    ) -> None:
         super().__init__()
         self.k, self.weighs_input, self.gate, self.unchosen = k, weighs_input, gate, unchosen
         generator = torch.Generator().manual_seed(0)
