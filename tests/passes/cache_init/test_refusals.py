@@ -13,10 +13,9 @@ from tests.zoo import tiny_config
     ("kind", "said"),
     [
         ("lfm2", "in some layers tokens meet in a convolution along the sequence"),
-        ("mamba2", "no attention to cache was found in this graph: its tokens meet in a convolution"),
         ("deepseek_v32", "follows from what the tokens are"),
         ("mamba", "one sequence length only"),
-        ("qwen4_exp_text", "depends on the values of a tensor"),
+        ("dbrx", "depends on the values of a tensor"),
     ],
 )
 def test_a_refusal_says_where_why_and_what_to_do(kind, said):
