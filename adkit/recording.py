@@ -126,9 +126,13 @@ def pass_source(p: Pass) -> PassSource | None:
     try:
         module = inspect.getmodule(type(p))
         inside = module is not None and module.__name__.startswith("adkit.")
-        code = inspect.getsource(module if inside and module is not None else type(p))
-        _, line = inspect.getsourcelines(type(p))
-    except (OSError, TypeError):
+        if inside and module is not None:  # its line by its name: inspect would parse the module
+            code = inspect.getsource(module)
+            line = 1 + code[: code.index(f"\nclass {type(p).__name__}(") + 1].count("\n")
+        else:
+            lines, line = inspect.getsourcelines(type(p))
+            code = "".join(lines)
+    except (OSError, TypeError, ValueError):
         return None
     file = type(p).__module__.replace(".", "/") + ".py" if inside else Path(inspect.getfile(type(p))).name
     return PassSource(file=file, line=line, code=code)

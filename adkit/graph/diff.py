@@ -7,8 +7,9 @@ torch_rmsnorm, layers 0-31"). That is what a person reads.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,12 +119,14 @@ class Diff:
     @cached_property
     def created(self) -> tuple[int, ...]:
         """Ids only in ``after``, in order."""
-        return tuple(n.id for n in self.after if n.id not in self.before.by_id)
+        old = self.before.by_id
+        return tuple([n.id for n in self.after if n.id not in old])
 
     @cached_property
     def erased(self) -> tuple[int, ...]:
         """Ids only in ``before``, in order."""
-        return tuple(n.id for n in self.before if n.id not in self.after.by_id)
+        new = self.after.by_id
+        return tuple([n.id for n in self.before if n.id not in new])
 
     @cached_property
     def changed(self) -> tuple[int, ...]:
@@ -225,29 +228,27 @@ def _passed_through(erased: int, kept: int, gone: set[int], before: Snapshot) ->
 
 
 def _sites(d: Diff) -> tuple[Site, ...]:
-    parent: dict[tuple[str, int], tuple[str, int]] = {}
+    parent: dict[int, int] = {}  # an id of the graph after; ~id is the one before
 
-    def root(x: tuple[str, int]) -> tuple[str, int]:
+    def root(x: int) -> int:
         while parent[x] != x:
             parent[x] = parent[parent[x]]
             x = parent[x]
         return x
 
-    def join(a: tuple[str, int], b: tuple[str, int]) -> None:
+    def join(a: int, b: int) -> None:
         parent[root(a)] = root(b)
 
     erased, created, changed = set(d.erased), set(d.created), set(d.changed)
-    for i in erased:
-        parent["-", i] = ("-", i)
-    for i in (*created, *changed):
-        parent["+", i] = ("+", i)
+    parent.update((~i, ~i) for i in erased)
+    parent.update((i, i) for i in (*created, *changed))
 
-    label: dict[tuple[str, int], str] = {}
-    claimed: set[tuple[str, int]] = set()
+    label: dict[int, str] = {}
+    claimed: set[int] = set()
     for s in d._declared:
-        members = [("-", i) for i in s.matched if i in erased and ("-", i) not in claimed]
-        members += [("+", i) for i in s.created if i in created and ("+", i) not in claimed]
-        members += [("+", i) for i in s.matched if i in changed and ("+", i) not in claimed]
+        members = [~i for i in s.matched if i in erased and ~i not in claimed]
+        members += [i for i in s.created if i in created and i not in claimed]
+        members += [i for i in s.matched if i in changed and i not in claimed]
         claimed.update(members)
         for m in members[1:]:
             join(m, members[0])
@@ -255,39 +256,36 @@ def _sites(d: Diff) -> tuple[Site, ...]:
             label[m] = s.label
 
     # what no declared site claims: joined by origin, then along edges, but never merging two declared sites
-    free = [m for m in parent if m not in claimed]
-    for n in d.after:
-        if n.id in created and ("+", n.id) not in claimed:
+    free = dict.fromkeys(m for m in parent if m not in claimed)
+    for n in d.after if free else ():
+        if n.id in free and n.id in created:
             for o in n.origins:
-                if ("-", o) in parent and ("-", o) not in claimed:
-                    join(("+", n.id), ("-", o))
-    free_set = set(free)
-    for snap, side, ids in ((d.before, "-", erased), (d.after, "+", created | changed)):
+                if ~o in free:
+                    join(n.id, ~o)
+    for snap, side in ((d.before, operator.invert), (d.after, operator.pos)) if free else ():
         for n in snap:
-            if n.id not in ids or (side, n.id) not in free_set:
-                continue
-            for i in n.inputs():
-                if i in ids and (side, i) in free_set:
-                    join((side, n.id), (side, i))
+            if side(n.id) in free:
+                for i in n.inputs():
+                    if side(i) in free:
+                        join(side(n.id), side(i))
     # a free erased node read only by one declared site's nodes is that site's litter
-    litter = [m for m in free if m[0] == "-"]
+    litter = [m for m in free if m < 0]
     users = d.before.users() if litter else {}
     for m in reversed(litter):
-        if all(("-", u) not in free_set for u in users[m[1]]):
-            owners = {root(("-", u)) for u in users[m[1]] if ("-", u) in parent}
+        if all(~u not in free for u in users[~m]):
+            owners = {root(~u) for u in users[~m] if ~u in parent}
             if len(owners) == 1:
                 join(m, owners.pop())
     labels = {root(m): text for m, text in label.items()}
 
-    groups: dict[tuple[str, int], tuple[list[int], list[int], list[int]]] = {}
-    for n in d.before:
-        if n.id in erased:
-            groups.setdefault(root(("-", n.id)), ([], [], []))[0].append(n.id)
+    groups: dict[int, tuple[list[int], list[int], list[int]]] = defaultdict(lambda: ([], [], []))
+    for i in d.erased:
+        groups[root(~i)][0].append(i)
     for n in d.after:
         if n.id in created:
-            groups.setdefault(root(("+", n.id)), ([], [], []))[1].append(n.id)
+            groups[root(n.id)][1].append(n.id)
         elif n.id in changed:
-            groups.setdefault(root(("+", n.id)), ([], [], []))[2].append(n.id)
+            groups[root(n.id)][2].append(n.id)
     sites = []
     for key, (gone, made, kept) in groups.items():
         at = d.after[made[-1]] if made else d.before[gone[-1]] if gone else d.after[kept[-1]]

@@ -31,6 +31,7 @@ class Source:
         return f"{self.file}:{self.line}"
 
 
+@lru_cache(maxsize=1 << 12)  # the layers of a model share their lines
 def source_of(stack_trace: str | None) -> Source | None:
     """The innermost frame in modelling code of an FX ``stack_trace``; torch's own frames are passed over."""
     if not stack_trace:
@@ -72,11 +73,20 @@ def context_of(source: Source) -> Context | None:
     return Context(first + 1, "\n".join(cut))
 
 
+_FILES: dict[str, str] = {}  # what _loaded_file has found: it looks through thousands of modules
+
+
 def _loaded_file(short: str) -> str | None:
     """The file whose :func:`short_path` is ``short``, if a loaded module or a notebook cell has it."""
+    if short in _FILES:
+        return _FILES[short]
     loaded = (vars(m).get("__file__") for m in list(sys.modules.values()) if isinstance(m, ModuleType))
     known = [*loaded, *linecache.cache]  # vars(), because getattr on a lazy module would import
-    return next((f for f in known if isinstance(f, str) and (f == short or f.endswith(f"/{short}"))), None)
+    for file in known:
+        if isinstance(file, str) and (file == short or file.endswith(f"/{short}")):
+            _FILES[short] = file
+            return file
+    return None
 
 
 def short_path(path: str) -> str:
@@ -108,6 +118,7 @@ def layer_of(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+@lru_cache(maxsize=1 << 16)
 def without_layer(path: str) -> str:
     """``path`` with its layer index replaced by ``*``, equal for the same place in every layer."""
     return _LAYER.sub(lambda m: m.group(0).replace(m.group(1), "*"), path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,6 @@ class NodeRecord:
     key: tuple[Any, ...]  # identity of the FX fields it was made from
     meta: dict[str, Any]
     _shape: Any = field(default=False, init=False)  # made on first use: printing symbols is slow
-    _source: Any = field(default=False, init=False)
     _inputs: Any = field(default=None, init=False)
 
     @property
@@ -65,7 +65,7 @@ class NodeRecord:
             val = self.val
             dims = None
             if isinstance(val, torch.Tensor):
-                dims = tuple(d if isinstance(d, int) else str(d) for d in val.shape)
+                dims = tuple(map(size_text, val.shape))
             object.__setattr__(self, "_shape", dims)
         shape: tuple[Any, ...] | None = self._shape
         return shape
@@ -84,10 +84,7 @@ class NodeRecord:
     @property
     def source(self) -> Source | None:
         """The line of modelling code the node came from."""
-        if self._source is False:
-            object.__setattr__(self, "_source", source_of(self.stack_trace))
-        source: Source | None = self._source
-        return source
+        return source_of(self.stack_trace)
 
     def __repr__(self) -> str:
         body = self.target_name
@@ -110,10 +107,24 @@ class NodeRecord:
         return list(self._inputs)
 
 
+def size_text(d: Any) -> int | str:
+    """A dimension: its number, or an open size as text."""
+    if isinstance(d, int):
+        return d
+    expr = getattr(d.node, "expr", None)
+    return str(d) if expr is None else _printed(expr)
+
+
+_printed = lru_cache(maxsize=1 << 12)(str)  # sympy takes 10 us to print a symbol
+
+
 def target_name(target: Any) -> str:
     """A call target as short text, stable across runs."""
-    if isinstance(target, str):
-        return target
+    return target if isinstance(target, str) else _call_name(target)
+
+
+@lru_cache(maxsize=1 << 10)  # asked of every node of every step, of a few targets
+def _call_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = target.name().replace("::", ".")
         return name

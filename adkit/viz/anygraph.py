@@ -21,7 +21,8 @@ from adkit.graph.provenance import module_path_of
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot, _map
 from adkit.graph.step import PassInfo, Step
 from adkit.viz.record.format import Record
-from adkit.viz.record.write import RecordWriter, rising
+from adkit.viz.record.splice import rising
+from adkit.viz.record.write import RecordWriter
 
 if TYPE_CHECKING:
     from adkit.viz.explorer import Explorer

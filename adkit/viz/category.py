@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import torch
 
@@ -60,18 +61,21 @@ _MODULES = [
 
 def category_of_module(path: str) -> str:
     """The category that a module's own name tells, or empty."""
-    leaf = path.rsplit(".", 1)[-1]
-    return next((category for category, rule in _MODULES if rule.search(leaf)), "")
+    return _first(path.rsplit(".", 1)[-1], modules=True)
+
+
+@lru_cache(maxsize=1 << 12)  # asked of every node, of a few names
+def _first(name: str, *, modules: bool) -> str:
+    return next((category for category, rule in (_MODULES if modules else _RULES) if rule.search(name)), "")
 
 
 def category_of(n: NodeRecord) -> str:
     """The category of a node, a key of :data:`COLOURS`: by its op, and for plain arithmetic by its module."""
     if n.op in ("placeholder", "output"):
         return "cache" if n.op == "placeholder" and "cache" in n.target_name else "input/output"
-    name = op_text(n)
-    for category, rule in _RULES:
-        if rule.search(name):
-            return category
+    told = _first(op_text(n), modules=False)
+    if told:
+        return told
     if not isinstance(n.val, (torch.Tensor, tuple, list)):
         return "shape"
     part = category_of_module(n.module_path)

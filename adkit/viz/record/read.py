@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from adkit.viz.dot import write_atomically
 from adkit.viz.record.format import READ, Graph, Ragged, Record, Segment, Sources
-from adkit.viz.record.write import apply_splices
+from adkit.viz.record.splice import apply_splices
 
 #: Bytes of JSON that are read at most; llama-3.1-405b takes under 4 MB.
 MOST_BYTES = 256 << 20

@@ -15,7 +15,7 @@ from tests.forked_ranks import LAUNCH, forked, gone
 World = tuple[CompiledModel, Elsewhere]
 
 
-def start(tp: int = 2, timeout: float = 10, **toy: object) -> World:
+def start(tp: int = 2, timeout: float = 60, **toy: object) -> World:
     return start_processes(
         "tests.runtime.ranks.toy:build", toy, DistConfig.of(tp=tp), device="cpu", timeout=timeout
     )

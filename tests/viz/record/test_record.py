@@ -17,7 +17,7 @@ from adkit.graph.step import Step, Steps
 from adkit.viz.record import Record, RecordError, RecordWriter, dump_record, load_record, parse_record
 from adkit.viz.record.read import graph_rows
 from adkit.viz.record.schema import PATH, schema_text
-from adkit.viz.record.write import apply_splices, rising, runs, splices
+from adkit.viz.record.splice import apply_splices, rising, runs, splices
 from tests.graph.samples import sample
 
 
