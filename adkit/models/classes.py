@@ -25,5 +25,7 @@ def text_model_class(config: Any) -> Any:
 
     family = model_type_to_module_name(config.model_type)
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-    found = getattr(transformers, name, None) if isinstance(name, str) and family != config.model_type else None
+    found = (
+        getattr(transformers, name, None) if isinstance(name, str) and family != config.model_type else None
+    )
     return found if getattr(found, "config_class", None) is type(config) else None
