@@ -243,23 +243,28 @@ def main() -> None:
         "--timeout", type=float, default=TIMEOUT, help="seconds that one type may take (default: %(default)g)"
     )
     options = parser.parse_args()
-    import torch
-    import transformers
-
     sys.path.insert(0, str(ROOT))
     from tests.zoo import all_types
 
     worker_, results = Worker(options.timeout), {}
+    recorded = json.loads(RESULTS.read_text())["types"] if options.types and options.write else {}
     for kind in options.types or all_types():
         results[kind] = worker_.ask(kind)
         shown = results[kind].get("rmse", results[kind].get("reason", ""))
         print(kind, results[kind]["outcome"], results[kind].get("step", ""), shown, flush=True)
+        if options.write:  # at once: what is known stays when the run is stopped
+            write({**recorded, **results})
     worker_.close()
     print(dict(Counter(r["outcome"] for r in results.values())))
-    if options.types and not options.write:
-        return
-    if options.types:
-        results = {**json.loads(RESULTS.read_text())["types"], **results}
+    if not options.types:
+        write(results)
+
+
+def write(types: dict[str, dict[str, Any]]) -> None:
+    """The record and the page."""
+    import torch
+    import transformers
+
     record = {
         "command": shlex.join(["python", "scripts/coverage.py"]),
         "versions": {
@@ -267,7 +272,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "types": dict(sorted(results.items())),
+        "types": dict(sorted(types.items())),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")

@@ -159,4 +159,4 @@ class _Trial:
             n: nn.Parameter(self._laid(stacks[n]), requires_grad=False) for n in self.module._parameters
         }
         with torch.no_grad():
-            return twin(hidden.clone(), ids, weights)  # type: ignore[no-any-return]
+            return twin(hidden.clone(), ids, weights)

@@ -83,7 +83,7 @@ def read(root: Node, shapes: ShapeOnly) -> DenseExperts | None:
     if down is None or up is None:
         return None
     above = shapes.closure(root, [a for p in (down, up) for a in p.args[1:] if isinstance(a, Node)])
-    repeats = [n for n in above if n.target is aten.repeat.default and list(n.args[1]) == [shape[0], 1]]
+    repeats = [n for n in above if n.target is aten.repeat.default and list(args_of(n)[1]) == [shape[0], 1]]
     turned = [
         n
         for n in above
@@ -112,8 +112,9 @@ def _chosen(scores: Node, shapes: ShapeOnly) -> Node:
     """The [T, k] ids of the experts whose score is not zero, proved on random logits."""
     above = shapes.closure(scores)
     picks = [n for n in above if n.target is aten.topk.default]
-    ids = [u for u in max(picks).users if args_of(u)[1] == 1] if picks else []
-    logits = args_of(max(picks))[0] if picks else None
+    last: Node = max(picks, default=scores)
+    logits = args_of(last)[0]
+    ids = [u for u in last.users if last is not scores and args_of(u)[1] == 1]
     if len(ids) != 1 or shape_of(logits) != shape_of(scores):
         raise NotUnderstood("the scores do not come from a choice of experts")
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +210,7 @@ class DenseProver:
 
         def run(x: Tensor) -> Tensor:
             nodes = self.shapes.closure(end, [source])
-            return compute(self.shapes, nodes, {source: x[None]}, small)[0]  # type: ignore[no-any-return]
+            return compute(self.shapes, nodes, {source: x[None]}, small)[0]
 
         return gate_by_value(run, (2 if found.gated else 1) * _SMALL["f"], gated=found.gated, numbers=numbers)
 
