@@ -27,10 +27,10 @@ FIND_NOTEBOOKS := find notebooks cookbooks -name '*.ipynb' -not -path '*/.ipynb_
 
 # One thread a worker, and nothing fetched: a test that needs the network is a bug.
 test pytest nbval test-fast: export OMP_NUM_THREADS := 1
-test pytest nbval test-fast notebooks gpu-notebooks: export HF_HUB_OFFLINE := 1
-test pytest nbval test-fast notebooks gpu-notebooks: export TOKENIZERS_PARALLELISM := false
+test pytest nbval test-fast notebooks gpu-notebooks gpu-check: export HF_HUB_OFFLINE := 1
+test pytest nbval test-fast notebooks gpu-notebooks gpu-check: export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks screenshots gpu-notebooks clean
+.PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks screenshots gpu-notebooks gpu-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,9 @@ screenshots: venv chromium ## Take the README's pictures anew (docs/images)
 
 gpu-notebooks: venv ## Record the notebooks' cells that need a GPU, on a machine that has one
 	$(PY) scripts/gpu_notebooks.py
+
+gpu-check: venv ## All that a GPU should prove and measure: tests, kernels, accuracy, speed; goes on where it stopped
+	$(PY) scripts/gpu_check.py
 
 clean: ## Remove .venv, caches and build products
 	rm -rf $(VENV) .make build dist *.egg-info walk.html

@@ -47,6 +47,12 @@ def run(
         int | None,
         typer.Option(help="Ranks to cut the model over, a process each; torchrun's, where it started this"),
     ] = None,
+    attention_dp: Annotated[
+        bool,
+        typer.Option(
+            "--attention-dp", help="Each rank attends to sequences of its own, with a cache of its own"
+        ),
+    ] = False,
 ) -> None:
     """Walk a model through the pipeline, a line a stage; then generate and report if asked to."""
     from adkit import SamplingParams, Workbench
@@ -59,7 +65,7 @@ def run(
         "model": model, "config": list(config), "overrides": overrides, "random_weights": random_weights,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with place(tp, what) as here:
+    with place(tp, what, attention_dp) as here:
         if here.follows:
             return
         if until is not None and here.dist.world_size > 1:

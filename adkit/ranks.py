@@ -44,11 +44,11 @@ def build(
     return wb.compiled()
 
 
-def world(tp: int, moe_ep: int | None = None) -> DistConfig:
+def world(tp: int, moe_ep: int | None = None, attention_dp: bool = False) -> DistConfig:
     """A world of ``tp`` ranks; ShardingError for a number that cannot be."""
     if tp < 1:
         raise ShardingError(f"tp is {tp}; give the number of ranks, 1 or more")
-    return DistConfig.of(tp, moe_ep)
+    return DistConfig.of(tp, moe_ep, enable_attention_dp=attention_dp)
 
 
 def start(
@@ -56,13 +56,15 @@ def start(
     tp: int,
     *,
     moe_ep: int | None = None,
+    attention_dp: bool = False,
     executor: str = "processes",
     **options: Any,
 ) -> LiveModel:
     """The engine of a Workbench's model cut over ``tp`` ranks; the Workbench itself stays where it is.
 
-    ``moe_ep``: ranks the experts are dealt to (default: all). ``executor``: ``processes`` of this host, or ``ray``
-    (actors of a cluster, ``pip install 'adkit[ray]'``).
+    ``moe_ep``: ranks the experts are dealt to (default: all). ``attention_dp``: each rank has sequences, and a cache,
+    of its own; attention then stays whole. ``executor``: ``processes`` of this host, or ``ray`` (actors of a cluster,
+    ``pip install 'adkit[ray]'``).
     ``timeout`` (seconds): a step that takes longer is taken for stuck; ``port``: where the ranks meet (default: a free
     one). Raises ShardingError for ranks that cannot be had, the error of a rank that cannot be built, RankError where a
     rank ended.
@@ -77,9 +79,10 @@ def start(
         )
     engine = wb.config.engine
     spelled = {"workbench": {**wb._made_of, **engine.model_dump()}, "passes": [_spell(p) for p in wb._passes]}
+    dist = world(tp, moe_ep, attention_dp)
     with wb.bars:
         model, device = starters[executor](
-            _BUILDER, spelled, world(tp, moe_ep), device=engine.device, progress=wb.bars.show, **options
+            _BUILDER, spelled, dist, device=engine.device, progress=wb.bars.show, **options
         )
     return LiveModel(model, engine, wb.factory.tokenizer(), device)
 
@@ -111,14 +114,14 @@ class Place:
 
 
 @contextmanager
-def place(tp: int | None, workbench: Mapping[str, Any]) -> Iterator[Place]:
+def place(tp: int | None, workbench: Mapping[str, Any], attention_dp: bool = False) -> Iterator[Place]:
     """This process as one rank of a command on ``tp`` ranks (None: as many as torchrun started, or one).
 
     ``workbench`` are the arguments of the Workbench that every rank is to build. Ranks that torchrun did not start are
     started; a rank other than 0 serves before it enters the block.
     """
     ranks = tp if tp is not None else launched_ranks() or 1
-    dist = world(ranks)
+    dist = world(ranks, attention_dp=attention_dp)
     if ranks == 1:
         yield Place(dist)
         return

@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 def start_from_cache(wb: Workbench, stop: int) -> None:
     """Start from the latest enabled ``pipeline_cache`` whose entry can be read."""
+
+    def loading(done: int, total: int) -> None:
+        wb._context.progress(done, total, "loading")
+
     for i in range(stop - 1, -1, -1):
         p = wb._passes[i]
         if not isinstance(p, PipelineCache) or not p.config.enabled:
             continue
         wb._context.fingerprint = fingerprint(wb._context, wb._passes[:i])
+        wb.watching.starts(p.key)
         entry = p.find(wb._context)
         if entry is None:
             continue
@@ -37,7 +42,7 @@ def start_from_cache(wb: Workbench, stop: int) -> None:
         past = wb._past_loading(i) and wb.factory.weights != "none"
         if past:
             with wb.bars:
-                load_graph_tensors(gm, wb.factory, _on_meta(gm), wb.device, wb.bars.loading)
+                load_graph_tensors(gm, wb.factory, _on_meta(gm), wb.device, loading)
             retarget_device(gm, wb.device)
         state.tensors = take_stamps(gm, snapshot, {}, wb.factory, past)
         for j in range(i + 1):
@@ -48,6 +53,7 @@ def start_from_cache(wb: Workbench, stop: int) -> None:
         wb._history = [State()] * (i + 1)
         wb._state = state
         wb._bind()
+        wb.watching.restored()
         return
 
 

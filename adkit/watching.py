@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 #: Seconds between two messages about one step's progress.
 _PAUSE = 0.2
-#: Lines of a traceback that are shown.
+#: Messages a second about one step's log. What is written faster is told with the next message.
+_LINES_A_SECOND = 5
+#: Lines of a traceback, or of the log of the step at work, that are shown.
 _MOST_LINES = 30
 
 
@@ -35,6 +38,7 @@ class Watching:
         self._live: dict[str, Any] = {}
         self._running = False
         self._began = self._told = 0.0
+        self._lines: deque[float] = deque(maxlen=_LINES_A_SECOND)
 
     def add(self, explorer: Explorer) -> None:
         """From now on this one is told."""
@@ -63,18 +67,34 @@ class Watching:
             self._live["elapsed"] = time.perf_counter() - self._began
             self._tell(quick=True)
 
+    def log(self, line: str) -> None:
+        """The step at work wrote a line to its log."""
+        if self._explorers:
+            self._live["log"] = [*self._live.get("log", []), portable(str(line))][-_MOST_LINES:]
+            now = time.perf_counter()
+            if len(self._lines) < _LINES_A_SECOND or now - self._lines[0] > 1:
+                self._lines.append(now)
+                self._live["elapsed"] = now - self._began
+                self._tell(quick=True)
+
+    def restored(self) -> None:
+        """Steps were taken from a cache; others go on from there, which may take long."""
+        self._live = {}
+        self._tell()
+
     def failed(self, step: str, error: BaseException) -> None:
         """The step at work ended in an error (or was interrupted)."""
         if self._explorers:
             lines = "".join(traceback.format_exception(error)).splitlines()[-_MOST_LINES:]
             head = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._live = {"error": {"step": step, "text": portable(f"{head}\n\n" + "\n".join(lines))}}
+            told = {"step": step, "text": portable(f"{head}\n\n" + "\n".join(lines))}
+            self._live = {"error": told, "log": self._live.get("log", [])}
 
     def changed(self) -> None:
         """The walk is another than before: steps ran, were undone, or the pipeline was changed."""
         if self._running or not self._explorers:
             return
-        self._live = {k: v for k, v in self._live.items() if k == "error"}
+        self._live = {k: v for k, v in self._live.items() if k in ("error", "log") and "error" in self._live}
         self._tell(changed=True)
 
     def _tell(self, *, changed: bool = False, quick: bool = False) -> None:

@@ -94,7 +94,7 @@ class Workbench:
             dist=dist or DistConfig.of(),
         )  # fmt: skip
         self.watching = Watching(self)
-        self._context.progress = self._progress
+        self._context.progress, self._context.overheard = self._progress, self.watching.log
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
         self._history: list[State] = []  # the state before each step that ran, without its module
@@ -149,13 +149,14 @@ class Workbench:
     def memory_estimate(self, device: torch.device | str | None = None) -> MemoryEstimate:
         """What the model needs on the device (default: its own), before anything is loaded; once the graph is cut, what
         this rank needs."""
-        gm = self._state.module
+        gm, pools = self._state.module, self._context.dist.pools
         if isinstance(gm, GraphModule) and LOCAL in gm.meta:
             where = self.device if device is None else torch.device(device)
             caches = self._state.caches
             per_token = 0 if caches is None else int(caches.bytes_per_token)
-            return graph_memory(gm, self.factory, self._context.engine, where, per_token)
-        return self.factory.memory_estimate(self._context.engine, self.device if device is None else device)
+            return graph_memory(gm, self.factory, self._context.engine, where, per_token).over(pools)
+        where = self.device if device is None else torch.device(device)
+        return self.factory.memory_estimate(self._context.engine, where).over(pools)
 
     def _past_loading(self, index: int) -> bool:
         return any(p.loads and p.config.enabled for p in self._passes[:index])

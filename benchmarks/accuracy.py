@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py            # under two minutes on an H100
     python benchmarks/accuracy.py --tiny --out FILE
 
-A model that fails is told and the others go on; the exit status counts those that failed or are out of bounds.
+A model that fails is told and the others go on; the exit status counts those that failed or are out of bounds. Rows of
+models that are not measured this time stay in the file.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main() -> int:
     unknown = [n for n in names if n not in MODELS]
     if unknown:
         parser.error(f"no model {', '.join(unknown)}; known: {', '.join(MODELS)}")
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
+    if options.out.exists():
+        rows = {r["model"]: r for r in json.loads(options.out.read_text())["rows"]}
     failures = 0
     for name in names:
         sizes: dict[str, Any] = {"layers": MODELS[name]}
@@ -60,11 +63,11 @@ def main() -> int:
             row = {"model": name, "error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
             print(f"{name}: FAILED: {row['error']}", flush=True)
             failures += 1
-        rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
+        rows[name] = row | {"model": name, "seconds": round(time.perf_counter() - start, 1)}
         result = {
             "what": "correctness of bf16 runs",
             "command": "python benchmarks/accuracy.py",
-            "rows": rows,
+            "rows": [rows[n] for n in sorted(rows, key=[*MODELS, *rows].index)],
         }
         write_text(options.out, json.dumps(result, indent=1) + "\n")
     return failures

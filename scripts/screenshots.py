@@ -78,7 +78,7 @@ def diff(report: Report) -> None:
     """Before and after a pass, side by side."""
     report.step("match_rmsnorm_pattern")
     report.press("Compare")
-    report.find("torch_rmsnorm", 2)
+    report.press("Unfold changed")
     report.tab("Step")
 
 

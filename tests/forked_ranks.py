@@ -58,7 +58,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def gone(pids: list[int], within: float = 5.0) -> bool:
+def gone(pids: list[int], within: float = 60.0) -> bool:
     """True once none of these processes is there (one that is dead but not waited for counts as gone)."""
     limit = time.monotonic() + within
     while time.monotonic() < limit:

@@ -120,7 +120,7 @@ def test_as_a_process(llama_dir):
         "--until",
         "export",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "[export" in done.stdout
 

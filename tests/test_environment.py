@@ -25,7 +25,10 @@ CONDA_NAMES = {
     "playwright": "playwright-python",
     "ray": "ray-core",
     "triton": None,  # pytorch brings it, on the platforms that have it
+    "axe-playwright-python": None,  # conda-forge does not have it: ONLY_PIP
 }
+#: What conda's pip installs, since conda-forge does not have it.
+ONLY_PIP = ("axe-playwright-python",)
 # What only conda needs to be told: the interpreter, the build tools, and the `dot` program.
 CONDA_ONLY = {"python", "pip", "setuptools", "graphviz"}
 
@@ -63,7 +66,8 @@ def test_conda_gets_the_interpreter_build_tool_and_dot():
     assert conda["python"] == SpecifierSet(PROJECT["project"]["requires-python"])
     assert conda["setuptools"] == requirements(PROJECT["build-system"]["requires"])["setuptools"]
     assert "graphviz" in conda
-    assert {"pip": ["-e ."]} in ENVIRONMENT["dependencies"]
+    wanted = [f"{name}{pip_side()[name]}" for name in ONLY_PIP]
+    assert {"pip": ["-e .", *wanted]} in ENVIRONMENT["dependencies"]
 
 
 @pytest.mark.parametrize(

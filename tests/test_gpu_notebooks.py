@@ -51,7 +51,7 @@ def notebook(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_recording_takes_over_the_outputs_of_gpu_cells_alone(script, notebook):
-    made = script.record(notebook, timeout=60)
+    made = script.record(notebook, timeout=600)
     assert made.cells[0].outputs[0].text == "as a CPU recorded it\n"
     printed, value = made.cells[1].outputs
     assert printed.text == "21 TEMP\n"
@@ -65,7 +65,7 @@ def test_a_cell_that_fails_records_nothing(script, notebook, monkeypatch, capsys
     source = notebook.read_text().replace("x + 1", "x + nothing")
     notebook.write_text(source)
     with pytest.raises(CellExecutionError, match="nothing"):
-        script.record(notebook, timeout=60)
+        script.record(notebook, timeout=600)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu_notebooks.py", str(notebook)])
     assert script.main() == 1

@@ -94,10 +94,20 @@ _SIZES: dict[str, Any] = {
     "patch_size": 14,
     "depth": 2,
     "embed_dim": 48,
+    "hidden_size_global": 48,
     # indexers, state spaces
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 64,
+    "indexer_head_dim": 16,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    # tables of n-grams
+    "encoder_hash_byte_group_vocab": 131,
+    "ngram_vocab_size_base": 131,
+    "split_ngram_parts": 4,
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 131,
     "mamba_n_heads": 4,
@@ -121,6 +131,13 @@ _LATENT: dict[str, Any] = {
 
 #: Leaves a field to the config class.
 DROP = object()
+
+#: Hybrids that share a block's weights: with fewer than two such layers there is nothing to share.
+_SHARING: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": DROP,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+}
 
 #: What a type needs beyond sizes. Keys are merged over ``_SIZES``.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -156,7 +173,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": DROP},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "nemotron_h": {"layer_types": ["linear_attention", "full_attention"]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
@@ -169,6 +186,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "prophetnet": {"num_decoder_attention_heads": 4, "num_decoder_layers": 2, "decoder_ffn_dim": 80},
     "mamba2": {"num_heads": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 48, "adapter_out_dim": 48},
+    "dots3_note_audio_encoder": {"adapter_input_size": 48, "adapter_out_dim": 48},
+    "reformer": {"axial_pos_embds": False},
+    "xlstm": {"hidden_size": 128},
+    "zamba": _SHARING,
+    "zamba2": _SHARING,
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
@@ -182,6 +209,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": DROP,
         "interleave_moe_layer_step": 1,
         "max_position_embeddings": 512,
+        "floor_scale": 4,  # of the temperature: within the tests' lengths
     },
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},

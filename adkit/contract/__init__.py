@@ -1,6 +1,13 @@
 """The data that rooms hand to each other: batches, caches, requests, engine settings, errors."""
 
-from adkit.contract.batch import CACHE_INPUTS, BatchLayout, HostBatch, SequenceBatch, fitting_layout
+from adkit.contract.batch import (
+    CACHE_INPUTS,
+    BatchLayout,
+    HostBatch,
+    SequenceBatch,
+    SplitBatch,
+    fitting_layout,
+)
 from adkit.contract.cache import CachePool, CacheSpec, MixerDescriptor
 from adkit.contract.dist import (
     AllGatherStrategy,
@@ -60,6 +67,7 @@ __all__ = [
     "SamplingParams",
     "SequenceBatch",
     "ShardingError",
+    "SplitBatch",
     "TokenLogprob",
     "fitting_layout",
     "nearest",

@@ -130,13 +130,15 @@ class HostBatch:
 
     ``logits``: L without rows that only pad the batch. ``continues``: some ids are not known on the host
     yet, because the step before is still running. Its tokens [L'] are needed to complete the batch on the
-    device.
+    device. ``shares``: where ranks have sequences of their own, how many rows of each rank get a token. The
+    logits of all ranks lie rank by rank, ``layout.logits`` each, of which the first so many count.
     """
 
     layout: BatchLayout
     buffer: Tensor
     logits: int
     continues: bool = False
+    shares: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, previous: Tensor | None = None) -> SequenceBatch:
         """The batch on a device, without waiting for the copy; ids not known here come from ``previous`` [L'].
@@ -150,6 +152,13 @@ class HostBatch:
             ids = given["input_ids"]
             given["input_ids"] = torch.cat([previous.clamp_min(0), ids[0]])[sources][None]
         return SequenceBatch(**given)
+
+
+@dataclass(slots=True)
+class SplitBatch:
+    """A step of ranks that have sequences of their own: a batch a rank, all of one layout."""
+
+    parts: tuple[HostBatch, ...]
 
 
 #: Inputs that only a packed, cached graph has.

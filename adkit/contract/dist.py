@@ -73,6 +73,12 @@ class DistConfig(BaseModel):
         return cls(world_size=tp, tp_size=tp, rank=rank, moe_ep_size=ep, moe_tp_size=tp // ep, **fields)
 
     @property
+    def pools(self) -> int:
+        """How many ranks have sequences, and a cache, of their own: all with attention data parallelism, else one does
+        for all."""
+        return self.world_size if self.enable_attention_dp else 1
+
+    @property
     def moe_ep_rank(self) -> int:
         """Which share of the experts this rank has."""
         return self.rank // self.moe_tp_size

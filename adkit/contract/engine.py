@@ -36,6 +36,13 @@ class EngineConfig(BaseModel):
         "hides behind the device's; auto: on CUDA. Outputs do not depend on it",
     )
 
+    def share(self, pools: int) -> EngineConfig:
+        """What one of so many ranks is sized for that have sequences of their own: these sizes are those of all."""
+        if pools == 1:
+            return self
+        shared = {n: -(-getattr(self, n) // pools) for n in ("max_batch_size", "max_num_tokens")}
+        return self.model_copy(update=shared)
+
     def resolved_device(self) -> torch.device:
         """The device meant: CUDA where there is one, else the CPU."""
         if self.device == "auto":
@@ -75,7 +82,8 @@ class CompiledModel:
     ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
     does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
     ``max_positions`` bounds a sequence where positions are looked up in a learned table. ``replay`` is there
-    where the backend can replay steps.
+    where the backend can replay steps. ``pools``: ranks that have sequences of their own (attention data parallelism),
+    each over ``caches`` of its own; logits are then those of all of them, [pools, L, V].
     """
 
     forward: Callable[..., Tensor]
@@ -86,6 +94,7 @@ class CompiledModel:
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
     replay: Replay | None = None
+    pools: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
@@ -93,5 +102,5 @@ class CompiledModel:
         feed = {
             n: self.caches.tensors[n] if n in self.caches.tensors else getattr(batch, n) for n in self.inputs
         }
-        logits = self.forward(**feed)[0]
+        logits = self.forward(**feed).flatten(0, 1)
         return logits if "logits_indices" in self.inputs else logits[batch.logits_indices]

@@ -44,6 +44,8 @@ class PlanRow:
     ``node`` is its id; ``weights`` the parameters that the decision cuts, along ``dim``, no piece smaller than
     ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks
     follows; ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user;
+    ``tokens``: where ranks have sequences of their own, ``gathered`` when the node works on the tokens of all ranks (of
+    a sum each then keeps its own), ``joined`` when the ranks' rows are put together after it;
     ``why``: the reason, for what stays whole the reason against.
     """
 
@@ -60,6 +62,7 @@ class PlanRow:
     min_local: int = 1
     sizes: tuple[int, ...] = ()
     reduce: bool = False
+    tokens: str = ""
     placement: Placement = REPLICATED
     source: str = "heuristic"
     why: str = ""
@@ -130,6 +133,7 @@ class ShardingPlan:
             "dim",
             "min_local",
             "reduce",
+            *(["tokens"] if self.attention_dp else []),
             "placement",
             "layer_type",
             "source",
@@ -162,6 +166,7 @@ class ShardingPlan:
             piece += f" of {list(r.sizes)}" if r.sizes else ""
             piece += f", no less than {r.min_local}" if r.min_local > 1 else ""
             why = r.why if r.decision == "whole" else "summed over ranks" if r.reduce else ""
+            why = "; ".join(w for w in (why, r.tokens and f"tokens {r.tokens}") if w)
             key = (without_layer(r.module), r.decision, piece, without_layer(why))
             lines[key] = lines.get(key, 0) + 1
         wide = [max((len(k[i]) for k in lines), default=0) for i in range(3)]

@@ -134,15 +134,7 @@ def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Ext
         found = _cause(error, MaskUsedAsTensor)
         if found is not None:
             raise found from error
-        if "Constraints violated" in str(error):
-            raise ExportError(
-                f"{type(model).__name__} cannot be exported: its forward works for one sequence length only (a loop "
-                f"over tokens, as recurrent and state-space models have): {_first_line(error).split('!')[0]}. Models "
-                "whose token mixer is attention can be exported"
-            ) from error
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported: {_where(error, model)}: {_first_line(error)}"
-        ) from error
+        raise ExportError(_why_not(model, error)) from error
     gm = _plain(module, tensors)
     notes = _after_padding(gm)
     gm.meta["adkit_export"] = ExportFacts(
@@ -244,6 +236,32 @@ def _cause(error: BaseException | None, kind: type[BaseException]) -> Any:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+_FIXED_LENGTH = (
+    "its forward works for one sequence length only, because it loops over tokens (recurrent and state-space "
+    "models) or computes with the length"
+)
+_DATA_DEPENDENT = (
+    "what it does next depends on the values of a tensor (which experts, patches or keys were chosen), so that no "
+    "one graph holds for all tokens"
+)
+_ADVICE = (
+    "What to do: run it with transformers itself (model.generate), or choose a model of a type that "
+    "docs/coverage.md lists as running"
+)
+
+
+def _why_not(model: nn.Module, error: Exception) -> str:
+    """The message for a model that torch.export cannot capture."""
+    text, where = _first_line(error), _where(error, model)
+    if "Constraints violated" in str(error):
+        text = f"{_FIXED_LENGTH} ({text.split('!')[0]})"
+    elif "data-dependent" in str(error):
+        text = f"{where}: {_DATA_DEPENDENT} ({text.split(' (unhinted')[0]})"
+    else:
+        text = f"{where}: {text}"
+    return f"{type(model).__name__} cannot be exported: {text}. {_ADVICE}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from adkit.contract import CheckpointError, EngineConfig, LocalWeight, ModelError
 from adkit.models import conversion, initialise, memory
 from adkit.models.checkpoint import Checkpoint
+from adkit.models.classes import text_model_class
 
 Progress = Callable[[int, int], None]
 Weights = Literal["checkpoint", "random", "none"]
@@ -431,8 +432,9 @@ class ModelFactory:
             config.tie_word_embeddings = tied
         try:
             with torch.device(device):
-                if self.lean:
-                    model = lean_class(config)._from_config(config, dtype=self.dtype)
+                own = lean_class(config) if self.lean else text_model_class(config)
+                if own is not None:
+                    model = own._from_config(config, dtype=self.dtype)
                 else:
                     model = AutoModelForCausalLM.from_config(
                         config, dtype=self.dtype, trust_remote_code=self.trust_remote_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class MemoryEstimate:
     def fits(self) -> bool:
         """Whether the least needed is free."""
         return self.needed <= self.free
+
+    def over(self, pools: int) -> MemoryEstimate:
+        """The same on one of so many ranks that share out the sequences."""
+        sequences = self.kv_cache // self.kv_minimum if self.kv_minimum else 0
+        return replace(self, kv_cache=self.kv_minimum * -(-sequences // pools))
 
     def require(self) -> None:
         """Raise MemoryLimitError when the model cannot fit."""

@@ -15,6 +15,7 @@ from adkit.contract import CheckpointError, ModelError, nearest
 from adkit.models import hub
 from adkit.models.bundled import bundled_config, bundled_names, demo_directory
 from adkit.models.checkpoint import Checkpoint, has_weights
+from adkit.models.classes import has_causal_lm
 from adkit.models.factory import ModelFactory, Weights
 from adkit.models.lean import lean_class
 
@@ -78,12 +79,12 @@ def resolve(
 
     kind, parent = config, None
     text = config.get_text_config(decoder=True)
-    if text is not config and _has_causal_lm(text):
+    if text is not config and has_causal_lm(text):
         kind, parent = text, config
         if getattr(parent, "tie_word_embeddings", False) and not getattr(text, "tie_word_embeddings", True):
             kind = copy.deepcopy(text)  # the whole model's config decides
             kind.tie_word_embeddings = True
-    elif not _has_causal_lm(config) and not (trust_remote_code and _has_remote_code(config)):
+    elif not has_causal_lm(config) and not (trust_remote_code and _has_remote_code(config)):
         raise ModelError(
             f"{name}: transformers has no causal language model for config type {config.model_type!r} "
             f"({type(config).__name__})"
@@ -188,12 +189,6 @@ def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any
         raise ModelError(
             f"{file} (model_type {kind!r}) cannot be read by this transformers: {_short(error)}"
         ) from error
-
-
-def _has_causal_lm(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _has_remote_code(config: Any) -> bool:

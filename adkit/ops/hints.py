@@ -98,6 +98,18 @@ def all_gather(x: Tensor, dim: int, *, layer_type: str = "unknown") -> Tensor:
 
 
 @define(
+    'reduce_scatter(Tensor x, int dim, *, str layer_type="unknown") -> Tensor',
+    category="hint",
+    token_local=True,
+    backend="hint",
+    fake=lambda x, dim, **_: torch.empty_like(x),
+)
+def reduce_scatter(x: Tensor, dim: int, *, layer_type: str = "unknown") -> Tensor:
+    """``x``, which on ranks is a part of a sum over them, of which each keeps its piece along ``dim``."""
+    return x.clone()
+
+
+@define(
     "shard(Tensor x, int dim, *, int[]? output_sizes=None, int tp_min_local_shape=1, "
     'str layer_type="unknown") -> Tensor',
     category="hint",

@@ -66,7 +66,8 @@ class Context:
     ``factory`` makes the model and reads its weights; ``device`` is where it will run; ``weights`` says what
     ``load_weights`` will find: ``checkpoint``, ``random`` or ``none``. ``caches`` and ``compiled`` are filled
     by cache_init and compile. ``report(text)`` adds a line to the step's log; ``progress(done, total, what)``
-    drives a progress bar. ``fingerprint`` hashes all that decided the graph so far (for ``pipeline_cache``).
+    drives a progress bar; ``overheard(text)`` is called with each line reported. ``fingerprint`` hashes all that
+    decided the graph so far (for ``pipeline_cache``).
     ``loaded`` names the weights that stand in the graph as the factory gives them (after going back), so that
     they need not be read again. ``dist`` says which rank of how many this graph will be.
     """
@@ -79,6 +80,7 @@ class Context:
     compiled: CompiledModel | None = None
     report: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    overheard: Callable[[str], None] = lambda text: None
     fingerprint: str = ""
     loaded: frozenset[str] = frozenset()
     dist: DistConfig = field(default_factory=DistConfig.of)

@@ -76,7 +76,12 @@ def run_pass(p: Pass, state: State, ctx: Context) -> tuple[State, Step]:
     if not p.config.enabled:
         return state, step
     ctx.caches, ctx.compiled = state.caches, state.compiled
-    ctx.report = step.log.append
+
+    def report(text: str) -> None:
+        step.log.append(text)
+        ctx.overheard(text)
+
+    ctx.report = report
     memory = _device_bytes(ctx.device)
     start = time.perf_counter()
     try:

@@ -25,11 +25,11 @@ _GROUP_OF[[PageState.IDLE, PageState.SHARED, PageState.HELD]] = 1, 2, 3
 def page_map(engine: Engine, requests: Seq[Request]) -> PageMap:
     """The cache as it is, each page with its look and, when one of ``requests`` holds it alone, its colour."""
     pages = engine.pages
-    states = pages.states()
+    states = np.concatenate([pool.states() for pool in engine.pools])
     owner = _GROUP_OF[states]
     groups = list(_FIXED)
     for request in requests:
-        mine = np.array(request.handle.pages.tolist(), dtype=np.int64)
+        mine = np.array(request.handle.pages.tolist(), dtype=np.int64) + request.handle.pool * pages.num_pages
         mine = mine[states[mine] == PageState.HELD]
         if len(mine):
             owner[mine] = len(groups)
@@ -37,7 +37,7 @@ def page_map(engine: Engine, requests: Seq[Request]) -> PageMap:
     if not (owner == 3).any():  # only then is there somebody else to tell of
         owner[owner > 3] -= 1
         del groups[3]
-    return PageMap(tuple(groups), owner[1:], pages.page_size)
+    return PageMap(tuple(groups), owner[states != PageState.PADDING], pages.page_size)
 
 
 def answer(request: Request) -> Answer:

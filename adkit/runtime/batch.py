@@ -46,8 +46,7 @@ def build_batch(
         wanted = ends[samples] - 1
         tokens, logits = int(ends[-1]), len(wanted)
         if padded is None:
-            width = -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
-            layout = BatchLayout(tokens, r, width, logits)
+            layout = BatchLayout(tokens, r, table_width(sequences), logits)
         else:
             layout = padded
         row_of_token = np.repeat(np.arange(r), counts)
@@ -74,21 +73,28 @@ def build_batch(
     return HostBatch(layout, buffer, logits, continues=any(s.num_pending for s in sequences))
 
 
+def table_width(sequences: Seq[Sequence]) -> int:
+    """How wide a page table must be for these."""
+    return -(-max(len(s.pages) for s in sequences) // _WIDTH) * _WIDTH
+
+
 class DecodeRows:
     """A decode step as it was packed, from which the next one of the same ``sequences`` is made by counting on.
+
+    ``first``: the row of the first of them among those that the step samples for.
 
     That step must be in flight when :meth:`advance` is called, and the one after it scheduled: each sequence brings the
     token that its row is sampling.
     """
 
-    def __init__(self, sequences: list[Sequence], host: HostBatch, page_size: int) -> None:
+    def __init__(self, sequences: list[Sequence], host: HostBatch, page_size: int, first: int = 0) -> None:
         self.sequences = sequences
         self._page_size = page_size
         self._layout = host.layout
         self._buffer = host.buffer.clone()
         fields = host.layout.arrays(self._buffer)
         r = len(sequences)
-        fields["sources"][:r] = np.arange(r)
+        fields["sources"][:r] = np.arange(first, first + r)
         self._table = fields["page_table"]
         self._positions, self._slots = fields["position_ids"][0, :r], fields["slot_mapping"][:r]
         lengths = fields["rope_lengths"][0, :r], fields["cache_lens"][:r]

@@ -37,15 +37,16 @@ class Device(Protocol):
 
     pinned: bool
 
-    def start(self, host: HostBatch, replay: bool, sampling: Seq[Drawing], before: Any) -> Running:
+    def start(self, host: Any, replay: bool, sampling: Seq[Drawing], before: Any) -> Running:
         """Start a step, and do not wait for it. ``before``: what this returned for the one that still runs, or None.
 
-        ``replay``: the batch is laid out for the model's ``replay``. ``sampling`` are those that get a token.
+        ``host``: a HostBatch, for a model of several pools a SplitBatch. ``replay``: the batch is laid out for the
+        model's ``replay``. ``sampling`` are those that get a token.
         """
         ...
 
-    def wipe(self, pages: Seq[int]) -> None:
-        """Zero these pages of every cache, behind all steps started."""
+    def wipe(self, pages: Seq[int], pool: int) -> None:
+        """Zero these pages of every cache of ``pool``, behind all steps started."""
         ...
 
     def close(self) -> None:
@@ -93,10 +94,13 @@ class OneDevice:
 
     def logits(self, host: HostBatch, replay: bool, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits of a step, and the best tokens where known; ``previous`` [L'] as for ``Replay``."""
+        best: Tensor | None = None
         if replay:
             assert self.model.replay is not None
-            return self.model.replay(host, previous)
-        return self.model(host.to(self.model.device, previous)), None
+            logits, best = self.model.replay(host, previous)
+        else:
+            logits = self.model(host.to(self.model.device, previous))
+        return picked(host, logits, best) if host.shares else (logits, best)
 
     @torch.inference_mode()
     def start(
@@ -119,8 +123,8 @@ class OneDevice:
         done.record(torch.cuda.current_stream(self.model.device))
         return done
 
-    def wipe(self, pages: Seq[int]) -> None:
-        """Zero these pages."""
+    def wipe(self, pages: Seq[int], pool: int = 0) -> None:
+        """Zero these pages; all caches of this process are of one pool."""
         self.model.caches.wipe(pages)
 
     def close(self) -> None:
@@ -130,3 +134,12 @@ class OneDevice:
     def closed(self) -> bool:
         """Never."""
         return False
+
+
+def picked(host: HostBatch, logits: Tensor, best: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of the logits [ranks * L, V] and best tokens of all ranks the rows that get a token, as ``host`` says."""
+    size = host.layout.logits
+    rows = [rank * size + i for rank, count in enumerate(host.shares) for i in range(count)]
+    index = torch.tensor(rows, dtype=torch.int64, pin_memory=logits.is_cuda)
+    index = index.to(logits.device, non_blocking=True)
+    return logits.index_select(0, index), None if best is None else best.index_select(0, index)

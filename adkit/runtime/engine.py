@@ -29,8 +29,10 @@ from adkit.runtime.detokenizer import Detokenizer, TokenDecoder
 from adkit.runtime.device import Device, OneDevice
 from adkit.runtime.launch import InFlight, Launcher
 from adkit.runtime.pages import PageAllocator
+from adkit.runtime.pools import PooledScheduler
 from adkit.runtime.scheduler import Scheduler
 from adkit.runtime.sequence import Sequence
+from adkit.runtime.split import SplitLauncher
 from adkit.runtime.stats import EngineStats
 
 
@@ -69,15 +71,27 @@ class Engine:
 
     def _start_empty(self) -> None:
         self._in_flight: InFlight | None = None
-        self._launcher = Launcher(self.model, self.model.caches.page_size, self.device)
-        self.pages = PageAllocator(self.model.caches.num_pages, self.model.caches.page_size)
-        self.scheduler = Scheduler(
-            self.config, self.pages, lengths_matter="rope_lengths" in self.model.inputs
-        )
+        model, caches = self.model, self.model.caches
+        #: Who owns which page of which cache: one a rank that has sequences of its own, else one.
+        self.pools = [PageAllocator(caches.num_pages, caches.page_size) for _ in range(model.pools)]
+        self.pages = self.pools[0]
+        matter = "rope_lengths" in model.inputs
+        self.scheduler: Scheduler | PooledScheduler
+        if len(self.pools) == 1:
+            self._launcher = Launcher(model, caches.page_size, self.device)
+            self.scheduler = Scheduler(self.config, self.pages, lengths_matter=matter)
+        else:
+            self._launcher = SplitLauncher(model, caches.page_size, self.device)
+            self.scheduler = PooledScheduler(self.config, self.pools, lengths_matter=matter)
 
     @property
     def capacity(self) -> int:
-        """Tokens the cache holds."""
+        """Tokens the cache holds, with several pools all of them together."""
+        return self.longest * len(self.pools)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of one sequence that the cache can hold."""
         return self.pages.capacity * self.pages.page_size
 
     @property
@@ -117,10 +131,10 @@ class Engine:
                 f"The prompt has {len(tokens)} tokens; the model has learned {self.model.max_positions} positions "
                 "and no more. Shorten the prompt."
             )
-        if len(tokens) >= self.config.max_seq_len or len(tokens) > self.capacity:
+        if len(tokens) >= self.config.max_seq_len or len(tokens) > self.longest:
             raise RequestError(
                 f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and "
-                f"at least one new token) and the cache holds {self.capacity} tokens. Shorten the prompt, or "
+                f"at least one new token) and the cache holds {self.longest} tokens. Shorten the prompt, or "
                 "raise max_seq_len or the cache's share of memory (free_gpu_memory_fraction)."
             )
         if params.stop and self._decoder is None:
@@ -138,7 +152,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         tokens = self.check(prompt, params)
         # The last token's keys and values are never needed, hence capacity + 1.
-        max_len = min(len(tokens) + params.max_tokens, self.config.max_seq_len, self.capacity + 1)
+        max_len = min(len(tokens) + params.max_tokens, self.config.max_seq_len, self.longest + 1)
         if self.model.max_positions is not None:  # the last token is sampled and never looked up
             max_len = min(max_len, self.model.max_positions + 1)
         detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop))
@@ -241,7 +255,8 @@ class Engine:
             pages = seq.pages.tolist()
             self.scheduler.remove(seq, keep_pages=False)
             # A masked-out NaN still spoils a sum of 0 x NaN, so the pages' next holders must not find any.
-            self.device.wipe([p for p in pages if not self.pages.holders(p)])
+            holders = self.pools[seq.pool].holders
+            self.device.wipe([p for p in pages if not holders(p)], seq.pool)
             seen = len(seq.text), seq.num_output
             seq.finish("error", error)
             deltas.append(seq.delta(seq.id, *seen))
@@ -265,7 +280,8 @@ class Engine:
 
     def __repr__(self) -> str:
         running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        pages = f"{self.pages.held} of {self.pages.capacity} pages held"
+        held, capacity = sum(p.held for p in self.pools), sum(p.capacity for p in self.pools)
+        pages = f"{held} of {capacity} pages held"
         return f"Engine({running} running, {waiting} waiting, {pages}; {self.stats!r})"
 
 

@@ -65,14 +65,7 @@ class Launcher:
             num_tokens = sum([s.num_scheduled for s in sequences])
             sampling = [s for s in sequences if s.samples]
             decode = len(sampling) == len(sequences) == num_tokens
-            replay = self._replays if decode or num_tokens > len(sequences) else None
-            padded = None if replay is None else replay.layout(num_tokens, len(sequences))
-            if replay is not None and padded is not None:
-                host = self._pack(sequences, num_previous=replay.num_previous, padded=padded)
-                rows = DecodeRows(sequences, host, self._page_size) if decode else None
-            else:
-                host = self._pack(sequences, num_previous=0 if previous is None else previous.count)
-                replayed = False
+            host, rows, replayed = self._batch(sequences, decode, num_tokens, previous)
         running = self._device.start(host, replayed, sampling, previous)
 
         for row, seq in enumerate(sampling):
@@ -85,6 +78,18 @@ class Launcher:
         step = InFlight(num_tokens, sequences, computed, sampling, running)
         self._latest = None if rows is None else (step, rows)
         return step
+
+    def _batch(
+        self, sequences: list[Sequence], decode: bool, num_tokens: int, previous: Running | None
+    ) -> tuple[HostBatch, DecodeRows | None, bool]:
+        """The batch, rows to count on from, and whether to replay it. ``decode``: each brings a token and samples."""
+        replay = self._replays if decode or num_tokens > len(sequences) else None
+        padded = None if replay is None else replay.layout(num_tokens, len(sequences))
+        if replay is None or padded is None:
+            count = 0 if previous is None else previous.count
+            return self._pack(sequences, num_previous=count), None, False
+        host = self._pack(sequences, num_previous=replay.num_previous, padded=padded)
+        return host, DecodeRows(sequences, host, self._page_size) if decode else None, True
 
     def _rows(self, sequences: list[Sequence], before: InFlight | None) -> DecodeRows | None:
         """The rows to count on from, when the step in flight is a decode step of these very sequences."""

@@ -19,8 +19,9 @@ class Sequence:
 
     ``tokens`` is prompt and output together, as far as the host knows them; ``num_pending`` more are being sampled
     by steps in flight, the last of them in ``row`` of the latest. The keys and values of the first ``num_cached``
-    are in ``pages`` (or will be before anything launched later runs), and the step being scheduled computes the next
-    ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds ``tokens``.
+    are in ``pages`` of ``pool`` (or will be before anything launched later runs), and the step being scheduled
+    computes the next ``num_scheduled``; the first ``num_published`` pages can be found by others. ``max_len`` bounds
+    ``tokens``.
     Tokens and pages are stdlib arrays because numpy copies slices of those without a Python loop.
     """
 
@@ -46,6 +47,7 @@ class Sequence:
         self.num_pending = 0
         self.num_published = 0
         self.row = 0
+        self.pool = 0
         self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.detokenizer = detokenizer
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []

@@ -5,6 +5,7 @@ Counted on shapes alone, by running each op over ranks on fake tensors and looki
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class Collective:
     strategy: str = "AUTO"
 
     def sent(self, tokens: int, sequences: int = 1) -> float:
-        """Bytes that each rank sends in a step of so many tokens of so many sequences."""
+        """Bytes that each rank sends in a step of so many tokens of so many sequences: its own, where it has such."""
         return self.token_bytes * (tokens if self.rows == "all" else sequences) * self.gain
 
     def seconds(self, tokens: int, sequences: int, link: Link) -> float:
@@ -176,7 +177,7 @@ def comm_of(graph: Snapshot, world: int, link: Link = NVLINK4) -> Comm:
         for e in seen[key]:
             size = sizes.tensor(e.tensor)
             rows = "last" if n.id in last else "all"
-            shape = tuple(names.get(str(d), d if isinstance(d, int) else str(d)) for d in e.tensor.shape)
+            shape = tuple(d if isinstance(d, int) else _named(str(d), names) for d in e.tensor.shape)
             of = graph[
                 n.inputs()[0]
             ]  # who speaks is the module whose value it is, not the one that needs the sum
@@ -230,10 +231,19 @@ def _open_sizes(graph: Snapshot) -> dict[str, str]:
     return {} if not isinstance(ids, Tensor) else {str(ids.shape[0]): "B", str(ids.shape[1]): "S"}
 
 
+def _named(size: str, names: Mapping[str, str]) -> str:
+    """An open size in the batch's own words: ``4*B``."""
+    return re.sub(r"\w+", lambda word: names.get(word.group(), word.group()), size)
+
+
 def _after_the_last_mix(graph: Snapshot) -> set[int]:
-    """Ids of the nodes from the last linear on: what the engine asks of the tokens whose logits it wants."""
+    """Ids of the nodes from the last linear on: what the engine asks of the tokens whose logits it wants. Where ranks
+    have tokens of their own, these are gathered right before it."""
     linears = [i for i, n in enumerate(graph) if "linear" in n.target_name]
-    return {n.id for n in graph.nodes[linears[-1] :]} if linears else set()
+    if not linears:
+        return set()
+    last = {n.id for n in graph.nodes[linears[-1] :]}
+    return last | {i for i in graph.nodes[linears[-1]].inputs() if "dist_all_gather" in graph[i].target_name}
 
 
 __all__ = ["NVLINK4", "Collective", "Comm", "Link", "comm_of", "exchanges_of"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -68,8 +68,3 @@ class Feeds:
                 f"with attention_dp {n} ranks share out the sequences of a batch; {rows} do not divide by {n}"
             )
         return [{k: v.chunk(n)[r] for k, v in feed.items()} for r in range(n)]
-
-    def joined(self, outs: list[Any]) -> list[Tensor]:
-        """Logits of each rank [B, S, V]; with attention_dp one, of all ranks' sequences."""
-        logits = [out[0] for out in outs]
-        return [torch.cat(logits)] if self.dist.enable_attention_dp else logits

@@ -128,16 +128,24 @@ def placements(v: VirtualRanks, graph: Snapshot) -> dict[int, Placement]:
     """How ranks hold each value of a rank's graph, by node id, read off shapes and the plan (``v.check()`` proves it).
 
     A value whose counterpart in the uncut graph is larger along one dimension is cut there; a term is what the plan
-    sums, until an op over ranks has added it up.
+    sums, until an op over ranks has added it up. Where ranks have sequences of their own values are pieces of the
+    batch, but between a gather of tokens and the op that scatters their sum.
     """
-    if v.dist.enable_attention_dp:
-        return _own_sequences(graph)
     pairs = counterparts(v.whole, [v.hinted], graph)
-    found: dict[int, Placement] = {}
+    apart = v.dist.pools > 1
+    found: dict[int, Placement] = {n.id: cut(0) for n in graph if n.op == "placeholder" and apart}
     terms = _terms(v.plan, v.hinted)
+    everyones: set[int] = set()  # values of the tokens of all ranks, where each has its own
     for n in graph:
         if n.op != "call_function":
             continue
+        if apart and "reduce_scatter" in n.target_name:
+            found[n.id] = cut(0)
+            continue
+        if apart and not over_ranks(n.target) and not everyones.intersection(n.inputs()):
+            found[n.id] = cut(0) if any(found.get(i) == cut(0) for i in n.inputs()) else REPLICATED
+            continue
+        everyones.add(n.id)
         reads_terms = any(found.get(i) == PARTIAL for i in n.inputs())
         if over_ranks(n.target):
             found[n.id] = REPLICATED
@@ -150,25 +158,6 @@ def placements(v: VirtualRanks, graph: Snapshot) -> dict[int, Placement]:
             if n.shape is None:  # several values, each as what they are made of
                 known = [p for i in n.inputs() if (p := found.get(i, REPLICATED)) != REPLICATED]
             found[n.id] = known[0] if known else REPLICATED
-    return found
-
-
-def _own_sequences(graph: Snapshot) -> dict[int, Placement]:
-    """Placements where each rank has sequences of its own: pieces of the batch, but for experts, who see all tokens."""
-    found: dict[int, Placement] = {n.id: cut(0) for n in graph if n.op == "placeholder"}
-    gathered: set[int] = set()
-    for n in graph:
-        if n.op != "call_function":
-            continue
-        if over_ranks(n.target):
-            joins = "all_gather" in n.target_name
-            found[n.id] = REPLICATED if joins else cut(0)
-            gathered |= {n.id} if joins else set()
-        elif gathered.intersection(n.inputs()):
-            if n.val is None or n.val.dtype.is_floating_point:  # not the ids of a rank's own experts
-                found[n.id] = PARTIAL
-        else:
-            found[n.id] = cut(0) if any(found.get(i) == cut(0) for i in n.inputs()) else REPLICATED
     return {i: p for i, p in found.items() if graph[i].op == "call_function"}
 
 

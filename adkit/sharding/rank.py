@@ -52,7 +52,7 @@ class Rank:
     @property
     def memory(self) -> RankMemory:
         """What it keeps in memory."""
-        engine = self.wb._context.engine
+        engine = self.wb._context.engine.share(self.dist.pools)
         return rank_memory(
             self.graph, self._whole, self._plan, engine, self.dist, self.local, self.wb.factory.tied
         )

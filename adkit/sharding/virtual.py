@@ -25,7 +25,7 @@ from adkit.passes import Stage
 from adkit.runtime.live import LiveModel
 from adkit.sharding.agreement import Agreement
 from adkit.sharding.comm import NVLINK4, Comm, Link, comm_of
-from adkit.sharding.engine import compiled
+from adkit.sharding.engine import SplitDevice, compiled
 from adkit.sharding.feeds import Feeds
 from adkit.sharding.forks import fork
 from adkit.sharding.lockstep import RankFails, Together
@@ -177,7 +177,7 @@ class VirtualRanks:
                 except RankFails as error:
                     agreement.failed(error)
                     break
-            found.append(self._feeds.joined(outs))
+            found.append([out[0] for out in outs])
         return result_of(agreement, expected, found, source[0], self.dist)
 
     def run(self, *, weights: str = "auto", seed: int = 0, **inputs: Tensor) -> Tensor:
@@ -187,24 +187,20 @@ class VirtualRanks:
             raise RequestError(f"run() takes input_ids [B, S]; it was given {', '.join(inputs) or 'nothing'}")
         feed = {**self._feeds.feed(inputs["input_ids"]), **inputs}
         with torch.inference_mode():
-            logits: Tensor = self._feeds.joined(ranks.run(self._feeds.split(feed)))[0]
+            logits: Tensor = ranks.run(self._feeds.split(feed))[0][0]
         return logits
 
     def llm(self) -> LiveModel:
         """An engine over all ranks: the rest of the pipeline on each, a paged cache each, driven in step."""
         if self._live is None:
-            if self.dist.enable_attention_dp:
-                raise ShardingError(
-                    "with attention_dp each rank has sequences of its own, which one engine does not schedule; "
-                    "check() and run() split a batch over the ranks"
-                )
             if self.wb.factory.weights == "none":
                 raise ShardingError(
                     f"{self.wb.name!r} has no weights to generate with ({self.wb.factory.why_no_weights}); "
                     "Workbench(..., random_weights=True) makes some"
                 )
             model = self._compiled(*self._source("auto", 0))
-            self._live = LiveModel(model, self.wb._context.engine, self.wb.factory.tokenizer())
+            device = SplitDevice(model) if model.pools > 1 else None
+            self._live = LiveModel(model, self.wb._context.engine, self.wb.factory.tokenizer(), device)
         return self._live
 
     def generate(self, prompts: Any, params: Params = None, **options: Any) -> Any:
@@ -224,7 +220,17 @@ class VirtualRanks:
     ) -> Any:
         """Estimated decode speed of this model over so many ranks, as a pandas DataFrame; see
         :func:`adkit.sharding.scaling.scaling`."""
-        return scaling(self.wb, tps, device, batch=batch, context=context, link=link, dist=self.dist)
+        detects: Any = self._hinted._passes[self._hinted._index("detect_sharding")].config
+        return scaling(
+            self.wb,
+            tps,
+            device,
+            batch=batch,
+            context=context,
+            link=link,
+            dist=self.dist,
+            shard_layers=detects.shard_layers,
+        )
 
     # --- inside
 
@@ -272,11 +278,11 @@ class VirtualRanks:
         self, rows: list[Tensor], whole: Together, source: str, seed: int
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Logits of the uncut model and of the ranks over their caches, a prompt each."""
-        if self.dist.enable_attention_dp:
-            raise ShardingError(
-                "check(cached=True): with attention_dp ranks have batches of their own; check without"
-            )
         model = self._compiled(source, seed)
+        if self._live is not None:  # its cache is written over
+            self._live.engine.reset()
+        if model.pools > 1:
+            return self._cached_apart(rows, whole, model)
         sequences = [ids for batch in rows for ids in batch]
         prefill = [max(1, len(ids) // 2) for ids in sequences]
         with torch.inference_mode():
@@ -286,6 +292,30 @@ class VirtualRanks:
             ]
             found = packed_logits(model.forward, model.inputs, model.caches, sequences, prefill, model.device)
         return expected, [[logits[None]] for logits in found]
+
+    def _cached_apart(
+        self, batches: list[Tensor], whole: Together, model: CompiledModel
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The same where ranks have sequences of their own: of each batch [ranks, S] rank r has row r."""
+        prefill = [max(1, ids.shape[1] // 2) for ids in batches]
+        with torch.inference_mode():
+            expected = [
+                whole.run([self._feeds.feed(ids, n)])[0][0] for ids, n in zip(batches, prefill, strict=True)
+            ]
+            # Places in a table of all tokens are packed, where a rank has a row of its own.
+            table = torch.cat(batches, 1).to(model.device)
+            places = torch.arange(table.shape[1]).split([ids.shape[1] for ids in batches])
+
+            def forward(**feed: Any) -> Tensor:
+                at = feed.pop("input_ids")
+                own = {
+                    n: v if n in model.caches.tensors else torch.stack([v] * len(table))
+                    for n, v in feed.items()
+                }
+                return model.forward(input_ids=table[:, at], **own).movedim(0, -2).flatten(-2)[None]
+
+            found = packed_logits(forward, model.inputs, model.caches, places, prefill, model.device)
+        return expected, [[f.unflatten(-1, (len(table), -1)).movedim(-2, 0)] for f in found]
 
     def __repr__(self) -> str:
         d = self.dist

@@ -25,6 +25,7 @@ from adkit.viz.record.format import Costs, Overlay, Record, Rewrite, View
 from adkit.viz.record.overlays import overlay
 from adkit.viz.record.write import RecordWriter
 from adkit.viz.static import static_html, walk_svg
+from adkit.viz.static_map import Looked
 
 MODES = ("graph", "compare", "code")
 #: Side by side at most.
@@ -274,10 +275,18 @@ class Explorer(anywidget.AnyWidget):
         self._look_ahead(self.step)
         made = super()._repr_mimebundle_(**kwargs)
         bundle, meta = made if isinstance(made, tuple) else (made, {})
+        if (
+            self._writer is not None
+            and self.overlay
+            and all(o.name != self.overlay for o in self.data.overlays)
+        ):
+            self._writer.costed()  # it is one of the costs, which are made when they are looked at
+        compared = self.against if self.mode != "graph" else -1
+        look = Looked(self.step, tuple(self.selection), self.overlay, compared)
         still = {
             "text/plain": repr(self),
-            "text/html": static_html(self.data),
-            "image/svg+xml": walk_svg(self.data),
+            "text/html": static_html(self.data, look),
+            "image/svg+xml": walk_svg(self.data, look),
         }
         return {**(bundle or {}), **still}, meta
 

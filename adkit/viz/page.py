@@ -48,6 +48,7 @@ def page(record: Record, *, completions: Iterable[Any] = (), title: str = "") ->
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    told_twice = ' class="told"' if name == record.name else ""
     said = [_completion(c) for c in completions]
     told = "".join(
         f"<details open><summary>{escape(prompt)}</summary><pre>{escape(text)}</pre></details>"
@@ -58,7 +59,7 @@ def page(record: Record, *, completions: Iterable[Any] = (), title: str = "") ->
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)}</title><style>{_PAGE_CSS}{asset('explorer.css')}</style></head>"
-        f'<body><main><h1>{escape(name)}</h1><div id="adkit-explorer"></div>'
+        f'<body><main><h1{told_twice}>{escape(name)}</h1><div id="adkit-explorer"></div>'
         f"<noscript>{static_html(record)}</noscript>"
         + (f"<section><h2>Generated text</h2>{told}</section>" if told else "")
         + f'</main><script type="text/plain" id="adkit-record">{data}</script>'
@@ -68,8 +69,12 @@ def page(record: Record, *, completions: Iterable[Any] = (), title: str = "") ->
 
 _PAGE_CSS = (
     "body{margin:0;font:14px/1.45 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
-    "main{padding:12px 16px}h1{font-size:18px;margin:0 0 8px}h2{font-size:15px}pre{white-space:pre-wrap}"
-    "#adkit-explorer{min-height:min(820px,85vh)}"
+    "main{padding:8px}h2{font-size:15px}pre{white-space:pre-wrap}"
+    "h1{font-size:16px;margin:0 4px 6px;height:22px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}"
+    # The explorer's bar says the record's name already: the heading is for who hears the page.
+    "h1.told{position:absolute;width:1px;height:1px;clip-path:inset(50%)}"
+    "#adkit-explorer{--adk-height:max(480px,calc(100vh - 16px));min-height:var(--adk-height)}"
+    "h1:not(.told)+#adkit-explorer{--adk-height:max(480px,calc(100vh - 44px))}"
 )
 
 

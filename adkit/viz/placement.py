@@ -55,6 +55,7 @@ def _row(r: PlanRow) -> tuple[str, ...]:
     pieces += f" of {list(r.sizes)}" if r.sizes else ""
     pieces += f", at least {r.min_local}" if r.min_local > 1 else ""
     then = "sum" if r.reduce else ""
+    then += f"{', ' if then and r.tokens else ''}{f'tokens {r.tokens}' if r.tokens else ''}"
     return (
         without_layer(r.module) or r.op, r.decision, pieces, str(r.placement), then, r.source,
         without_layer(r.why),

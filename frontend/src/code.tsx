@@ -21,19 +21,36 @@ export function CodeView({ store }: { store: Store }) {
     return new Set(state.selection.flatMap((i) => [i, g.representative.get(i) ?? i]));
   }, [state.selection, after]);
   const host = useRef<HTMLDivElement>(null);
+  const place = useRef(0);
   useEffect(() => {
-    host.current?.querySelector(".adk-chosen")?.scrollIntoView({ block: "nearest" });
-  }, [state.selection]);
+    const chosen = host.current?.querySelector<HTMLElement>(".adk-chosen");
+    if (chosen && host.current) inView(host.current, chosen);
+    else if (state.selection.length === 0) bring(host.current, differing(host.current)[0]);
+    place.current = 0;
+  }, [state.selection, pairs]);
+  const changes = useMemo(() => pairs.filter((p, k) => kindOf(p) !== "" && (k === 0 || kindOf(pairs[k - 1]!) === "")).length, [pairs]);
+  /** To the next place where the programs differ, after the last one the first. */
+  const go = (by: 1 | -1): void => {
+    const all = differing(host.current);
+    place.current = (place.current + by + all.length) % all.length;
+    bring(host.current, all[place.current]);
+  };
+  const both = before >= 0 && before !== after;
   if (!ready) return <p class="adk-nothing" role="status">Reading the programs from the kernel …</p>;
   if (pairs.length === 0) return <p class="adk-nothing">This record holds no program text for these graphs.</p>;
-  const both = before >= 0 && before !== after;
   return (
+    <>
+    {both && <div class="adk-between">
+      <span class="adk-muted">{changes === 0 ? "the programs are equal" : changes === 1 ? "differ in 1 place" : `differ in ${changes} places`}</span>
+      <button type="button" disabled={changes === 0} onClick={() => go(-1)}>Previous difference</button>
+      <button type="button" disabled={changes === 0} onClick={() => go(1)}>Next difference</button>
+    </div>}
     <div class="adk-programs" ref={host} role="region" aria-label="Programs" tabindex={0}>
       <table>
-        {both && <thead><tr><th>{state.against < 0 ? "before" : `after ${walk.steps[state.against]?.name}`}</th><th>after {walk.steps[state.step]?.name}</th></tr></thead>}
+        {both && <thead><tr><th>{walk.steps[state.step]?.before === before ? `before ${walk.steps[state.step]!.name}` : `after ${walk.steps.find((s) => s.after === before)?.name ?? ""}`}</th><th>after {walk.steps[state.step]?.name}</th></tr></thead>}
         <tbody>
           {pairs.map((p, n) => (
-            <tr key={n} class={p.left === null ? "adk-added" : p.right === null ? "adk-removed" : ""} style={{ height: `${HEIGHT}px` }}>
+            <tr key={n} class={both && kindOf(p) !== "" ? `adk-${kindOf(p)}` : ""} style={{ height: `${HEIGHT}px` }}>
               {both && <Cell line={p.left} chosen={chosen} store={store} />}
               <Cell line={p.right} chosen={chosen} store={store} />
             </tr>
@@ -41,7 +58,34 @@ export function CodeView({ store }: { store: Store }) {
         </tbody>
       </table>
     </div>
+    </>
   );
+}
+
+function kindOf({ left, right }: Pair): "added" | "removed" | "altered" | "" {
+  return left === null ? "added" : right === null ? "removed" : left.text !== right.text || left.comment !== right.comment ? "altered" : "";
+}
+
+/** Lines above a difference that stay in view. */
+const MARGIN = 3;
+const HEADER = 22;
+
+/** First rows of the runs that differ. */
+function differing(host: HTMLElement | null): HTMLElement[] {
+  const differs = (row: Element | null): boolean => row !== null && row.className !== "";
+  return [...(host?.querySelectorAll<HTMLElement>("tbody tr") ?? [])].filter((row) => differs(row) && !differs(row.previousElementSibling));
+}
+
+/** A cell that was chosen elsewhere comes into sight; one that is in sight stays where it is. */
+function inView(host: HTMLElement, cell: HTMLElement): void {
+  const [a, b] = [host.getBoundingClientRect(), cell.getBoundingClientRect()];
+  if (b.top < a.top + HEADER || b.bottom > a.bottom) host.scrollTop += b.top - a.top - a.height / 3;
+}
+
+/** Scroll the programs, and nothing around them, to a row. */
+function bring(host: HTMLElement | null, row: HTMLElement | undefined): void {
+  if (host === null || row === undefined) return;
+  host.scrollTop += row.getBoundingClientRect().top - host.getBoundingClientRect().top - HEADER - HEIGHT * MARGIN;
 }
 
 function Cell({ line, chosen, store }: { line: Line | null; chosen: Set<number>; store: Store }) {

@@ -40,14 +40,15 @@ export function scaleOf(overlay: Overlay): Scale {
   const high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
   const low = finite.reduce((a, b) => Math.min(a, b), Infinity);
   const positive = finite.filter((v) => v > 0).reduce((a, b) => Math.min(a, b), Infinity);
-  const floor = Math.max(positive, high / 1e6);
+  // Four orders of magnitude: what costs less than a ten-thousandth of the most is all the same.
+  const floor = Math.max(positive, high / 1e4);
   const share = (v: number): number => {
     if (overlay.scale === "log") return v <= 0 ? 0 : high === floor ? 1 : (Math.log(Math.max(v, floor)) - Math.log(floor)) / (Math.log(high) - Math.log(floor));
     if (overlay.scale === "diverging") return 0.5 + v / (2 * Math.max(Math.abs(low), Math.abs(high), 1e-30));
     return high === low ? 1 : (v - low) / (high - low);
   };
   return {
-    low,
+    low: overlay.scale === "log" ? Math.max(low, Math.min(floor, high)) : low,
     high,
     colour: (v) => (overlay.scale === "words" ? `rgb(${WORDS[v % WORDS.length]!.join(",")})` : mix(overlay.scale === "diverging" ? DIVERGING : RAMP, share(v))),
     text: (v) => (overlay.scale === "words" ? (overlay.words[v] ?? "") : measured(v, overlay.unit)),
@@ -62,10 +63,14 @@ function mix(stops: number[][], at: number): string {
 }
 
 /** A value with its unit; times in the unit that reads best. */
-function measured(v: number, unit: string): string {
-  if (unit !== "µs" && unit !== "us") return `${short(v)}${unit ? ` ${unit}` : ""}`;
+export function measured(v: number, unit: string): string {
+  if (unit !== "µs" && unit !== "us") {
+    const told = short(v);
+    // 86.0 MB, but 12 rows and 1.2e-7 m.
+    return unit === "" ? told : /[TGMk]$/.test(told) ? `${told}${unit}` : `${told} ${unit}`;
+  }
   const a = Math.abs(v);
-  return a >= 1e6 ? `${short(v / 1e6)} s` : a >= 1e3 ? `${short(v / 1e3)} ms` : `${short(v)} µs`;
+  return a >= 1e6 ? `${short(v / 1e6)} s` : a >= 1e3 ? `${short(v / 1e3)} ms` : a >= 1 || v === 0 ? `${short(v)} µs` : `${short(v * 1e3)} ns`;
 }
 
 /** A number in three figures: 1.23 k, 4.5 M, 6.7e-6. */

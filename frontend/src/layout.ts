@@ -51,6 +51,8 @@ export interface Shown {
   isHidden(node: GraphNode): boolean;
   /** The node's lines of text, for its width. */
   label(node: GraphNode): string[];
+  /** An input that is drawn as a word, as `reader` would call it. */
+  chip(input: GraphNode, reader: GraphNode): string;
   /** The module's title, for its width. */
   title(module: Module): string;
 }
@@ -60,6 +62,8 @@ const LETTER = 6.95;
 const SMALL_LETTER = 6.05;
 const WIDEST = 250;
 const TITLE_LETTER = 7;
+/** Of a closed module: room for how many nodes it has and what changed in it. */
+const LEAST = 150;
 const HEADER = 26;
 const PADDING = 14;
 const NODE_HEIGHT = 36;
@@ -80,6 +84,7 @@ export class Layout {
   private lifted: Map<string, Map<string, { from: string; to: string; sources: Set<number> }>> | null = null;
   private hiddenBy = new Map<string, string>();
   private readonly standing = new Map<string, string>();
+  private readonly held = new Map<string, boolean>();
 
   constructor(
     readonly graph: Graph,
@@ -150,6 +155,13 @@ export class Layout {
     return made;
   }
 
+  /** Whether anything in a module is drawn: one that holds weights alone is no box. */
+  private holds(module: Module): boolean {
+    let known = this.held.get(module.path);
+    if (known === undefined) this.held.set(module.path, (known = module.items.some((item) => (typeof item === "number" ? !this.shown.isHidden(this.graph.nodes.get(item)!) : this.holds(item)))));
+    return known;
+  }
+
   private drafts(module: Module): Map<string, Draft> {
     const drafts = new Map<string, Draft>();
     for (const item of module.items) {
@@ -160,7 +172,7 @@ export class Layout {
         const chips = node.inputs
           .map((i) => this.graph.nodes.get(i))
           .filter((n): n is GraphNode => n !== undefined && this.shown.isHidden(n))
-          .map((n) => n.name);
+          .map((n) => this.shown.chip(n, node));
         const longest = Math.max((lines[0]?.length ?? 0) * LETTER, (lines[1]?.length ?? 0) * SMALL_LETTER, 52);
         drafts.set(`n:${item}`, {
           item: node,
@@ -173,7 +185,7 @@ export class Layout {
         });
         continue;
       }
-      if (this.hiddenBy.has(item.path) || item.size === 0) continue;
+      if (this.hiddenBy.has(item.path) || !this.holds(item)) continue;
       const count = this.graph.repeats.get(item.path)?.count ?? 1;
       const inside = this.shown.isOpen(item.path) ? this.inside(item) : null;
       const title = this.shown.title(item).length + (count > 1 ? 5 : 0);
@@ -183,7 +195,7 @@ export class Layout {
         count,
         inside,
         chips: [],
-        width: Math.max(inside?.width ?? 0, title * TITLE_LETTER + 44),
+        width: Math.max(inside?.width ?? LEAST, title * TITLE_LETTER + 44),
         height: inside === null ? NODE_HEIGHT : inside.height + HEADER,
       });
     }

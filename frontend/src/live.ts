@@ -26,9 +26,11 @@ export interface Live {
   progress: { what: string; done: number; total: number } | null;
   heads: Partial<Head>[];
   error: { step: string; text: string } | null;
+  /** What the step at work, or the one that failed, has written to its log so far. */
+  log: string[];
 }
 
-export const NOTHING: Live = { running: "", told: 0, elapsed: 0, progress: null, heads: [], error: null };
+export const NOTHING: Live = { running: "", told: 0, elapsed: 0, progress: null, heads: [], error: null, log: [] };
 
 export function liveOf(given: unknown): Live {
   return { ...NOTHING, ...(typeof given === "object" && given !== null ? (given as Partial<Live>) : {}), told: performance.now() };
@@ -41,5 +43,6 @@ export function headOf(step: Step): Head {
 /** Every step as it stands now. */
 export function heads(steps: Step[], live: Live): Head[] {
   const news = new Map(live.heads.map((h) => [h.name, h]));
-  return steps.map((s) => ({ ...headOf(s), ...news.get(s.name), ...(s.name === live.running ? { status: "running" } : s.name === live.error?.step ? { status: "failed" } : {}) }));
+  const { running, error, log } = live;
+  return steps.map((s) => ({ ...headOf(s), ...news.get(s.name), ...(s.name === running ? { status: "running", log } : s.name === error?.step ? { status: "failed", log } : {}) }));
 }

@@ -46,13 +46,14 @@ function broken(element: HTMLElement, error: unknown): void {
   element.replaceChildren(message);
 }
 
-/** Dark pages: JupyterLab and VS Code say so on the body, others by preference. */
+/** Dark pages: JupyterLab and VS Code say so on the body (high contrast is dark unless it is also light), others by preference. */
 function followTheme(element: HTMLElement): () => void {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const set = (): void => {
     const { body } = document;
     const lab = body.dataset["jpThemeLight"];
-    const isDark = lab !== undefined ? lab === "false" : body.classList.contains("vscode-dark") || (!body.classList.contains("vscode-light") && dark.matches);
+    const code = (...kinds: string[]): boolean => kinds.some((kind) => body.classList.contains(`vscode-${kind}`));
+    const isDark = lab !== undefined ? lab === "false" : code("light", "high-contrast-light") ? false : code("dark", "high-contrast") || dark.matches;
     element.classList.toggle("adk-dark", isDark);
   };
   set();
@@ -135,7 +136,7 @@ function begin(el: HTMLElement, walk: Walk, model: Model, on: (event: string, ca
     const unfolded = model.get("unfolded") as string[] | null;
     if (unfolded !== null && unfolded !== undefined && !equal(unfolded, foldState(store))) store.unfold(new Set(["", ...unfolded]));
     store.set(change as Partial<State>);
-    const [id] = store.state.selection;
+    const id = store.inspected;
     if (change.selection !== undefined && id !== undefined) made.goto(store.state.step, id);
   };
   const live = (): void => {

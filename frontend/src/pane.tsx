@@ -4,8 +4,8 @@ import type { Alignment } from "./align.ts";
 import { isLight } from "./colour.ts";
 import { TITLE_HEIGHT, type Inside, type ModuleBox, type NodeBox } from "./layout.ts";
 import type { Walk } from "./record.ts";
-import { FAR, Scene, type Look, type View } from "./scene.ts";
-import type { Marks, Point, Store } from "./store.ts";
+import { FAR, Scene, type Flow, type Look, type View } from "./scene.ts";
+import type { Marks, Point, Store, Touched } from "./store.ts";
 
 interface Props {
   store: Store;
@@ -78,15 +78,19 @@ export function Pane({ store, points, n, group }: Props) {
       shown.current = { walk: store.walk, graph };
       const leader = [...group.keys()].find((other) => other !== s);
       if (was === null) {
-        if (leader === undefined || leader.fitted) fit(store, group);
-        else follow(store, group, leader);
+        if (leader === undefined || leader.fitted) {
+          fit(store, group);
+          // Opened at a node: it is what the reader came for.
+          const at = store.inspected === undefined ? undefined : layout.trail(store.inspected).at(-1);
+          if (at !== undefined && graph === store.graph) s.reveal(at);
+        } else follow(store, group, leader);
       } else if (s.fitted && was.graph !== graph) fit(store, group);
     }
     const { selection, module } = store.state;
-    const trails = selection.map((id) => layout.trail(id)).filter((t) => t.length > 0);
-    const marked = trails.map((t) => t[t.length - 1]!);
-    const chosen = module !== null ? `m:${layout.stands(module)}` : (marked[0] ?? null);
-    s.select(chosen, marked);
+    const marked = selection.map((id) => layout.trail(id)).filter((t) => t.length > 0).map((t) => t[t.length - 1]!);
+    const first = store.inspected === undefined ? undefined : layout.trail(store.inspected).at(-1);
+    const chosen = module !== null ? `m:${layout.stands(module)}` : (first ?? marked[0] ?? null);
+    s.select(chosen, marked, module === null && selection.length > 0 ? flow(store, graph, selection) : null);
   });
 
   const one = points.length === 1;
@@ -113,7 +117,7 @@ export function Pane({ store, points, n, group }: Props) {
 
 /** Bring a node into view in every pane that has it. */
 export function reveal(store: Store, group: Group, id: number): void {
-  store.reveal(id);
+  store.reveal(id, store.walk.rowOf(store.graph).has(id) ? store.graph : store.before);
   requestAnimationFrame(() => {
     const panes = [...group].sort(([, a], [, b]) => Number(b === store.graph) - Number(a === store.graph));
     for (const [scene, graph] of panes) {
@@ -127,10 +131,24 @@ export function reveal(store: Store, group: Group, id: number): void {
   });
 }
 
+/** What the chosen nodes give and take, told by the nodes that are drawn for them. */
+function flow(store: Store, k: number, selection: number[]): Flow {
+  const graph = store.walk.graph(k);
+  const layout = store.layout(k);
+  const drawn = (id: number): number => graph.representative.get(id) ?? id;
+  const chosen = selection.map((id) => graph.nodes.get(drawn(id))).filter((n) => n !== undefined);
+  return {
+    out: new Set(chosen.map((n) => n.id)),
+    into: new Set(chosen.flatMap((n) => n.inputs)),
+    trail: new Set(selection.flatMap((id) => layout.trail(id))),
+  };
+}
+
 /** Every graph whole, all at the scale that the largest needs; unless asked for, not so small that nothing can be read. */
-function fit(store: Store, group: Group, least = FAR): void {
+export function fit(store: Store, group: Group, least = FAR): void {
   const scale = Math.max(least, Math.min(...[...group.keys()].map((s) => s.whole)));
-  const leader = [...group].find(([, graph]) => graph === store.graph)?.[0] ?? group.keys().next().value;
+  // The largest leads: with its middle in the middle most of all of them is seen.
+  const [leader] = [...group.keys()].sort((a, b) => a.whole - b.whole);
   leader?.fit(scale);
   for (const s of group.keys()) s.fitted = true;
 }
@@ -165,11 +183,17 @@ function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox
   const marks = store.marks(n, points);
   const laid = store.overlay(points[n]!.graph);
   if (box.kind === "module") {
-    const said = box.inside === null ? (laid?.of(box.module.path) ?? null) : null;
+    const { path } = box.module;
+    const closed = box.inside === null;
+    const said = closed ? (laid?.of(path) ?? null) : null;
+    const touched = marks.modules.get(path);
+    const parts = !closed || said?.fill !== undefined ? undefined : laid === null ? shares(store.kinds(points[n]!.graph, path)) : said?.parts;
     return {
-      ...(said === null ? {} : { badge: said.text, ...(said.fill === undefined ? {} : { fill: said.fill }) }),
-      className: `adk-level${Math.min(4, box.module.path.split(".").length)} ${marks.modules.has(box.module.path) ? "adk-touched" : ""} ${said?.fill === undefined ? "" : filled(said.fill)}`,
-      lines: [walk.title(box.module.path), box.inside === null ? `${nodes(box.module.size)}` : ""],
+      ...(said?.fill === undefined ? {} : { fill: said.fill }),
+      ...(touched === undefined || !closed || laid !== null ? {} : { deltas: deltas(touched) }),
+      ...(parts === undefined ? {} : { parts }),
+      className: `adk-level${Math.min(4, path.split(".").length)} ${touched === undefined ? "" : "adk-touched"} ${said?.fill === undefined ? "" : filled(said.fill)}`,
+      lines: [walk.title(path), closed ? `${said === null ? nodes(box.module.size) : said.text}` : ""],
       title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${nodes(box.module.size)}; double-click to ${box.inside === null ? "open" : "close"}`,
     };
   }
@@ -191,6 +215,16 @@ function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox
     }
   }
   return result;
+}
+
+/** What a closed module is made of, by kind of work, the most frequent first. */
+function shares(kinds: ReadonlyMap<number, number>): { share: number; className: string }[] {
+  const all = [...kinds.values()].reduce((sum, n) => sum + n, 0);
+  return [...kinds].sort((a, b) => b[1] - a[1]).map(([k, n]) => ({ share: n / all, className: `adk-c${k}` }));
+}
+
+function deltas({ created, erased, changed }: Touched): { text: string; className: string }[] {
+  return [[created, "+", "adk-plus"], [erased, "−", "adk-minus"], [changed, "~", "adk-tilde"]].flatMap(([n, sign, className]) => (n === 0 ? [] : [{ text: `${sign}${n}`, className: String(className) }]));
 }
 
 /** Classes of a box with an overlay's colour: which text can be read on it. */
@@ -232,10 +266,10 @@ function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number,
 }
 
 function keys(e: KeyboardEvent, store: Store, scene: Scene, fitted: () => void): void {
-  const { selection, module } = store.state;
+  const { module } = store.state;
   const k = store.graph;
   const graph = store.walk.graph(k);
-  const at = selection[0] ?? null;
+  const at = store.inspected ?? null;
   const go = (id: number | undefined): void => {
     if (id === undefined) return;
     store.select([id]);
@@ -282,20 +316,25 @@ function Minimap({ store, graph, scene, drawn }: { store: Store; graph: number; 
     const [s, c] = [scene.current, canvas.current];
     if (s === null || c === null || e.buttons === 0 || graph < 0) return;
     const box = c.getBoundingClientRect();
-    const f = factor(c, store.layout(graph).root()) * (box.width / c.width);
+    const f = factor(store.layout(graph).root()) * (box.width / c.width);
     const view = s.frame();
     s.moveTo({ scale: s.view.scale, x: view.width / 2 - ((e.clientX - box.left) / f) * s.view.scale, y: view.height / 2 - ((e.clientY - box.top) / f) * s.view.scale });
   };
-  return <canvas class="adk-minimap" ref={canvas} width={120} height={160} onPointerDown={go} onPointerMove={go} aria-hidden="true" />;
+  return <canvas class="adk-minimap" ref={canvas} onPointerDown={go} onPointerMove={go} aria-hidden="true" />;
 }
 
-function factor(c: HTMLCanvasElement, root: Inside): number {
-  return Math.min(c.width / root.width, c.height / root.height);
+/** The frame of a minimap: as wide as the picture is, within this. */
+const MINIMAP = { width: 120, height: 160, least: 26 };
+
+function factor(root: Inside): number {
+  return Math.min(MINIMAP.width / root.width, MINIMAP.height / root.height);
 }
 
 function paint(c: HTMLCanvasElement, root: Inside, s: Scene): void {
   const g = c.getContext("2d")!;
-  const f = factor(c, root);
+  const f = factor(root);
+  const [width, height] = [Math.max(MINIMAP.least, Math.round(root.width * f)), Math.max(MINIMAP.least, Math.round(root.height * f))];
+  if (c.width !== width || c.height !== height) Object.assign(c, { width, height });
   g.clearRect(0, 0, c.width, c.height);
   const style = getComputedStyle(c);
   g.fillStyle = style.color;

@@ -214,6 +214,7 @@ export class Walk {
   private readonly graphs = new Map<number, Graph>();
   private readonly rowMaps = new Map<number, Map<number, number>>();
   private readonly place = new Map<number, number>();
+  private readonly prefixes = new Map<string, string[]>();
   private types: Map<string, string> | null = null;
   private descendants: Map<number, number[]> | null = null;
   /** Asks for a part that the record left out; null where what is there is all there is. */
@@ -333,6 +334,18 @@ export class Walk {
     };
   }
 
+  /** Paths of the modules around a node of graph k, from the outside in, the model itself first. */
+  around(k: number, id: number): string[] {
+    const row = this.rowOf(k).get(id);
+    const path = row === undefined ? "" : this.text(this.data.modules.path[this.data.rows.module[row]!]!);
+    let known = this.prefixes.get(path);
+    if (known === undefined) {
+      const names = path === "" ? [] : path.split(".");
+      this.prefixes.set(path, (known = ["", ...names.map((_, n) => names.slice(0, n + 1).join("."))]));
+    }
+    return known;
+  }
+
   /** A module's name and class, as its title says them. */
   title(path: string): string {
     const { modules } = this.data;
@@ -346,7 +359,7 @@ export class Walk {
     const pieces = this.data.calls[this.data.rows.call[row]!] ?? [""];
     const at = this.rowOf(k);
     const names = this.inputs(row).map((i) => {
-      const r = at.get(i);
+      const r = at.get(i) ?? this.lastRow(i) ?? undefined;
       return r === undefined ? `%${i}` : this.text(this.data.rows.name[r]!);
     });
     return pieces.map((p, n) => p + (n < pieces.length - 1 ? (names[n] ?? "") : "")).join("");

@@ -19,7 +19,7 @@ function Half({ picture, side, store, show }: { picture: Picture; side: "before"
   return (
     <figure tabIndex={0} aria-label={side}>
       <figcaption>{side}</figcaption>
-      <svg viewBox={`0 0 ${laid.width} ${laid.height}`} style={{ width: `${laid.width * 0.9}px` }} role="img" aria-label={`${side}: ${laid.boxes.map((b) => b.title).join(", ")}`}>
+      <svg viewBox={`0 0 ${laid.width} ${laid.height}`} style={{ width: `clamp(${Math.round(laid.width * 0.55)}px, 100%, ${Math.round(laid.width)}px)` }} role="img" aria-label={`${side}: ${laid.boxes.map((b) => b.title).join(", ")}`}>
         <defs><marker id={`adk-tip-${side}`} viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0.5 L7.5,4 L0,7.5 z" class="adk-arrow" /></marker></defs>
         {laid.arrows.map((d, n) => <path key={n} d={d} class="adk-edge" marker-end={`url(#adk-tip-${side})`} />)}
         {laid.boxes.map((b, n) => (
@@ -40,7 +40,7 @@ function arrange(picture: Picture, side: "before" | "after") {
   g.setGraph({ rankdir: "TB", nodesep: 10, ranksep: 20, marginx: 6, marginy: 6 });
   g.setDefaultEdgeLabel(() => ({}));
   const chosen = picture.boxes.map((b, n) => [b, n] as const).filter(([b]) => b.side === side);
-  for (const [b, n] of chosen) g.setNode(String(n), { width: Math.max(60, Math.max(b.title.length * 6.4, (b.detail[0]?.length ?? 0) * 5.6) + 16), height: b.detail.length > 0 ? 34 : 22 });
+  for (const [b, n] of chosen) g.setNode(String(n), { width: Math.max(60, Math.max(b.title.length * 6.95, (b.detail[0]?.length ?? 0) * 6.05) + 14), height: b.detail.length > 0 ? 34 : 22 });
   const here = new Set(chosen.map(([, n]) => n));
   const arrows = picture.arrows.filter((a) => here.has(a.tail) && here.has(a.head));
   for (const a of arrows) g.setEdge(String(a.tail), String(a.head), {});

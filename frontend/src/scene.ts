@@ -19,6 +19,10 @@ export interface Look {
   badge?: string;
   /** Lines of text. */
   lines: string[];
+  /** After the second line, each in a class of its own: what changed in a closed module. */
+  deltas?: { text: string; className: string }[];
+  /** A bar at the foot of a closed module: what it is made of. */
+  parts?: { share: number; className?: string; fill?: string }[];
   /** What a screen reader says. */
   title: string;
 }
@@ -34,6 +38,20 @@ export interface SceneOptions {
   onRefit?(): void;
   /** A frame was drawn. */
   onDrawn?(): void;
+}
+
+/** A module that is drawn, and where its corner is on the screen. */
+interface Said {
+  box: ModuleBox;
+  x: number;
+  y: number;
+}
+
+/** What flows through a node: values that it gives, values that it takes, and the boxes around it, itself included. */
+export interface Flow {
+  out: ReadonlySet<number>;
+  into: ReadonlySet<number>;
+  trail: ReadonlySet<string>;
 }
 
 let scenes = 0;
@@ -57,9 +75,12 @@ export class Scene {
   /** Boxes drawn at the last frame. */
   visible = 0;
   private readonly world: SVGGElement;
+  /** Names of modules where the text in the boxes is too small: in pixels of the screen, none over another. */
+  private readonly names: SVGGElement;
   private readonly layers: { modules: SVGGElement; edges: SVGGElement; nodes: SVGGElement };
   private elements = new Map<string, SVGElement>();
   private looks = new Map<string, string>();
+  private readonly drawn = new WeakMap<SVGElement, Edge>();
   private layout: Layout | null = null;
   private scheduled = false;
   /** What is drawn may no longer be what its look says. */
@@ -70,6 +91,7 @@ export class Scene {
   private readonly arrow: string;
   private selected: string | null = null;
   private marked = new Set<string>();
+  private flow: Flow | null = null;
   private readonly observer: ResizeObserver;
 
   constructor(
@@ -81,11 +103,15 @@ export class Scene {
     const defs = make("defs", {});
     const arrow = make("marker", { id: this.arrow, viewBox: "0 0 8 8", refX: "7", refY: "4", markerWidth: "6", markerHeight: "6", orient: "auto" });
     arrow.append(make("path", { d: "M0,0.5 L7.5,4 L0,7.5 z", class: "adk-arrow" }));
-    defs.append(arrow);
+    const flowing = arrow.cloneNode(true) as SVGElement;
+    flowing.id = `${this.arrow}-flows`;
+    flowing.firstElementChild!.setAttribute("class", "adk-arrow adk-flows");
+    defs.append(arrow, flowing);
     this.world = make("g", {}) as SVGGElement;
     this.layers = { modules: make("g", {}), edges: make("g", { class: "adk-edges" }), nodes: make("g", {}) } as Scene["layers"];
     this.world.append(this.layers.modules, this.layers.edges, this.layers.nodes);
-    this.svg.append(defs, this.world);
+    this.names = make("g", { class: "adk-names" }) as SVGGElement;
+    this.svg.append(defs, this.world, this.names);
     host.append(this.svg);
     this.listen();
     this.observer = new ResizeObserver(() => this.resized());
@@ -111,13 +137,29 @@ export class Scene {
     this.schedule();
   }
 
-  select(key: string | null, marked: Iterable<string> = []): void {
+  /** Mark what is chosen, and the edges that its values come and go along. */
+  select(key: string | null, marked: Iterable<string> = [], flow: Flow | null = null): void {
     this.selected = key;
     this.marked = new Set(marked);
+    this.flow = flow;
     for (const [k, e] of this.elements) {
       e.classList.toggle("adk-selected", k === key);
       e.classList.toggle("adk-marked", this.marked.has(k));
+      const edge = this.drawn.get(e);
+      if (edge !== undefined) this.mark(e, edge);
     }
+  }
+
+  private mark(element: SVGElement, edge: Edge): void {
+    const flows = this.flows(edge);
+    element.setAttribute("class", flows ? "adk-edge adk-flows" : "adk-edge");
+    element.setAttribute("marker-end", `url(#${this.arrow}${flows ? "-flows" : ""})`);
+  }
+
+  private flows(edge: Edge): boolean {
+    const { flow, selected } = this;
+    if (flow === null) return selected !== null && (edge.from === selected || edge.to === selected);
+    return edge.sources.some((s) => flow.out.has(s)) || (flow.trail.has(edge.to) && edge.sources.some((s) => flow.into.has(s)));
   }
 
   /** The scale at which the whole picture is in the frame. */
@@ -222,7 +264,9 @@ export class Scene {
     if (this.layout === null) return;
     const { x, y, scale } = this.view;
     this.world.setAttribute("transform", `translate(${x.toFixed(2)},${y.toFixed(2)}) scale(${scale.toFixed(4)})`);
-    this.svg.classList.toggle("adk-far", scale < FAR);
+    const far = scale < FAR;
+    const said: Said[] = [];
+    this.svg.classList.toggle("adk-far", far);
     const frame = this.frame();
     const margin = 60 / scale;
     const seen = { left: -x / scale - margin, top: -y / scale - margin, right: (frame.width - x) / scale + margin, bottom: (frame.height - y) / scale + margin };
@@ -237,11 +281,13 @@ export class Scene {
         kept.add(box.key);
         const open = box.kind === "module" && box.inside !== null && box.height * scale > SMALLEST;
         this.box(box, bx, by, open);
+        if (far && box.kind === "module") said.push({ box, x: bx * scale + x, y: by * scale + y });
         if (open) walk((box as ModuleBox).inside!, bx + (box.width - (box as ModuleBox).inside!.width) / 2, by + TITLE_HEIGHT);
       }
     };
     walk(this.layout.root(), 0, 0);
     this.stale = false;
+    this.name(said, scale, frame);
     for (const [key, element] of this.elements) {
       if (kept.has(key)) continue;
       element.remove();
@@ -251,11 +297,27 @@ export class Scene {
     this.options.onDrawn?.();
   }
 
+  /** From afar: the names of the modules that have room for them, outer ones first. */
+  private name(said: Said[], scale: number, frame: { width: number; height: number }): void {
+    const taken: { left: number; top: number; right: number; bottom: number }[] = [];
+    const made: SVGElement[] = [];
+    for (const { box, x, y } of said) {
+      const told = `${box.module.name}${box.count > 1 ? ` ×${box.count}` : ""}`;
+      const [width, room] = [told.length * 6.4 + 6, box.width * scale];
+      if (width > room || box.height * scale < 15 || y < -2 || y > frame.height) continue;
+      const free = [x + 3, x + room - width].find((left) => taken.every((t) => left > t.right || left + width < t.left || y > t.bottom || y + 14 < t.top));
+      if (free === undefined) continue;
+      taken.push({ left: free, top: y, right: free + width, bottom: y + 14 });
+      made.push(text(told, free, y + 12, "adk-name"));
+    }
+    this.names.replaceChildren(...made);
+  }
+
   private box(box: NodeBox | ModuleBox, x: number, y: number, open: boolean): void {
     // Moving the view changes no box: only a new one, or one that opens by coming nearer, is drawn then.
     if (!this.stale && this.looks.get(box.key)?.startsWith(`${open}|`)) return;
     const look = this.options.look(box);
-    const state = `${open}|${box.width}|${box.height}|${look.className}|${look.fill ?? ""}|${look.badge ?? ""}|${look.lines.join("\n")}`;
+    const state = `${open}|${box.width}|${box.height}|${look.className}|${look.fill ?? ""}|${look.badge ?? ""}|${look.lines.join("\n")}|${look.deltas?.map((d) => d.text).join() ?? ""}|${look.parts?.map((p) => `${p.className ?? p.fill}${p.share.toFixed(3)}`).join() ?? ""}`;
     let element = this.elements.get(box.key);
     if (element === undefined || this.looks.get(box.key) !== state) {
       const made = draw(box, look, open);
@@ -284,10 +346,12 @@ export class Scene {
     kept.add(key);
     let element = this.elements.get(key);
     if (element === undefined) {
-      element = make("path", { class: "adk-edge", "marker-end": `url(#${this.arrow})` });
+      element = make("path", {});
       this.layers.edges.append(element);
       this.elements.set(key, element);
     } else if (!this.stale) return;
+    this.drawn.set(element, edge);
+    this.mark(element, edge);
     element.setAttribute("d", curve(edge.points, dx, dy));
   }
 
@@ -358,7 +422,7 @@ function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement 
     const fold = make("g", { class: "adk-fold" });
     fold.append(make("rect", { x: "5", y: "6", width: "16", height: "16", rx: "3" }), make("path", { d: open ? "M9,14 h8" : "M9,14 h8 M13,10 v8" }));
     const [name, type] = (look.lines[0] ?? "").split(/(?=: )/, 2);
-    const told = text(name ?? "", 27, 18, "adk-name");
+    const told = text(name ?? "", 27, open ? 18 : 16, "adk-name");
     if (type !== undefined) {
       const more = make("tspan", { class: "adk-type" });
       more.textContent = type;
@@ -366,14 +430,36 @@ function draw(box: NodeBox | ModuleBox, look: Look, open: boolean): SVGGElement 
     }
     g.append(fold, told);
     if (box.count > 1) g.append(text(`×${box.count}`, box.width - 8, 18, "adk-count", "end"));
-    if (!open && look.lines[1] !== undefined) g.append(text(look.lines[1], 27, 30, "adk-detail"));
+    if (!open && look.lines[1] !== undefined) {
+      const detail = text(look.lines[1], 27, 28, "adk-detail");
+      for (const delta of look.deltas ?? []) {
+        const more = make("tspan", { class: delta.className, dx: "5" });
+        more.textContent = delta.text;
+        detail.append(more);
+      }
+      g.append(detail);
+    }
+    if (!open && look.parts !== undefined) bar(g, look.parts, 27, 31.5, box.width - 35);
   } else {
-    g.append(text(clip(look.lines[0] ?? "", letters(box.width)), box.width / 2, 15, "adk-name", "middle"));
-    if (look.lines[1] !== undefined) g.append(text(clip(look.lines[1], box.width / 6.1), box.width / 2, 29, "adk-detail", "middle"));
+    const two = (look.lines[1] ?? "") !== "";
+    g.append(text(clip(look.lines[0] ?? "", letters(box.width)), box.width / 2, two ? 15 : 22, "adk-name", "middle"));
+    if (two) g.append(text(clip(look.lines[1]!, box.width / 6.1), box.width / 2, 29, "adk-detail", "middle"));
     if (box.chips.length > 0) g.append(text(clip(box.chips.join(", "), box.width / 5.7), box.width / 2, 43, "adk-chips", "middle"));
   }
   if (look.badge !== undefined) g.append(text(look.badge, box.width - 4, -3, "adk-badge", "end"));
   return g;
+}
+
+/** Shares of a whole, side by side. */
+function bar(g: SVGElement, parts: NonNullable<Look["parts"]>, x: number, y: number, width: number): void {
+  const strip = make("g", { class: "adk-parts" });
+  for (const { share, className, fill } of parts) {
+    const part = make("rect", { x: x.toFixed(1), y: String(y), width: (share * width).toFixed(1), height: "2.6", ...(className === undefined ? {} : { class: className }) });
+    if (fill !== undefined) part.style.fill = fill;
+    strip.append(part);
+    x += share * width;
+  }
+  g.append(strip);
 }
 
 function clip(value: string, letters: number): string {

@@ -4,7 +4,7 @@ import { scaleOf, type Scale } from "./colour.ts";
 import { Layout, type Shown } from "./layout.ts";
 import type { Graph, GraphNode } from "./graph.ts";
 import { NOTHING, type Live } from "./live.ts";
-import { Walk, type Difference, type Overlay, type Part } from "./record.ts";
+import { OPS, Walk, type Difference, type Overlay, type Part } from "./record.ts";
 
 export type Mode = "graph" | "compare" | "code";
 
@@ -46,8 +46,15 @@ export interface Point {
 export interface Marks {
   left: Difference | null;
   right: Difference | null;
-  /** Paths of modules that hold a marked node. */
-  modules: ReadonlySet<string>;
+  /** By path of a module: how much is marked in it. */
+  modules: ReadonlyMap<string, Touched>;
+}
+
+/** Nodes of a module that came, go (or went, where one graph is shown alone) and changed. */
+export interface Touched {
+  created: number;
+  erased: number;
+  changed: number;
 }
 
 /** An overlay on one graph: the value of each node, and of a module what its nodes come to. */
@@ -63,20 +70,29 @@ export class Laid {
     this.values = new Map(overlay.ids.map((id, n) => [id, overlay.values[n]!]));
   }
 
+  /** What all nodes come to, where values add up. */
+  get total(): number | null {
+    return this.adds ? [...this.values.values()].reduce((sum, v) => sum + v, 0) : null;
+  }
+
   /** Whether values add up (work, bytes, times), or the largest speaks for all (errors). */
   private get adds(): boolean {
     return /^(FLOPs?|B|bytes|[nuµm]?s)$/.test(this.overlay.unit);
   }
 
   /** What is said of a closed module: a sum, the largest value, or its words; with a fill where one value stands for it. */
-  of(path: string): { text: string; fill?: string } | null {
+  of(path: string): { text: string; fill?: string; parts?: { share: number; fill: string }[] } | null {
     this.modules ??= this.collect();
     const found = this.modules.get(path);
     if (found === undefined) return null;
     const { overlay, scale } = this;
     if (overlay.scale === "words") {
       const words = [...found].sort((a, b) => b[1] - a[1]).map(([w]) => w);
-      return { text: words.slice(0, 2).map((w) => scale.text(w)).join(", ") + (words.length > 2 ? ", …" : ""), ...(words.length === 1 ? { fill: scale.colour(words[0]!) } : {}) };
+      const all = [...found.values()].reduce((sum, n) => sum + n, 0);
+      return {
+        text: words.slice(0, 2).map((w) => scale.text(w)).join(", ") + (words.length > 2 ? ", …" : ""),
+        ...(words.length === 1 ? { fill: scale.colour(words[0]!) } : { parts: words.map((w) => ({ share: found.get(w)! / all, fill: scale.colour(w) })) }),
+      };
     }
     const values = [...found.keys()];
     if (this.adds) return { text: scale.text([...found].reduce((sum, [v, n]) => sum + v * n, 0)) };
@@ -98,6 +114,8 @@ export class Laid {
   }
 }
 
+const SAME: Difference = { created: new Set(), erased: new Set(), changed: new Set(), moved: new Set() };
+
 /** Inputs that so many nodes read are drawn as words: lines from them would cover everything. */
 const WIDELY_READ = 6;
 /** Side by side at most: a fifth would be too narrow to read. */
@@ -110,6 +128,7 @@ export class Store {
   private readonly differences = new Map<string, Difference>();
   private readonly marked = new Map<string, Marks>();
   private readonly aligned = new Map<string, { a: Layout; b: Layout; turn: number; found: Alignment }>();
+  private readonly composed = new Map<string, Map<string, Map<number, number>>>();
   private turn = 0;
   private readonly laid = new Map<string, Laid | null>();
   /** Path of the module that was opened or closed last: it stays where it is on the screen. */
@@ -166,7 +185,7 @@ export class Store {
       this.state = { ...this.state, open: this.opened() };
       changed.add("open");
     }
-    for (const cache of [this.layouts, this.differences, this.marked, this.aligned, this.laid]) cache.clear();
+    for (const cache of [this.layouts, this.differences, this.marked, this.aligned, this.laid, this.composed]) cache.clear();
     this.tell(changed);
   }
 
@@ -239,6 +258,7 @@ export class Store {
   /** What differs between the two graphs compared. */
   difference(): Difference {
     const { mode, panes, step } = this.state;
+    if (this.before < 0 || this.graph < 0) return SAME;
     return panes.length > 0 && mode !== "graph" && panes[0] === step ? this.between(this.graph, this.before) : this.between(this.before, this.graph);
   }
 
@@ -251,13 +271,24 @@ export class Store {
     const graph = points[n]!.graph;
     const left = points.length === 1 ? this.before : (points[n - 1]?.graph ?? -1);
     const right = points[n + 1]?.graph ?? -1;
-    return remember(this.marked, `${left}>${graph}>${right}`, 8, () => {
+    return remember(this.marked, `${left}>${graph}>${right}|${points.length === 1}`, 8, () => {
       const marks = { left: left < 0 || left === graph ? null : this.between(left, graph), right: right < 0 || right === graph ? null : this.between(graph, right) };
-      const modules = new Set<string>();
+      const modules = new Map<string, Touched>();
+      const count = (ids: Iterable<number> | undefined, at: number, kind: keyof Touched): void => {
+        for (const id of ids ?? []) {
+          for (const path of this.walk.around(at, id)) {
+            let touched = modules.get(path);
+            if (touched === undefined) modules.set(path, (touched = { created: 0, erased: 0, changed: 0 }));
+            touched[kind]++;
+          }
+        }
+      };
       if (graph >= 0) {
-        const { home } = this.walk.graph(graph);
-        for (const set of [marks.left?.created, marks.left?.changed, marks.right?.erased, marks.left === null ? marks.right?.changed : undefined])
-          for (const id of set ?? []) for (let m = home.get(id) ?? null; m !== null && !modules.has(m.path); m = m.parent) modules.add(m.path);
+        count(marks.left?.created, graph, "created");
+        count(marks.left?.changed ?? marks.right?.changed, graph, "changed");
+        // What is gone has no box here: its module says so.
+        if (points.length === 1 && marks.left !== null) count(marks.left.erased, left, "erased");
+        else count(marks.right?.erased, graph, "erased");
       }
       return { ...marks, modules };
     });
@@ -329,6 +360,24 @@ export class Store {
     });
   }
 
+  /** How many nodes of each kind (calls alone) a module of graph k holds: category -> nodes. */
+  kinds(k: number, path: string): ReadonlyMap<number, number> {
+    const all = remember(this.composed, `${k}`, 8, () => {
+      const found = new Map<string, Map<number, number>>();
+      const { category, op } = this.walk.data.rows;
+      for (const [id, row] of this.walk.rowOf(k)) {
+        if (OPS[op[row]!] === "get_attr" || OPS[op[row]!] === "placeholder") continue;
+        for (const around of this.walk.around(k, id)) {
+          let counts = found.get(around);
+          if (counts === undefined) found.set(around, (counts = new Map()));
+          counts.set(category[row]!, (counts.get(category[row]!) ?? 0) + 1);
+        }
+      }
+      return found;
+    });
+    return all.get(path) ?? new Map();
+  }
+
   /** The layout of a graph with the modules that are open now. */
   layout(k: number): Layout {
     const key = `${k}|${this.state.leaves}`;
@@ -356,6 +405,12 @@ export class Store {
       },
       title: (module) => this.walk.title(module.path),
       label: (node) => [node.target || node.name, this.walk.info(this.walk.rowOf(k).get(node.id) ?? 0).value],
+      chip: (input, reader) => {
+        if (input.op === "get_attr") return tail(input.target || input.name, reader.path);
+        const value = this.walk.info(this.walk.rowOf(k).get(input.id) ?? 0);
+        // A size by its letter: view(x, B, S) says more than view(x, sym_size_int_7).
+        return value.shape === null && /^\w{1,3}$/.test(value.value) ? value.value : input.name;
+      },
     };
   }
 
@@ -401,6 +456,18 @@ export class Store {
     this.unfold(next);
   }
 
+  /** Open what holds a change, and choose nothing else: the way from a step to what it did. */
+  openChanged(): void {
+    const next = new Set(this.opened());
+    const points = this.points();
+    points.forEach(({ graph }, n) => {
+      if (graph < 0 || !this.walk.ready(graph)) return;
+      const layout = this.layout(graph);
+      for (const path of this.marks(n, points).modules.keys()) next.add(layout.stands(path));
+    });
+    this.unfold(next);
+  }
+
   closeAll(): void {
     this.unfold(this.opened());
   }
@@ -422,6 +489,17 @@ export class Store {
     };
     visit(graph.root.items);
     return open;
+  }
+
+  /** Of the nodes chosen the one that the panel tells of: the first that computes, for weights are drawn only on demand. */
+  get inspected(): number | undefined {
+    const { selection } = this.state;
+    const rows = this.graph < 0 ? undefined : this.walk.rowOf(this.graph);
+    const computes = (id: number): boolean => {
+      const op = OPS[this.walk.data.rows.op[rows?.get(id) ?? -1] ?? -1];
+      return op !== undefined && op !== "get_attr" && op !== "placeholder";
+    };
+    return selection.find(computes) ?? selection[0];
   }
 
   /** Choose nodes; Python and every pane follow. */
@@ -448,6 +526,14 @@ function equals(graph: Graph, path: string): string[] {
 function nearTheTop(graph: Graph, node: GraphNode): boolean {
   const users = graph.users.get(node.id) ?? [];
   return users.length === 1 && !/(^|\.)\d+(\.|$)/.test(graph.home.get(users[0]!)?.path ?? "");
+}
+
+/** A weight's name without what its reader's module says already: `weight` in model.layers.0.mlp.up_proj. */
+function tail(target: string, path: string): string {
+  const [names, around] = [target.split("."), path.split(".")];
+  let same = 0;
+  while (same < names.length - 1 && names[same] === around[same]) same++;
+  return names.slice(Math.max(same, names.length - 3)).join(".");
 }
 
 /** Read by many modules: drawn as a word at each reader. */

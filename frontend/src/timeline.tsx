@@ -1,15 +1,19 @@
 /** The passes in order, by stage: what each changed, which points are looked at, what runs now. */
-import { useEffect, useReducer, useRef } from "preact/hooks";
+import { useEffect, useReducer, useRef, useState } from "preact/hooks";
 import { changedFrom } from "./app.tsx";
 import { short } from "./colour.ts";
 import { heads, type Head } from "./live.ts";
+import type { Walk } from "./record.ts";
 import type { Store } from "./store.ts";
 
 export function Timeline({ store }: { store: Store }) {
   const { state, walk } = store;
   const strip = useRef<HTMLDivElement>(null);
   const all = heads(walk.steps, state.live);
-  const most = Math.max(1, ...all.map(work));
+  const [measure, setMeasure] = useState<Measure>("changes");
+  const [hovered, hover] = useState(-1);
+  const of = (s: Head, k: number): number => MEASURES[measure].of(s, k, walk);
+  const most = Math.max(...all.map((s, k) => Math.abs(of(s, k))), 1e-9);
   const stages: { name: string; steps: [Head, number][] }[] = [];
   all.forEach((s, k) => {
     const last = stages[stages.length - 1];
@@ -47,9 +51,15 @@ export function Timeline({ store }: { store: Store }) {
         <button type="button" onClick={() => store.set({ playing: !state.playing })} aria-label={state.playing ? "Pause" : "Play"} aria-pressed={state.playing}><Icon d={state.playing ? "M5,3 v10 M11,3 v10" : "M5,3 L12,8 L5,13 z"} /></button>
         <button type="button" onClick={() => go(1)} aria-label="Step forward" title="Next change (j)"><Icon d="M5,3 L11,8 L5,13 z M12,3 v10" /></button>
       </div>
-      <div class="adk-strip" ref={strip} onPointerMove={scrub} onKeyDown={arrows}>
+      <label class="adk-bars" title="What the bars tell: nodes changed, seconds, memory, nodes in all">
+        Bars
+        <select value={measure} onChange={(e) => setMeasure(e.currentTarget.value as Measure)}>
+          {(Object.keys(MEASURES) as Measure[]).map((m) => <option key={m} value={m} disabled={all.every((s, k) => MEASURES[m].of(s, k, walk) === 0)}>{MEASURES[m].name}</option>)}
+        </select>
+      </label>
+      <div class="adk-strip" ref={strip} onPointerMove={scrub} onPointerLeave={() => hover(-1)} onKeyDown={arrows}>
         {stages.map((stage) => (
-          <div class="adk-stage" key={stage.name} role="group" aria-label={stage.name}>
+          <div class="adk-stage" key={stage.name} role="group" aria-label={stage.name} style={{ flexGrow: stage.steps.length }}>
             <span class="adk-stage-name" aria-hidden="true">{stage.name.replace(/_/g, " ")}</span>
             <div class="adk-steps">
               {stage.steps.map(([s, k]) => (
@@ -57,21 +67,21 @@ export function Timeline({ store }: { store: Store }) {
                   type="button"
                   key={k}
                   data-step={k}
-                  class={`adk-step adk-${s.status} ${work(s) > 0 ? "adk-changes" : ""} ${k !== state.step && shown.has(k) ? "adk-shown" : ""}`}
+                  class={`adk-step adk-${s.status} ${of(s, k) !== 0 ? "adk-changes" : ""} ${of(s, k) < 0 ? "adk-less" : ""} ${k !== state.step && shown.has(k) ? "adk-shown" : ""}`}
                   tabIndex={k === state.step ? 0 : -1}
                   aria-current={k === state.step ? "step" : undefined}
                   aria-label={`${s.name}: ${tell(s)}`}
-                  title={`${s.name}\n${tell(s)}\nShift-click: side by side`}
+                  onPointerEnter={() => hover(k)}
                   onClick={(e) => (e.shiftKey ? beside(store, k) : store.set({ step: k, tab: "step", rewrite: -1 }))}
                 >
-                  <i style={{ height: `${work(s) === 0 ? 2 : 4 + 22 * Math.sqrt(work(s) / most)}px` }} />
+                  <i style={{ height: `${of(s, k) === 0 ? 2 : 4 + 22 * Math.sqrt(Math.abs(of(s, k)) / most)}px` }} />
                 </button>
               ))}
             </div>
           </div>
         ))}
       </div>
-      <Running store={store} />
+      <Running store={store} hovered={hovered} all={all} />
     </nav>
   );
 }
@@ -80,10 +90,15 @@ function Icon({ d }: { d: string }) {
   return <svg class="adk-icon" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true"><path d={d} /></svg>;
 }
 
-/** Nodes that a step touched. */
-function work(s: Head): number {
-  return s.created + s.erased + s.changed;
-}
+/** What the bars can be as tall as. */
+const MEASURES = {
+  changes: { name: "changes", of: (s: Head) => s.created + s.erased + s.changed },
+  time: { name: "time", of: (s: Head) => s.seconds },
+  memory: { name: "memory", of: (s: Head) => s.memory_bytes },
+  size: { name: "size", of: (_: Head, k: number, walk: Walk) => walk.data.graphs[walk.steps[k]?.after ?? -1]?.size ?? 0 },
+} as const satisfies Record<string, { name: string; of(s: Head, k: number, walk: Walk): number }>;
+
+type Measure = keyof typeof MEASURES;
 
 /** Shift-click: shown side by side, or closed if it was. */
 function beside(store: Store, k: number): void {
@@ -93,7 +108,7 @@ function beside(store: Store, k: number): void {
 }
 
 /** What runs now, or what failed; its place is kept, so that nothing moves when it begins. */
-function Running({ store }: { store: Store }) {
+function Running({ store, hovered, all }: { store: Store; hovered: number; all: Head[] }) {
   const { live, step } = store.state;
   const [, tick] = useReducer((n: number) => n + 1, 0);
   useEffect(() => {
@@ -102,14 +117,22 @@ function Running({ store }: { store: Store }) {
     return () => clearInterval(timer);
   }, [live.running]);
   const { walk } = store;
+  const said = (k: number) => {
+    const s = all[k];
+    if (s === undefined) return <div class="adk-now" />;
+    const facts = tell(s);
+    return <div class="adk-now"><b title={s.name}>{s.name}</b><span title={facts}>{facts}</span><span class="adk-muted">{k + 1} of {all.length}{k === hovered && k !== step ? "; shift-click: beside" : ""}</span></div>;
+  };
+  if (hovered >= 0) return said(hovered);
   if (live.running !== "") {
-    const { progress } = live;
+    const { progress, log } = live;
+    const line = log[log.length - 1];
     const seconds = live.elapsed + (performance.now() - live.told) / 1e3;
     return (
       <div class="adk-now">
         <span role="status">running <b>{live.running}</b></span>
-        <span class="adk-muted">
-          {progress === null ? `${seconds.toFixed(0)} s` : `${progress.what}: ${amount(progress.done)} of ${amount(progress.total)}`}
+        <span class="adk-muted" title={line}>
+          {progress === null ? `${seconds.toFixed(0)} s${line === undefined ? "" : `: ${line}`}` : `${progress.what}: ${amount(progress.done)} of ${amount(progress.total)}`}
         </span>
         <progress aria-label={`Progress of ${live.running}`} {...(progress === null ? {} : { value: progress.done, max: Math.max(1, progress.total) })} />
       </div>
@@ -123,8 +146,7 @@ function Running({ store }: { store: Store }) {
       </div>
     );
   }
-  const s = walk.steps[step];
-  return <div class="adk-now">{s && <><b title={s.name}>{s.name}</b><span class="adk-muted">{step + 1} of {walk.steps.length}</span></>}</div>;
+  return said(step);
 }
 
 /** Bytes are counted in the millions, other things are not. */

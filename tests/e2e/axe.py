@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
-
-SOURCE = Path(__file__).resolve().parents[2] / "frontend/node_modules/axe-core/axe.min.js"
 
 
 def violations(page, within: str) -> list[str]:
     """Every violation inside an element, a line each: rule, what is wrong, where."""
-    if not SOURCE.exists():
-        pytest.skip("needs axe-core: run `npm ci` in frontend/")
+    package = pytest.importorskip("axe_playwright_python")  # axe-core itself, as one file
+    page.locator(within).first.wait_for()
     if not page.evaluate("'axe' in window"):
-        page.evaluate(SOURCE.read_text())
+        page.evaluate((files(package) / "axe.min.js").read_text(encoding="utf-8"))
     found = page.evaluate("within => axe.run(within, {resultTypes: ['violations']})", within)["violations"]
-    assert page.locator(within).count() > 0
     return [
         f"{v['id']} ({v['impact']}): {n['failureSummary']} {n['html'][:160]}"
         for v in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from adkit.viz import write_page
 from adkit.viz.record import Record, RecordWriter
 from adkit.viz.record.overlays import overlay
 from tests.e2e.axe import violations
+from tests.e2e.lab import PATIENCE, at_rest
 from tests.graph.samples import sample
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 PLACEMENTS = ("replicated", "shard(0)", "shard(1)", "partial")
@@ -38,7 +41,7 @@ def page_file(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["light", "dark"])
 def tab(request: pytest.FixtureRequest, chromium, page_file: Path) -> Iterator:
     page = chromium.new_page(viewport={"width": 1300, "height": 800}, color_scheme=request.param)
-    page.set_default_timeout(8_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.errors = []
     page.on("pageerror", lambda e: page.errors.append(str(e)))
     page.goto(page_file.as_uri())
@@ -54,7 +57,7 @@ def button(page, name: str):
 
 def eventually(page, holds) -> None:
     """Wait until it holds; the page's policy forbids Playwright's own ``wait_for_function``."""
-    end = time.monotonic() + 8
+    end = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < end
         page.wait_for_timeout(30)
@@ -63,30 +66,28 @@ def eventually(page, holds) -> None:
 def test_four_panes_in_step(tab) -> None:
     layers = tab.locator(".adk-pane [data-key^='m:model.layers.']")
     button(tab, "Compare").click()
+    panes = tab.locator(".adk-pane")
     for n in (2, 3, 4):
-        assert tab.locator(".adk-pane").count() == n
+        expect(panes).to_have_count(n)
         if n < 4:
             button(tab, "Add pane").click()
-    assert button(tab, "Add pane").is_disabled()
-    assert tab.locator(".adk-focus").count() == 1
-    assert len({p.get_attribute("aria-label") for p in tab.locator(".adk-pane").all()}) == 4
+    expect(button(tab, "Add pane")).to_be_disabled()
+    expect(tab.locator(".adk-focus")).to_have_count(1)
+    assert len({p.get_attribute("aria-label") for p in panes.all()}) == 4
 
     # A layer unfolds in all of them, and stays under the same place of the screen.
-    before = layers.first.bounding_box()
+    before = at_rest(layers.first)
     layers.first.locator(".adk-fold").click()
-    eventually(
-        tab,
-        lambda: all(p.locator("[data-key$='.self_attn']").count() for p in tab.locator(".adk-pane").all()),
-    )
-    after = layers.first.bounding_box()
+    for n in range(4):
+        expect(panes.nth(n).locator("[data-key$='.self_attn']").first).to_be_visible()
+    after = at_rest(layers.first)
     assert abs(before["y"] - after["y"]) < 2
     # Panning one moves all by as much.
     tops = lambda: [  # noqa: E731
-        p.locator("[data-key^='m:model.layers.']").first.bounding_box()["y"]
-        for p in tab.locator(".adk-pane").all()
+        p.locator("[data-key^='m:model.layers.']").first.bounding_box()["y"] for p in panes.all()
     ]
     old = tops()
-    canvas = tab.locator(".adk-canvas").first.bounding_box()
+    canvas = at_rest(tab.locator(".adk-canvas").first)
     x, y = canvas["x"] + 20, canvas["y"] + canvas["height"] - 20
     tab.mouse.move(x, y)
     tab.mouse.down()
@@ -96,77 +97,81 @@ def test_four_panes_in_step(tab) -> None:
 
     # Another point in a pane; closing panes leads back to one graph.
     tab.locator(".adk-point").first.select_option(label="after export_to_gm")
-    assert tab.locator(".adk-pane").first.get_attribute("aria-label") == "after export_to_gm"
+    expect(panes.first).to_have_attribute("aria-label", "after export_to_gm")
     for n in (3, 2, 1):
         tab.get_by_role("button", name="Close after").first.click()
-        assert tab.locator(".adk-pane").count() == n
-    assert button(tab, "Graph").get_attribute("aria-pressed") == "true"
+        expect(panes).to_have_count(n)
+    expect(button(tab, "Graph")).to_have_attribute("aria-pressed", "true")
 
 
 def test_nothing_jumps_when_panels_open(tab) -> None:
-    frame = tab.locator(".adk").bounding_box()
-    strip = tab.locator(".adk-timeline").bounding_box()
-    side = tab.locator(".adk-side").bounding_box()
+    frame = at_rest(tab.locator(".adk"))
+    strip = at_rest(tab.locator(".adk-timeline"))
+    side = at_rest(tab.locator(".adk-side"))
     tab.locator("[data-key='m:model.norm']").first.click()
-    assert tab.locator(".adk-side").bounding_box() == side
+    expect(tab.locator(".adk-panel h2")).to_contain_text("norm")
+    assert at_rest(tab.locator(".adk-side")) == side
     button(tab, "Compare").click()
     button(tab, "Add pane").click()
-    assert tab.locator(".adk-side").bounding_box() == side
-    assert tab.locator(".adk-timeline").bounding_box() == strip
+    expect(tab.locator(".adk-pane")).to_have_count(3)
+    assert at_rest(tab.locator(".adk-side")) == side
+    assert at_rest(tab.locator(".adk-timeline")) == strip
     button(tab, "Details").click()
-    assert tab.locator(".adk-side").count() == 0
+    expect(tab.locator(".adk-side")).to_have_count(0)
     button(tab, "Code").click()
-    assert tab.locator(".adk-timeline").bounding_box() == strip
-    assert tab.locator(".adk").bounding_box() == frame
+    expect(button(tab, "Code")).to_have_attribute("aria-pressed", "true")
+    assert at_rest(tab.locator(".adk-timeline")) == strip
+    assert at_rest(tab.locator(".adk")) == frame
+
+
+def press_tab_until(tab, selector: str):
+    """Go by the Tab key to the first element of a kind; returns it, focused."""
+    for _ in range(30):
+        tab.keyboard.press("Tab")
+        if tab.evaluate("s => document.activeElement.matches(s)", selector):
+            return tab.locator(f"{selector}:focus")
+    raise AssertionError(f"{selector} is not reached by the Tab key")
 
 
 def test_by_keyboard_alone(tab) -> None:
-    focused = lambda: tab.evaluate("document.activeElement.getAttribute('aria-label')")  # noqa: E731
-    for _ in range(30):
-        tab.keyboard.press("Tab")
-        if tab.evaluate("document.activeElement.matches('.adk-step')"):
-            break
-    here = focused()
+    mark = press_tab_until(tab, ".adk-step")
+    here = mark.get_attribute("data-step")
     tab.keyboard.press("ArrowLeft")
-    assert focused() != here
+    expect(mark).not_to_have_attribute("data-step", here)
     tab.keyboard.press("Home")
+    expect(mark).to_have_attribute("data-step", "0")
     tab.keyboard.press("End")
-    assert focused().startswith("compile_model") or "adk-step" in tab.evaluate(
-        "document.activeElement.className"
-    )
+    expect(mark).to_have_attribute("aria-label", re.compile("^compile_model"))
     tab.keyboard.press("k")
     tab.keyboard.press("c")
+    expect(tab.locator(".adk-pane")).to_have_count(2)
     tab.keyboard.press("p")
-    assert tab.locator(".adk-pane").count() == 3
-    for _ in range(30):
-        tab.keyboard.press("Tab")
-        if tab.evaluate("document.activeElement.matches('.adk-scene')"):
-            break
+    expect(tab.locator(".adk-pane")).to_have_count(3)
+    press_tab_until(tab, ".adk-scene")
     tab.keyboard.press("ArrowDown")
-    tab.locator("[role=tab][aria-selected=true]", has_text="Node").wait_for()
-    name = tab.locator(".adk-panel h2").text_content()
+    expect(tab.locator("[role=tab][aria-selected=true]", has_text="Node")).to_be_visible()
+    heading = tab.locator(".adk-panel h2")
+    name = heading.text_content()
     tab.keyboard.press("ArrowRight")
-    eventually(tab, lambda: tab.locator(".adk-panel h2").text_content() != name)
-    eventually(
-        tab,
-        lambda: tab.locator(".adk-spoken").text_content().startswith(f"{tab.locator('h2').text_content()}, "),
-    )
+    expect(heading).not_to_have_text(name)
+    expect(tab.locator(".adk-spoken")).to_have_text(re.compile(f"^{re.escape(heading.text_content())}, "))
     tab.keyboard.press("Escape")
     tab.keyboard.press("x")
-    assert tab.locator(".adk-pane").count() == 2
+    expect(tab.locator(".adk-pane")).to_have_count(2)
     tab.keyboard.press("/")
     tab.keyboard.type("rmsnorm")
-    tab.locator(".adk-found button").first.wait_for()
+    expect(tab.locator(".adk-found button").first).to_be_visible()
     tab.keyboard.press("Enter")
-    tab.locator(".adk-selected").first.wait_for()
+    expect(tab.locator(".adk-selected").first).to_be_visible()
 
 
 def test_words_laid_over_nodes_have_a_legend_and_marks(tab) -> None:
     tab.get_by_label("Colour").select_option("shard placement")
-    assert [w for w in PLACEMENTS if w not in tab.locator(".adk-legend").text_content()] == []
+    for word in PLACEMENTS:
+        expect(tab.locator(".adk-legend")).to_contain_text(word)
     tab.locator("[data-key^='m:model.layers.'] .adk-fold").first.click()
     tab.locator("[data-key$='.self_attn'] .adk-fold").first.click()
-    tab.locator(".adk-node .adk-badge").first.wait_for()
+    expect(tab.locator(".adk-node .adk-badge").first).to_be_visible()
     assert set(tab.locator(".adk-node .adk-badge").all_text_contents()) <= set(PLACEMENTS)
     # Told apart without colour: each word has a pattern of its own, in the legend as in the graph.
     fills = {s.evaluate("e => e.style.cssText") for s in tab.locator(".adk-legend .adk-swatch").all()}
@@ -176,9 +181,10 @@ def test_words_laid_over_nodes_have_a_legend_and_marks(tab) -> None:
 @pytest.mark.parametrize("mode", ["Graph", "Compare", "Code"])
 def test_axe_finds_nothing(tab, mode: str) -> None:
     button(tab, mode).click()
+    expect(button(tab, mode)).to_have_attribute("aria-pressed", "true")
     if mode == "Compare":
         button(tab, "Add pane").click()
-    tab.wait_for_timeout(200)
+        expect(tab.locator(".adk-pane")).to_have_count(3)
     assert violations(tab, "html") == []
     if mode != "Graph":
         return
@@ -186,10 +192,13 @@ def test_axe_finds_nothing(tab, mode: str) -> None:
         if name == "Node":
             tab.locator("[data-key^='m:model.layers.'] .adk-fold").first.click()
             tab.get_by_label("Search nodes").fill("attention")
+            expect(tab.locator(".adk-found button").first).to_be_visible()
             assert violations(tab, ".adk-toolbar") == []
             tab.locator(".adk-found button").first.click()
         else:
             tab.get_by_role("tab", name=name).click()
+        expect(tab.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
         assert violations(tab, ".adk-side") == []
     tab.get_by_label("Colour").select_option("shard placement")
+    expect(tab.locator(".adk-legend")).to_contain_text(PLACEMENTS[0])
     assert violations(tab, ".adk") == []

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig, T5Config, ViTConfig
 from adkit.contract import ModelError
 from adkit.models import bundled_names, resolve
 from tests.models.checkpoints import edit_config, save_tiny
-from tests.zoo import tiny_config
+from tests.zoo import tiny, tiny_config
 
 COUNTS = {
     "llama-3.1-8b": 8_030_261_248,
@@ -266,3 +266,16 @@ def test_the_whole_models_config_decides_on_tied_embeddings():
     assert factory.config.tie_word_embeddings
     assert factory.tied
     assert not whole.text_config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", ["emu3", "mllama"])
+def test_a_text_model_that_only_its_whole_model_is_mapped_for(kind, tmp_path):
+    config, model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    text = model.config
+    assert type(text) is not type(config)
+    for given in (tmp_path, text):
+        assert type(resolve(given).build()) is type(model)
+    whole = resolve(config)
+    assert whole.nested
+    assert type(whole.build()) is type(model)

@@ -104,9 +104,9 @@ def main() -> int:
         ranks = [context.Process(target=work, args=(rank, world, memory, results)) for rank in range(world)]
         for process in ranks:
             process.start()
-        found = [results.get(timeout=60) for _ in ranks]
+        found = [results.get(timeout=600) for _ in ranks]
         for process in ranks:
-            process.join(30)
+            process.join(600)
         bad += [text for _, wrong, _ in found for text in wrong]
         bad += [f"{world} ranks: different bits" for _, _, bits in found if bits != found[0][2]]
     print("\n".join(bad) or "passed")

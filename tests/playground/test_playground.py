@@ -34,7 +34,7 @@ def panel(workbench):
     assert workbench.llm().engine.pages.held == 0, "pages leaked"
 
 
-def until(true, seconds=20.0):
+def until(true, seconds=120.0):
     """Wait for something another thread does."""
     end = time.monotonic() + seconds
     while not true():
@@ -50,7 +50,7 @@ class Slow:
         forward = engine.model.forward
 
         def gated(**inputs):
-            assert self.gate.acquire(timeout=20)
+            assert self.gate.acquire(timeout=600)
             return forward(**inputs)
 
         monkeypatch.setattr(engine.model, "forward", gated)
@@ -62,7 +62,7 @@ class Slow:
 def test_a_prompt_gives_what_the_engine_gives(workbench, panel):
     expected = workbench.llm().generate(QUESTION, SamplingParams(max_tokens=40))
     assert panel.generate(QUESTION, max_tokens=40) is panel
-    (got,) = panel.wait(60)
+    (got,) = panel.wait(300)
     assert got == expected
     assert panel.text == expected.text
     assert panel.stats.output_tokens == len(expected.token_ids)
@@ -113,20 +113,20 @@ def test_generate_from_another_cell_works_while_it_plays(workbench, panel):
 
 
 def test_two_panels_share_the_engine(workbench, panel):
-    alone = panel.generate(QUESTION, max_tokens=40).wait(60)
+    alone = panel.generate(QUESTION, max_tokens=40).wait(300)
     with workbench.play(chat=False) as second:
         second.generate("Once upon a time", **ENDLESS)
         until(lambda: second.stats.output_tokens > 0)
-        assert panel.generate(QUESTION, max_tokens=40).wait(60) == alone
+        assert panel.generate(QUESTION, max_tokens=40).wait(300) == alone
         assert "other requests" in panel.pages.counts()
         assert second.running
     assert second.completions[0].finish_reason == "cancelled"
 
 
 def test_copies_differ_by_their_seed_and_repeat(panel):
-    drawn = panel.generate("Once upon a time", copies=3, temperature=1.0, seed=5, max_tokens=20).wait(60)
+    drawn = panel.generate("Once upon a time", copies=3, temperature=1.0, seed=5, max_tokens=20).wait(300)
     assert len({c.token_ids for c in drawn}) == 3
-    again = panel.generate("Once upon a time", copies=1, seed=6).wait(60)
+    again = panel.generate("Once upon a time", copies=1, seed=6).wait(300)
     assert again[0].token_ids == drawn[1].token_ids
 
 
@@ -143,14 +143,14 @@ def test_a_request_added_while_others_run_joins_them(workbench, panel):
 
 def test_chat_remembers_what_was_said_until_reset(workbench, panel):
     panel.generate("What is 27 + 45?", chat=True, max_tokens=30)
-    (first,) = panel.wait(60)
+    (first,) = panel.wait(300)
     assert first.text == "27 + 45 = 72."
-    (second,) = panel.generate("What is 12 + 13?").wait(60)
+    (second,) = panel.generate("What is 12 + 13?").wait(300)
     asked = workbench.llm().tokenizer.decode(second.prompt_token_ids)
     assert "What is 27 + 45?" in asked
     assert "27 + 45 = 72." in asked
     panel.reset()
-    (third,) = panel.generate("What is 12 + 13?").wait(60)
+    (third,) = panel.generate("What is 12 + 13?").wait(300)
     assert "27" not in workbench.llm().tokenizer.decode(third.prompt_token_ids)
     assert panel.view.answers[0].chat
 
@@ -160,7 +160,7 @@ def test_pages_tell_shared_prefixes_and_what_is_kept(workbench, panel):
     llm.engine.reset()
     page = llm.engine.pages.page_size
     prompt = list(range(20, 20 + 3 * page))
-    panel.generate(prompt, max_tokens=1, ignore_eos=True).wait(60)
+    panel.generate(prompt, max_tokens=1, ignore_eos=True).wait(300)
     assert panel.pages.counts()["kept for reuse"] == 3
     panel.generate([*prompt, 9], copies=2, **ENDLESS)
     until(lambda: panel.stats.output_tokens >= 2)
@@ -187,7 +187,7 @@ def test_a_bad_request_is_refused_and_the_panel_lives_on(panel, options, message
     with pytest.raises(RequestError, match=message):
         panel.generate(**options)
     assert not panel.running
-    assert panel.generate("What is 27 + 45?", max_tokens=30).wait(60)[0].text == " 27 + 45 = 72."
+    assert panel.generate("What is 27 + 45?", max_tokens=30).wait(300)[0].text == " 27 + 45 = 72."
 
 
 def test_what_is_wrong_in_the_controls_is_said_in_the_log(panel):
@@ -199,28 +199,28 @@ def test_what_is_wrong_in_the_controls_is_said_in_the_log(panel):
     assert "seven" in panel._controls._panes["log"].value
     panel._controls.fields["seed"].value = ""
     panel._controls.generate.click()
-    assert panel.wait(60)[0].text == " 27 + 45 = 72."
+    assert panel.wait(300)[0].text == " 27 + 45 = 72."
 
 
 def test_a_failing_model_shows_its_message_and_the_next_request_runs(workbench, panel, monkeypatch):
     model = workbench.llm().engine.model
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("3 GiB")))
-        (failed,) = panel.generate("What is 27 + 45?", max_tokens=30).wait(60)
+        (failed,) = panel.generate("What is 27 + 45?", max_tokens=30).wait(300)
     assert failed.finish_reason == "error"
     assert "request 1: Out of memory" in panel.errors[0]
     assert "Out of memory" in panel.view._repr_mimebundle_()["text/html"]
-    assert panel.generate("What is 27 + 45?").wait(60)[0].text == " 27 + 45 = 72."
+    assert panel.generate("What is 27 + 45?").wait(300)[0].text == " 27 + 45 = 72."
 
 
 def test_a_broken_engine_is_said_and_ends_the_requests(workbench, panel, monkeypatch):
     engine = workbench.llm().engine
     with monkeypatch.context() as patch:
         patch.setattr(engine, "step", lambda: (_ for _ in ()).throw(AssertionError("books")))
-        (ended,) = panel.generate("What is 27 + 45?", max_tokens=30).wait(60)
+        (ended,) = panel.generate("What is 27 + 45?", max_tokens=30).wait(300)
     assert ended.finish_reason == "cancelled"
     assert "books" in panel.errors[0]
-    assert panel.generate("What is 27 + 45?").wait(60)[0].text == " 27 + 45 = 72."
+    assert panel.generate("What is 27 + 45?").wait(300)[0].text == " 27 + 45 = 72."
 
 
 def test_an_interrupted_wait_stops_the_requests(panel, monkeypatch):
@@ -245,7 +245,7 @@ def test_an_interrupted_wait_stops_the_requests(panel, monkeypatch):
 
 
 def test_the_controls_show_and_give_what_is_asked(panel):
-    panel.generate("What is 27 + 45?", temperature=0.5, seed=3, copies=2, max_tokens=9).wait(60)
+    panel.generate("What is 27 + 45?", temperature=0.5, seed=3, copies=2, max_tokens=9).wait(300)
     fields = panel._controls.fields
     assert fields["temperature"].value == 0.5
     assert fields["seed"].value == "3"
@@ -253,7 +253,7 @@ def test_the_controls_show_and_give_what_is_asked(panel):
     fields["copies"].value = 4
     fields["seed"].value = ""
     panel._controls.prompt._handle_custom_msg({"event": "submit"}, [])  # Enter
-    assert len(panel.wait(60)) == 4
+    assert len(panel.wait(300)) == 4
     assert panel._controls.read() == {
         "temperature": 0.5, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None,
         "max_tokens": 9, "copies": 4,
@@ -264,14 +264,14 @@ def test_it_is_drawn_at_a_bounded_rate(panel, monkeypatch):
     drawn = []
     show = panel._controls.show
     monkeypatch.setattr(panel._controls, "show", lambda *a: (drawn.append(time.monotonic()), show(*a)))
-    panel.generate("Once upon a time", ignore_eos=True, max_tokens=150).wait(60)
+    panel.generate("Once upon a time", ignore_eos=True, max_tokens=150).wait(300)
     took = panel.stats.seconds
     assert panel.stats.output_tokens == 150
     assert 1 <= len(drawn) <= took / panel.interval + 4, "once an interval, and at the ends"
 
 
 def test_what_is_drawn_is_the_state(panel):
-    panel.generate("What is 27 + 45?", max_tokens=30).wait(60)
+    panel.generate("What is 27 + 45?", max_tokens=30).wait(300)
     until(lambda: "stop" in panel._controls._panes["answers"].value)
     assert "27 + 45 = 72." in panel._controls._panes["answers"].value
     assert panel._controls.stop.disabled or not panel.running
@@ -303,7 +303,7 @@ def test_closing_leaves_a_picture_and_refuses_more(workbench):
 def test_without_ipywidgets_it_is_driven_from_python(workbench, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with workbench.play(prompt="What is 27 + 45?", chat=False, max_tokens=30) as panel:
-        assert panel.generate().wait(60)[0].text == " 27 + 45 = 72."
+        assert panel.generate().wait(300)[0].text == " 27 + 45 = 72."
         bundle = panel._bundle()
         assert "pip install ipywidgets" in bundle["text/plain"]
         assert "al-pages" in bundle["text/html"]
@@ -313,11 +313,11 @@ def test_a_model_without_tokenizer_takes_ids_typed_as_text(workbench):
     llm = workbench.llm()
     bare = LiveModel(llm.engine.model, EngineConfig(max_seq_len=64, device="cpu"))
     with Playground(bare) as panel:
-        assert panel.generate(max_tokens=4, ignore_eos=True).wait(60)[0].prompt_token_ids == tuple(
+        assert panel.generate(max_tokens=4, ignore_eos=True).wait(300)[0].prompt_token_ids == tuple(
             range(1, 9)
         )
         assert panel.view.answers[0].text.startswith(" → ")
-        panel.generate("[5, 6 7]").wait(60)
+        panel.generate("[5, 6 7]").wait(300)
         assert panel.completions[0].prompt_token_ids == (5, 6, 7)
         with pytest.raises(RequestError, match="no tokenizer"):
             panel.generate("hello")
@@ -333,7 +333,7 @@ while not panel.text:
     time.sleep(0.01)
 print("running:", panel.running)
 """
-    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=600)
     assert (ended.returncode, ended.stdout) == (0, "running: True\n"), ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -35,7 +35,14 @@ def test_slices_of_all_ranks_are_the_whole_weight(models, kind, tp, moe_ep) -> N
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("llama", {}), ("qwen3_moe", {"moe_ep": 2}), ("cohere2", {}), ("qwen3_moe", {"attention_dp": True})],
+    [
+        ("llama", {}),
+        ("qwen3_moe", {"moe_ep": 2}),
+        ("cohere2", {}),
+        ("qwen3_moe", {"attention_dp": True}),
+        ("mixtral", {"attention_dp": True, "moe_ep": 2, "shard_layers": ["moe", "mlp", "vocab"]}),
+        ("phi3", {"attention_dp": True, "shard_layers": ["moe", "mlp", "vocab"]}),
+    ],
 )
 def test_placements_read_off_shapes_are_those_that_numbers_prove(models, monkeypatch, kind, options) -> None:
     v = models.shard(kind, 4, **options)

@@ -93,6 +93,11 @@ def test_run_gives_logits_and_prompts_can_be_given(models) -> None:
         v.check(prompts=[])
 
 
+# --- sequences of their own
+
+EVERY_LAYER = {"shard_layers": ["moe", "mlp", "vocab"]}
+
+
 @pytest.mark.parametrize(("kind", "moe_ep"), [("mixtral", 2), ("mixtral", 4), ("qwen3_moe", 4)])
 def test_with_attention_dp_ranks_have_sequences_of_their_own(models, kind: str, moe_ep: int) -> None:
     v = models.shard(kind, 4, moe_ep=moe_ep, attention_dp=True)
@@ -106,9 +111,130 @@ def test_with_attention_dp_ranks_have_sequences_of_their_own(models, kind: str, 
     assert v.ranks[0].memory.fraction("attention") == 1
     with pytest.raises(ShardingError, match="do not divide by 4"):
         v.run(input_ids=torch.tensor(PROMPTS[:1]))
-    for refused in (v.scaling, lambda: v.generate(PROMPTS), lambda: v.check(cached=True)):
-        with pytest.raises(ShardingError, match=r"of (its|their) own"):
-            refused()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_with_attention_dp_layers_that_are_named_are_cut_too(models, kind: str) -> None:
+    v = models.shard(kind, 4, attention_dp=True, **EVERY_LAYER)
+    found = v.check()
+    assert found.ok, found
+    assert found.rmse_ratio <= 1e-5
+    decided = {r.decision for r in v.plan}
+    assert {"vocab", "gather"} < decided
+    assert decided & {"experts", "rowwise"}
+    assert {r.decision for r in v.plan if r.layer_type == "mha"} == {"whole"}
+    assert v.ranks[0].memory.fraction("vocabulary") == 1 / 4
+    sums = sum(r.reduce for r in v.plan)
+    assert sum(c.kind == "reduce_scatter" for c in v.comm) == sums
+    assert not any(c.kind == "all_reduce" for c in v.comm)
+    assert [c.rows for c in v.comm][-2:] == ["last", "last"]  # hidden states and logits that are sampled from
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("llama", EVERY_LAYER), ("phi3", {}), ("mixtral", EVERY_LAYER)]
+)
+def test_with_attention_dp_a_cache_a_rank_gives_the_uncut_models_logits(
+    models, kind: str, options: Any
+) -> None:
+    v = models.shard(kind, 2, attention_dp=True, **options)
+    found = v.check(PROMPTS, cached=True)
+    assert found.ok, found
+    assert found.prompts == ((2, 9), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp", "options"),
+    [("llama", 4, {}), ("llama", 2, EVERY_LAYER), ("gpt_oss", 4, EVERY_LAYER), ("olmo2", 3, {})],
+)
+def test_with_attention_dp_greedy_is_hugging_faces(models, kind: str, tp: int, options: Any) -> None:
+    v = models.shard(kind, tp, attention_dp=True, **options)
+    params = adkit.SamplingParams(max_tokens=32, ignore_eos=True)
+    prompts = [*PROMPTS, PROMPTS[0] * 2, [8], [8, 9]]
+    found = v.generate(prompts, params, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        models.path(kind), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for c, prompt in zip(found, prompts, strict=True):
+        tokens, _ = hf_greedy(model, torch.tensor(prompt), 32)
+        assert list(c.token_ids) == tokens[len(prompt) :].tolist()
+    assert v.check(PROMPTS[:1], cached=True).ok  # which writes over the caches
+    again = v.generate(prompts, params, progress=False)
+    assert [c.token_ids for c in again] == [c.token_ids for c in found]
+
+
+def test_with_attention_dp_each_cache_is_a_share(models) -> None:
+    whole = models.shard("llama", 1)
+    v = models.shard("llama", 4, attention_dp=True)
+    assert v.ranks[1].memory.cache * 4 == whole.ranks[0].memory.cache
+    assert v.ranks[1].memory.cache_per_token == whole.ranks[0].memory.cache_per_token
+    assert v.ranks[1].wb.memory_estimate().kv_cache * 4 == whole.ranks[0].wb.memory_estimate().kv_cache
+    one, engine = whole.llm().engine, v.llm().engine
+    assert [p.capacity * 4 for p in engine.pools] == [one.pages.capacity] * 4
+    pools = [engine.model.caches, *engine.model.caches.others]
+    bytes_ = [sum(t.nbytes for t in p.tensors.values()) for p in pools]
+    padding = one.model.caches.bytes_per_page
+    assert [4 * (n - padding) for n in bytes_] == [
+        sum(t.nbytes for t in one.model.caches.tensors.values()) - padding
+    ] * 4
+    assert engine.capacity == one.capacity
+
+
+def test_with_attention_dp_the_plan_tells_where_tokens_go(models) -> None:
+    v = models.shard("llama", 2, attention_dp=True)
+    assert {r.decision for r in v.plan} == {"whole"}
+    assert {str(r.placement) for r in v.plan} == {"cut(0)"}
+    assert [r.tokens for r in v.plan if r.tokens] == ["joined"]
+    assert [c.kind for c in v.comm] == ["all_gather"]
+    cut = models.shard("llama", 2, attention_dp=True, **EVERY_LAYER)
+    told = {r.module.rpartition(".")[2]: (r.decision, r.tokens, r.reduce) for r in cut.plan}
+    assert told["gate_proj"] == ("colwise", "gathered", False)
+    assert told["down_proj"] == ("rowwise", "", True)
+    assert told["embed_tokens"] == ("vocab", "gathered", True)
+    assert told["lm_head"] == ("gather", "gathered", False)
+    assert "tokens" in cut.plan.table().columns
+    assert "tokens" not in models.shard("llama", 2).plan.table().columns
+    assert models("llama").shard(2, plan=cut.plan).check().ok
+    with pytest.raises(ShardingError, match="reads tokens of all ranks, and"):
+        models("llama").shard(2, plan=cut.plan.edit("*.layers.0.self_attn.q_proj", "colwise"))
+
+
+def test_with_attention_dp_a_broken_world_is_caught(models) -> None:
+    v = models.shard("llama", 2, attention_dp=True, **EVERY_LAYER)
+    scatter = ops.torch_dist_reduce_scatter.default
+
+    def keeps_the_others_tokens(gm: GraphModule, rank: int) -> None:
+        n = [n for n in gm.graph.nodes if n.target is scatter][1]
+        with gm.graph.inserting_after(n):
+            turned = gm.graph.call_function(torch.ops.aten.mul.Scalar, (n, 1.0 if rank else 0.5))
+        turned.meta = dict(n.meta)
+        n.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+
+    found = mutated(v, keeps_the_others_tokens).check()
+    assert not found.ok
+    assert found.first_divergence is not None
+    assert found.first_divergence.layer == 0
+
+
+def test_with_attention_dp_a_models_own_hints_cut_nothing(models) -> None:
+    wb = adkit.Workbench(models.path("llama"), lean=True, device="cpu", max_seq_len=64, progress=False)
+    v = wb.shard(2, attention_dp=True)
+    assert v.check().ok
+    assert v.ranks[0].memory.share == 2
+    assert [c.kind for c in v.comm] == ["all_gather"]  # logits are joined all the same
+
+
+@pytest.mark.parametrize("kind", ["falcon", "deepseek_v3"])
+def test_values_are_compared_as_they_were_when_they_were_made(models, kind: str) -> None:
+    """Falcon adds in place to a value that was compared; DeepSeek makes memory, which holds anything, and fills it."""
+    found = models.shard(kind, 2, attention_dp=True).check()
+    assert found.ok, found
+
+
+def test_with_attention_dp_decoding_is_estimated(models) -> None:
+    table = models.shard("mixtral", 2, attention_dp=True).scaling((1, 2), batch=8)
+    assert table.loc[1, "comm us (b8)"] == 0
+    assert table.loc[2, "comm us (b8)"] > table.loc[2, "comm us (b1)"] > 0
+    assert table.loc[2, "compute us (b8)"] < table.loc[1, "compute us (b8)"]
 
 
 def test_a_config_without_weights_is_checked_with_random_ones() -> None:

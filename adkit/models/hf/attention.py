@@ -127,8 +127,9 @@ class AttentionInterface:
             if given is None or key in _UNDERSTOOD or key in _HARMLESS:
                 continue
             if key in named or isinstance(given, Tensor):
+                what = f"a tensor {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
                 raise ExportError(
-                    f"attention of {name} got {key}={given!r}, which torch_attention has no place for; "
+                    f"attention of {name} got {key}={what}, which torch_attention has no place for; "
                     "export with export_to_gm.attention = 'eager' to keep Hugging Face's own code"
                 )
         if kwargs.get("dropout"):

@@ -15,6 +15,7 @@ from adkit.models.hf.attention import AttentionInterface
 from adkit.models.hf.experts import ExpertsInterface
 from adkit.models.hf.masks import KnownOnes, mask_interface
 from adkit.models.hf.rope import PerTokenRope, layer_types
+from adkit.models.hf.routed import routed_forwards
 
 NAME = "adkit"
 
@@ -105,7 +106,8 @@ def extension_points(model: nn.Module, attention: str, experts: str = "interface
             )
         chosen = (NAME if mode == "interface" else mode for mode in (attention, experts))
         stack.enter_context(_configured(model, *chosen))
-        for module, forward in extensions.rope.values():
+        routed = routed_forwards(model) if experts == "interface" else ()
+        for module, forward in (*extensions.rope.values(), *routed):
             stack.enter_context(mock.patch.object(module, "forward", forward))
         stack.enter_context(KnownOnes())
         yield extensions

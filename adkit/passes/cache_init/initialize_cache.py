@@ -19,8 +19,10 @@ _SMALLER_CACHE = "lower free_gpu_memory_fraction, max_batch_size or max_seq_len"
 
 
 def wanted_pages(ctx: Context) -> int:
-    """Pages for ``max_batch_size`` sequences of ``max_seq_len`` tokens, and page 0, which takes padding."""
-    return ctx.engine.max_batch_size * math.ceil(ctx.engine.max_seq_len / ctx.engine.page_size) + 1
+    """Pages for ``max_batch_size`` sequences of ``max_seq_len`` tokens, and page 0, which takes padding; for its share
+    of these sequences where a rank has sequences of its own."""
+    sequences = ctx.engine.share(ctx.dist.pools).max_batch_size
+    return sequences * math.ceil(ctx.engine.max_seq_len / ctx.engine.page_size) + 1
 
 
 def pages_for_one(ctx: Context) -> int:

@@ -10,11 +10,10 @@ from torch.fx import GraphModule, Node
 
 from adkit.contract import CachePool, CacheSpec, ExportError, MixerDescriptor
 from adkit.graph.inputs import Dim, GraphInputs
-from adkit.graph.provenance import source_of
-from adkit.graph.snapshot import target_name
 from adkit.graph.step import PassInfo
 from adkit.ops.mixers import MIXERS
 from adkit.passes.base import Context, Pass, PassConfig, Stage
+from adkit.passes.cache_init.refusals import in_the_way, nothing_to_cache
 from adkit.passes.cache_init.token_local import mixing_nodes
 from adkit.passes.registry import register
 
@@ -61,12 +60,7 @@ class InsertCachedAttention(Pass):
         """Replace every mixer that has a descriptor."""
         mixers = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in MIXERS]
         if not mixers:
-            raise ExportError(
-                "insert_cached_attention found no attention in canonical form, so there is nothing to "
-                "cache: the model has none (state spaces, recurrence), or hides keys by what the tokens "
-                "are (sparse indexers), or writes it in a way that was not recognised; "
-                "wb.steps['match_eager_attention'].info says what was looked at"
-            )
+            raise ExportError(nothing_to_cache(gm, mixing_nodes(gm)))
         self._refuse(gm, mixers)
         specs: list[CacheSpec] = []
         backend = self.config.backend
@@ -93,23 +87,10 @@ class InsertCachedAttention(Pass):
         )
 
     def _refuse(self, gm: GraphModule, mixers: list[Node]) -> None:
-        problems = []
-        for node in mixers:
-            reason = MIXERS[node.target].refuse(bound_values(node))
-            if reason:
-                problems.append(f"{node.name} at {source_of(node.meta.get('stack_trace'))}: {reason}")
-        for n, why in mixing_nodes(gm):
-            problems.append(
-                f"{n.name} ({target_name(n.target)}) at {source_of(n.meta.get('stack_trace'))}: {why}"
-            )
+        reasons = ((n, MIXERS[n.target].refuse(bound_values(n))) for n in mixers)
+        problems = [(n, why) for n, why in reasons if why] + mixing_nodes(gm)
         if problems:
-            shown = "\n  ".join(problems[:8]) + ("\n  ..." if len(problems) > 8 else "")
-            raise ExportError(
-                f"this graph cannot run packed batches with a cache; {len(problems)} nodes stand in the "
-                f"way:\n  {shown}\n"
-                "Match them to canonical ops with a pass of your own, or write a descriptor for the token "
-                "mixer"
-            )
+            raise ExportError(in_the_way(problems))
 
     def _insert(
         self,

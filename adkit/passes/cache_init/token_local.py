@@ -119,6 +119,15 @@ _ELEMENTWISE = {
     "true_divide", "subtract", "negative", "absolute", "square", "clip", "greater", "greater_equal",
     "less", "less_equal", "not_equal",
 }  # fmt: skip
+#: Known to mix tokens where the sequence is among their dimensions, and how.
+_MIXES = {
+    "conv1d": "convolves along the sequence",
+    "convolution": "convolves along the sequence",
+    "index_put": "writes rows among the tokens",
+    "index_put_": "writes rows among the tokens",
+    "nonzero": "picks tokens by what they are",
+    "bincount": "counts tokens",
+}
 _CONTRACT = {"linear": (-1,), "mm": (-1,), "addmm": (-1,), "matmul": (-1,), "bmm": (-1,), "baddbmm": (-1,)}
 _CONSTANT = {
     "full",
@@ -239,6 +248,10 @@ def _why_not(node: Any, symbols: set[Any]) -> str | None:
         return "normalises over tokens" if touched else None
     if name == "index":
         return _index(node, symbols)
+    if name in ("pad", "constant_pad_nd"):
+        return _pad(node, symbols)
+    if name in _MIXES:
+        return _MIXES[name]
     if name in _ALONG_DIM:
         return _along(node, name, symbols)
     return f"{target.name()} is not known to keep tokens apart"
@@ -308,6 +321,13 @@ def _contraction(node: Any, name: str, symbols: set[Any]) -> str | None:
 def _index(node: Any, symbols: set[Any]) -> str | None:
     touched = {i for i, ix in enumerate(node.args[1]) if ix is not None}
     return "indexes along tokens" if touched & _token_dims(node.args[0], symbols) else None
+
+
+def _pad(node: Any, symbols: set[Any]) -> str | None:
+    """Padding comes in pairs, those of the last dimension first."""
+    rank = _rank(node.args[0])
+    touched = {rank - 1 - i // 2 for i, size in enumerate(node.args[1]) if size != 0}
+    return "pads the sequence" if touched & _token_dims(node.args[0], symbols) else None
 
 
 def _along(node: Any, name: str, symbols: set[Any]) -> str | None:

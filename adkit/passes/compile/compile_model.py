@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
-from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch
+from adkit.contract import CachePool, CompiledModel, PassError, SequenceBatch, ShardingError
 from adkit.graph.step import PassInfo
 from adkit.models.memory import limited
 from adkit.ops import dist
@@ -77,6 +77,11 @@ class CompileModel(Pass):
                 f"the graph has inputs the engine cannot feed: {', '.join(strange)}; known: "
                 f"{', '.join(sorted(known))}"
             )
+        if ctx.dist.pools > 1 and "logits_indices" not in inputs:
+            raise ShardingError(
+                "with attention data parallelism each rank picks the rows that are sampled from, but this graph has "
+                "logits of every token: gather_logits_before_lm_head found no linear layer that makes them, or is off"
+            )
         gm.recompile()
         backend, why = self._backend(gm, ctx)
         if why:
@@ -113,6 +118,7 @@ class CompileModel(Pass):
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
             max_positions=learned_positions(gm),
             replay=replay,
+            pools=ctx.dist.pools,
         )
         return PassInfo(num_matches=1, details=details)
 
@@ -136,16 +142,18 @@ class CompileModel(Pass):
     ) -> tuple[StepGraphs | None, str]:
         """Captured steps; None, and why, where warming up shows that they cannot be captured."""
         assert ctx.caches is not None
-        most = ctx.engine.max_batch_size
+        share = ctx.engine.share(ctx.dist.pools)
+        most = share.max_batch_size
         sizes = sorted(self.config.cuda_graph_batch_sizes or ladder(most))
         tokens = self.config.cuda_graph_num_tokens
-        tokens = prompt_ladder(ctx.engine.max_num_tokens) if tokens is None else tokens
+        tokens = prompt_ladder(share.max_num_tokens) if tokens is None else tokens
         pages = math.ceil(ctx.engine.max_seq_len / ctx.caches.page_size)
         for_graphs = f"to capture CUDA graphs for batch sizes up to {sizes[-1]}"
         advice = "lower free_gpu_memory_fraction or max_batch_size, or set compile_model.backend to eager"
         with limited(for_graphs, ctx.device, advice):
             layouts = decode_layouts(sizes, pages) + prompt_layouts(tokens, pages, most)
-            graphs = StepGraphs(forward, inputs, ctx.caches, layouts, most, ctx.device)
+            flying = ctx.engine.max_batch_size
+            graphs = StepGraphs(forward, inputs, ctx.caches, layouts, flying, ctx.device)
             if ctx.dist.world_size > 1:  # ranks may differ in a logit's last bit, and must not in a token
                 graphs.agree = dist.communicator().broadcast
             graphs.warm_up(ctx.progress)
@@ -200,7 +208,7 @@ def learned_positions(gm: GraphModule) -> int | None:
 
 def warmup_batch(ctx: Context, pool: CachePool) -> SequenceBatch:
     """One step of ``max_num_tokens`` tokens in sequences of at most ``max_seq_len``, all written to page 0."""
-    total, longest = ctx.engine.max_num_tokens, ctx.engine.max_seq_len
+    total, longest = ctx.engine.share(ctx.dist.pools).max_num_tokens, ctx.engine.max_seq_len
     lengths = [longest] * (total // longest) + [total % longest] * (total % longest > 0)
     t = sum(lengths)
     dev = ctx.device

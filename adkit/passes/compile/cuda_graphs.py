@@ -80,9 +80,9 @@ class StepGraphs:
     """A :class:`~adkit.contract.Replay`: steps of ``forward`` over ``caches``, in place.
 
     ``inputs`` are the graph's placeholders, ``layouts`` the sizes (those of as many tokens as sequences are for decode
-    steps), ``num_previous`` the most tokens that a step samples. ``agree`` makes one of the best tokens [L] that ranks
-    found. Until :meth:`capture` it runs ``forward`` itself on the same buffers, on any device. ``seconds`` and
-    ``bytes`` say what warming up and capturing took.
+    steps), ``num_previous`` the most tokens that a step samples, of all ranks. ``agree`` makes one of the best tokens
+    [L] that ranks found. Until :meth:`capture` it runs ``forward`` itself on the same buffers, on any device.
+    ``seconds`` and ``bytes`` say what warming up and capturing took.
     """
 
     forward: Forward
@@ -127,7 +127,7 @@ class StepGraphs:
         else:
             graph, logits, best = captured
             graph.replay()
-        if rows < host.layout.logits:
+        if rows < host.layout.logits and not host.shares:
             logits, best = logits[:rows], best[:rows]
         self._latest = best
         return logits, best
@@ -169,11 +169,12 @@ class StepGraphs:
         known = self._buffer[: 8 * (self.num_previous + layout.tokens)].view(torch.int64)
         given["input_ids"] = known.index_select(0, given["sources"])[None]
         feed = {n: self.caches.tensors[n] if n in self.caches.tensors else given[n] for n in self.inputs}
-        logits = self.forward(**feed)[0]
-        if len(logits) > layout.logits:  # a graph that does not gather
+        logits = self.forward(**feed).flatten(0, 1)
+        if "logits_indices" not in self.inputs:  # a graph that does not gather
             logits = logits.index_select(0, given["logits_indices"])
         best = self.agree(best_tokens(logits))
-        torch.clamp_min(best, 0, out=self._previous[: layout.logits])
+        if len(best) == layout.logits:  # else of several pools, of which the step behind is given what counts
+            torch.clamp_min(best, 0, out=self._previous[: layout.logits])
         return logits, best
 
     def _idle(self, layout: BatchLayout) -> None:

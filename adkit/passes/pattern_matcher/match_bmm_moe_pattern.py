@@ -1,16 +1,17 @@
-"""``match_bmm_moe_pattern``: experts computed as two batched products over picked weights."""
+"""``match_bmm_moe_pattern``: experts computed as two batched products, over picked weights or over all.
+
+Experts that are all computed on all tokens are read and proved in ``dense_experts``.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 from adkit.graph.matching import args_of, dtype_of, from_end, shape_of, term_of
@@ -19,7 +20,9 @@ from adkit.graph.shape_only import EvaluationError, ShapeOnly
 from adkit.graph.step import PassInfo
 from adkit.models.hf.experts import Gate, gate_by_value
 from adkit.passes.base import Context, Pass, Stage
+from adkit.passes.pattern_matcher import dense_experts
 from adkit.passes.pattern_matcher.masks import NotUnderstood
+from adkit.passes.pattern_matcher.proving import PROOF_SIZE, compute, is_size
 from adkit.passes.pattern_matcher.scores import readers, with_asserts
 from adkit.passes.registry import register
 
@@ -27,8 +30,6 @@ aten = torch.ops.aten
 MOE = torch.ops.adkit.torch_moe.default
 _RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 _ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor})
-_HALF = (torch.float16, torch.bfloat16)
-_PROOF_SIZE = (2, 7)  # batch, sequence
 _SMALL = 6  # width F of the experts that a proof computes
 
 
@@ -91,14 +92,16 @@ class _Experts:
 
 @register
 class MatchBmmMoE(Pass):
-    """Replace a mixture of experts written as batched products over picked weights by ``torch_moe``.
+    """Replace a mixture of experts written as batched products by ``torch_moe``.
 
-    That form copies an expert's weights once for every token that chose it: right, but slow and large. The
-    canonical op leaves the way of computing to a kernel. Layout, biases and routing are read off the nodes;
-    the gate between the products is recognised by the values it computes; each distinct way of writing is
-    then proved on random numbers. What is not understood stays, and the step says why.
+    One form copies an expert's weights once for every token that chose it, the other (Llama 4) sends every
+    token through every expert, most of them times zero: right, but slow and large. The canonical op leaves
+    the way of computing to a kernel. Layout, biases and routing are read off the nodes; the gate between the
+    products is recognised by the values it computes; each distinct way of writing is then proved on random
+    numbers. What is not understood stays, and the step says why.
 
         before: bmm(gate_up[ids], x) -> + bias -> gate -> bmm(down[ids], ...) -> * weights -> sum over k
+        or:     bmm(repeat(x, E) * scores^T, gate_up) -> gate -> bmm(..., down) -> sum over E
         after:  torch_moe(x, topk_ids, topk_weights, gate_up, down, act="silu")
     """
 
@@ -107,29 +110,44 @@ class MatchBmmMoE(Pass):
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Match every sum over a token's experts."""
-        roots = [n for n in gm.graph.nodes if n.target is aten.sum.dim_IntList and _weighted(n) is not None]
-        if not roots:
+        sums = [n for n in gm.graph.nodes if n.target is aten.sum.dim_IntList]
+        if not sums:
             return PassInfo()
-        prover = _Prover(ShapeOnly(gm))
+        shapes = ShapeOnly(gm)
+        prover, dense = _Prover(shapes), dense_experts.DenseProver(shapes)
         refused: Counter[str] = Counter()
         count = 0
-        for root in roots:
+        for root in sums:
             try:
-                found = _read(root)
-                options = prover.options(found)
+                if _weighted(root) is not None:
+                    self._replace_picked(gm, prover, _read(root))
+                elif (all_of_them := dense_experts.read(root, shapes)) is not None:
+                    self._replace_dense(gm, dense, all_of_them)
+                else:
+                    continue
             except (NotUnderstood, EvaluationError) as error:
                 refused[f"{source_of(root.meta.get('stack_trace')) or root.name}: {error}"] += 1
                 continue
-            with self.site(
-                gm, with_asserts(prover.region(found)), label="bmm experts", before=found.output
-            ) as s:
-                s.replace(found.output, s.call(MOE, found.args, options, like=found.output))
             count += 1
         return PassInfo(
             num_matches=count,
             is_clean=False,
             details={"not matched": dict(refused)} if refused else {},
         )
+
+    def _replace_picked(self, gm: GraphModule, prover: _Prover, found: _Experts) -> None:
+        options = prover.options(found)
+        with self.site(gm, with_asserts(prover.region(found)), label="bmm experts", before=found.output) as s:
+            s.replace(found.output, s.call(MOE, found.args, options, like=found.output))
+
+    def _replace_dense(
+        self, gm: GraphModule, prover: dense_experts.DenseProver, found: dense_experts.DenseExperts
+    ) -> None:
+        form = prover.form(found)
+        with self.site(
+            gm, with_asserts(prover.region(found)), label="dense experts", before=found.output
+        ) as s:
+            s.replace(found.output, dense_experts.write(s, found, form))
 
 
 # --- reading the nodes ----------------------------------------------------------------------------
@@ -270,7 +288,7 @@ class _Prover:
     def region(self, found: _Experts) -> list[Node]:
         """The nodes that the op stands for."""
         given = set(found.given)
-        return [n for n in self.shapes.closure(found.output, given) if n not in given and not _is_size(n)]
+        return [n for n in self.shapes.closure(found.output, given) if n not in given and not is_size(n)]
 
     def options(self, found: _Experts) -> dict[str, Any]:
         """Keyword arguments of ``torch_moe``, defaults left out; NotUnderstood where it would be wrong."""
@@ -305,7 +323,7 @@ class _Prover:
             nodes = [n for n in self.shapes.closure(end, [source]) if n is not source]
             numbers = [abs(a) for n in nodes for a in args_of(n) if isinstance(a, int | float)]
             self._gates[key] = gate_by_value(
-                lambda x: self._run([source, *nodes], {source: x}, {}),
+                lambda x: compute(self.shapes, [source, *nodes], {source: x}, {}),
                 width,
                 gated=found.gated,
                 numbers=numbers,
@@ -318,9 +336,9 @@ class _Prover:
         d, f, up = found.widths
         small = {up: _SMALL * up // f, f: _SMALL}
         small.setdefault(d, _SMALL + 4)
-        tokens = self.shapes.shape(found.hidden, *_PROOF_SIZE)[0]
-        routing = self.shapes.shape(found.topk_ids, *_PROOF_SIZE)
-        if routing != self.shapes.shape(found.topk_weights, *_PROOF_SIZE) or routing[0] != tokens:
+        tokens = self.shapes.shape(found.hidden, *PROOF_SIZE)[0]
+        routing = self.shapes.shape(found.topk_ids, *PROOF_SIZE)
+        if routing != self.shapes.shape(found.topk_weights, *PROOF_SIZE) or routing[0] != tokens:
             return "routing ids and weights are not one row a token"
         k = routing[1]
         experts = min(int((shape_of(found.up.weight) or (0,))[0]), 5)
@@ -335,38 +353,10 @@ class _Prover:
             return torch.randn(shape, generator=generator)
 
         values = {n: filled(n) for n in found.given}
-        expected = self._run(self.shapes.closure(found.output, found.given), values, small)
+        expected = compute(self.shapes, self.shapes.closure(found.output, found.given), values, small)
         got = MOE(*(None if n is None else values[n] for n in found.args), **options)
         if got.shape != expected.shape or not torch.allclose(
             got, expected.to(got.dtype), rtol=1e-3, atol=1e-4
         ):
             return "what was recognised does not compute the same numbers"
         return ""
-
-    def _run(self, nodes: list[Node], given: Mapping[Node, Tensor], small: Mapping[int, int]) -> Any:
-        """Compute ``nodes`` in float32; ``small`` replaces widths where they are written as literals."""
-
-        def literal(a: Any) -> Any:
-            if isinstance(a, int) and not isinstance(a, bool):
-                return small.get(a, a)
-            return torch.float32 if a in _HALF else torch.device("cpu") if isinstance(a, torch.device) else a
-
-        values: dict[Node, Any] = {}
-        for n in nodes:
-            if n in given:
-                values[n] = given[n].clone()
-            elif _is_size(n):
-                values[n] = self.shapes.size(n.meta["val"], *_PROOF_SIZE)
-            elif n.op != "call_function":
-                raise NotUnderstood(f"the block reads {n.target}, which has no place in torch_moe")
-            else:
-                args, kwargs = map_arg(
-                    map_aggregate((n.args, n.kwargs), literal), lambda a: values[a]
-                )  # values are put in last: they are not literals
-                with torch.no_grad():
-                    values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-        return values[nodes[-1]]
-
-
-def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, int))

@@ -46,6 +46,7 @@ class MatchPositions(Pass):
         shapes = ShapeOnly(gm, inputs=(), buffers=False)
         counted: dict[Node, tuple[int, list[Node]]] = {}
         strange: list[str] = []
+        self._known: dict[Node, bool] = {}
         for node in sorted(shapes.nodes):
             outside = [u for u in node.users if u not in shapes and u.op != "output" and not _asserts(u)]
             if not outside or not self._varies(node, shapes):
@@ -67,26 +68,22 @@ class MatchPositions(Pass):
             details["not matched"] = f"computed from sizes, but no positions: {', '.join(strange[:8])}"
         return PassInfo(num_matches=len(counted), is_clean=not counted, details=details)
 
-    @staticmethod
-    def _varies(node: Node, shapes: ShapeOnly) -> bool:
-        """A tensor with one sequence dimension along which it is not constant."""
-        val = node.meta.get("val")
-        if not isinstance(val, Tensor) or val.ndim == 0:
-            return False
-        try:
-            long = [
-                i
-                for i, (a, b) in enumerate(
-                    zip(shapes.shape(node, 2, 7), shapes.shape(node, 2, 13), strict=True)
+    def _varies(self, node: Node, shapes: ShapeOnly) -> bool:
+        """A tensor with one sequence dimension along which it, or what it is computed from, is not constant.
+
+        What is computed from positions may be the same for all short sequences: Llama 4 scales queries by
+        floor(position / 8192).
+        """
+        if node not in self._known:
+            self._known[node] = False
+            long = _long_dims(node, shapes)
+            if len(long) == 1:
+                value = shapes.value(node, 2, 7)
+                reads = [n for n in shapes.closure(node)[:-1] if node in n.users]
+                self._known[node] = bool((value != value.narrow(long[0], 0, 1)).any()) or any(
+                    self._varies(n, shapes) for n in reads
                 )
-                if a != b
-            ]
-            if len(long) != 1:
-                return False
-            value = shapes.value(node, 2, 7)
-        except EvaluationError:
-            return False
-        return bool((value != value.narrow(long[0], 0, 1)).any())
+        return self._known[node]
 
     def _counters(self, node: Node, shapes: ShapeOnly) -> dict[Node, int]:
         """The nearest nodes at or above ``node`` that count positions, each with its offset."""
@@ -128,6 +125,19 @@ class MatchPositions(Pass):
         if wide and shape != (_B, _S):
             _revalue(gm, users)
         return not wide
+
+
+def _long_dims(node: Node, shapes: ShapeOnly) -> list[int]:
+    """Dimensions of a tensor that grow with the sequence; none where its value cannot be told."""
+    val = node.meta.get("val")
+    if not isinstance(val, Tensor) or val.ndim == 0:
+        return []
+    try:
+        shapes.value(node, 2, 7)
+        sizes = zip(shapes.shape(node, 2, 7), shapes.shape(node, 2, 13), strict=True)
+        return [i for i, (a, b) in enumerate(sizes) if a != b]
+    except EvaluationError:
+        return []
 
 
 def _offset(node: Node, shapes: ShapeOnly) -> int | None:

@@ -87,6 +87,16 @@ def with_asserts(nodes: list[Node]) -> list[Node]:
     return list(dict.fromkeys(found))
 
 
+def _why_no_step(node: Node) -> str:
+    """Why an operation on the scores is no step of a mask."""
+    if node.target in _ADDS | _FILLS | _WHERES | _MULTIPLIES:
+        return (
+            f"a mask or bias on the scores ({node.target}) follows from what the tokens are, not from their "
+            "positions alone"
+        )
+    return f"{node.target} on the scores"
+
+
 def is_noop(node: Node, shapes: ShapeOnly) -> bool:
     """True for a cast between floating types, a copy, idle dropout, a slice or view that changes nothing."""
     if node.op != "call_function" or not node.args:
@@ -289,7 +299,7 @@ class ScoreReader:
                 raise NotUnderstood(f"{node.target} between the product and the softcap")
             step = self._step(node, rank)
             if step is None:
-                raise NotUnderstood(f"{node.target} on the scores")
+                raise NotUnderstood(_why_no_step(node))
             steps.append(step[0])
             node = step[1]
 

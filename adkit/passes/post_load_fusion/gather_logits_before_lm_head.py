@@ -51,12 +51,16 @@ class GatherLogits(Pass):
                 skipped=True, reason="the logits do not come from a linear layer through pointwise work"
             )
         linear = chain[0]
-        hidden: Node = linear.args[0]  # type: ignore[assignment]
-        with self.site(gm, [linear], label="gather logits", before=linear) as s:
+        first = linear
+        if _joins(linear.args[0], 0):  # tokens of all ranks: each rank picks among its own
+            first = linear.args[0]  # type: ignore[assignment]
+            chain.insert(0, first)
+        hidden: Node = first.args[0]  # type: ignore[assignment]
+        with self.site(gm, [linear], label="gather logits", before=first) as s:
             indices = add_input(gm, INPUT, (None,), torch.int64)
             s.adopt(indices)
             gathered = s.call(aten.index_select.default, (hidden, 1, indices))
-            linear.replace_input_with(hidden, gathered)
+            first.replace_input_with(hidden, gathered)
         for node in chain:
             node.meta["val"] = fake_value(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
         return PassInfo(num_matches=1)
@@ -73,15 +77,15 @@ def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
         chain.insert(0, node)
         if node.target in _LINEARS:
             return chain if len(shape_of(node.args[0]) or ()) == 3 else None
-        pointwise = node.target in _POINTWISE or _joins_vocabulary(node)
+        last = len(shape_of(node) or ()) - 1
+        pointwise = node.target in _POINTWISE or _joins(node, -1) or _joins(node, last) or _joins(node, 0)
         if not pointwise or len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
     return None
 
 
-def _joins_vocabulary(node: Node) -> bool:
-    """True where ranks put their shares of each token's logits together."""
-    if node.target is not torch.ops.adkit.torch_dist_all_gather.default:
-        return False
-    return node.args[1] in (-1, len(shape_of(node) or ()) - 1)
+def _joins(node: Any, dim: int) -> bool:
+    """True where ranks put together their shares of each token's logits, or (dimension 0) those of their own tokens."""
+    target = torch.ops.adkit.torch_dist_all_gather.default
+    return isinstance(node, Node) and node.target is target and bool(node.args[1] == dim)

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.contract import DistConfig, ShardingError
 from adkit.graph.edit import clean
+from adkit.graph.placement import PLAN, ShardingPlan
 from adkit.graph.step import PassInfo
 from adkit.models.loading import LOCAL
 from adkit.ops.hints import is_hint
@@ -46,7 +47,7 @@ class ApplyShardingHints(Pass):
         """Rewrite every hint; ShardingError for sizes that do not divide, leaving the graph to the caller."""
         dist = agreed_world(self.config, ctx.dist)
         found = self._hints(gm, dist)
-        if not found:
+        if not found and dist.pools == 1:
             return PassInfo()
         wanted = Wanted()
         for hint, world in found:
@@ -75,6 +76,8 @@ class ApplyShardingHints(Pass):
                 f"after cutting for rank {dist.rank} of {dist.world_size} the graph's shapes do not fit each other: "
                 f"{error}. A hint is missing or wrong (a view with a literal head count needs tp_scaled_dim)"
             ) from error
+        if dist.pools > 1:
+            self._join_logits(gm, dist)
         ctx.report(f"{len(found)} nodes processed")
         details = {
             "nodes processed": len(found), "rank": dist.rank, "world_size": dist.world_size,
@@ -88,6 +91,8 @@ class ApplyShardingHints(Pass):
         how = Strategies(
             dist.allreduce_strategy if reduce == "AUTO" else reduce, self.config.allgather_strategy
         )
+        plan = gm.meta.get(PLAN)
+        gathers = not dist.enable_attention_dp or (isinstance(plan, ShardingPlan) and plan.attention_dp)
         found = []
         for node in gm.graph.nodes:
             if node.target not in LOCAL_CALLS:
@@ -96,8 +101,8 @@ class ApplyShardingHints(Pass):
             moe = node.target is ops.torch_moe.default
             hinted = is_hint(node.target, node.kwargs)
             hint = bind(node, how)
-            # With attention data parallelism ranks have tokens of their own: only experts are shared.
-            active = hinted and self.config.cuts(hint["layer_type"]) and (moe or not dist.enable_attention_dp)
+            # A model's own hints gather no tokens of ranks that have their own: only experts do so by themselves.
+            active = hinted and self.config.cuts(hint["layer_type"]) and (moe or gathers)
             if linear and (not active or hint["tp_mode"] == "none") and not dist.enable_attention_dp:
                 weight = hint["weight"]
                 if dist.world_size > 1 and self.config.simple(node.name, str(getattr(weight, "target", ""))):
@@ -105,6 +110,20 @@ class ApplyShardingHints(Pass):
             if hinted:
                 found.append((hint, dist if active else _WHOLE))
         return found
+
+    def _join_logits(self, gm: GraphModule, dist: DistConfig) -> None:
+        """Each rank has the logits of its own tokens: whoever samples needs those of all. A vocabulary that is cut has
+        gathered them already."""
+        output = gm.graph.output_node()
+        (logits,) = output.all_input_nodes
+        inputs = {n.target: n for n in gm.graph.nodes if n.op == "placeholder"}
+        ids = inputs.get("input_ids")
+        if ids is None or str(logits.meta["val"].shape[0]) != str(ids.meta["val"].shape[0]):
+            return
+        with self.site(gm, [logits], label="join logits", before=output) as s:
+            target = ops.torch_dist_all_gather.default
+            joined = s.call(target, (logits, 0, dist.world_size, self.config.allgather_strategy))
+        output.replace_input_with(logits, joined)
 
 
 def _label(node: Node) -> str:

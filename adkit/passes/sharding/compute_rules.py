@@ -123,6 +123,8 @@ def _packed(w: Walk, node: Node) -> Spread:
 
 def _attention(w: Walk, node: Node) -> Spread:
     q, k, v = node.args[:3]
+    if w.attention_dp:
+        raise w.unaccounted(node, "every rank attends to sequences of its own")
     layout = node.kwargs.get("layout", "bsnd")
     at = 2 if layout == "bsnd" else 1
     spread = w.found.of(q)

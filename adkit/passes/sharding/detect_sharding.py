@@ -69,7 +69,8 @@ class DetectShardingConfig(ShardingConfig):
     )
     enable_attention_dp: bool = Field(
         False,
-        description="Attention data parallelism: only experts are cut; must agree with the world that runs",
+        description="Attention data parallelism: sequences are shared out; experts are cut, and layers other than "
+        "attention that shard_layers names; must agree with the world that runs",
     )
 
 
@@ -100,7 +101,8 @@ class DetectSharding(Pass):
         if self.config.enable_attention_dp and not dist.enable_attention_dp:
             raise ShardingError(
                 "enable_attention_dp=True, but the world that runs has it off: set it there "
-                "(DistConfig.of(tp=..., enable_attention_dp=True))"
+                "(wb.shard or wb.llm(tp=..., attention_dp=True), --attention-dp, or "
+                "Workbench(dist=DistConfig.of(tp=..., enable_attention_dp=True)))"
             )
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")
@@ -164,8 +166,10 @@ def _allowed(node: Node, choice: Choice, config: DetectShardingConfig, dist: Dis
     if choice.decision == "whole":
         return choice
     why = ""
-    if dist.enable_attention_dp and choice.decision != "experts":
+    if dist.enable_attention_dp and choice.layer_type in ("mha", "mla"):
         why = "attention data parallelism: every rank has sequences of its own"
+    elif dist.enable_attention_dp and choice.decision != "experts" and config.shard_layers is None:
+        why = "attention data parallelism: every rank has sequences of its own, and shard_layers names no such layers"
     elif not config.cuts(choice.layer_type):
         why = f"shard_layers leaves {choice.layer_type} layers whole"
     elif choice.decision == "experts" and "ep" not in config.sharding_dims:

@@ -232,6 +232,14 @@ def all_gather(h: Hint, dist: DistConfig, out: Writer) -> Node:
     return out.call(target, h["x"], h["dim"], dist.world_size, h.strategies.all_gather)
 
 
+def reduce_scatter(h: Hint, dist: DistConfig, out: Writer) -> Node:
+    """The sum over ranks, of which each keeps its piece."""
+    if dist.world_size == 1:
+        return h["x"]
+    target = ops.torch_dist_reduce_scatter.default
+    return out.call(target, h["x"], h["dim"], dist.world_size, h.strategies.all_reduce)
+
+
 def moe(h: Hint, dist: DistConfig, out: Writer) -> Node:
     """Experts dealt to ``moe_ep_size`` groups of ranks, each expert's hidden features cut over the rest.
 
@@ -298,4 +306,5 @@ LOCAL_CALLS: dict[Any, Callable[[Hint, DistConfig, Writer], Node]] = {
     ops.rmsnorm.default: rmsnorm,
     ops.all_reduce.default: all_reduce,
     ops.all_gather.default: all_gather,
+    ops.reduce_scatter.default: reduce_scatter,
 }

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from adkit.contract import DistConfig, ShardingError
 from adkit.graph.identity import tag_of
-from adkit.graph.placement import PARTIAL, Decision, PlanRow, ShardingPlan
+from adkit.graph.placement import PARTIAL, REPLICATED, Decision, PlanRow, ShardingPlan, cut
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
 from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten
@@ -117,6 +117,8 @@ def make_plan(
 ) -> ShardingPlan:
     """A row for each node that has a weight to cut, or talks to other ranks, in graph order."""
     rows = [row for node in gm.graph.nodes for row in _row(node, choices, found)]
+    if dist.enable_attention_dp:
+        rows = _with_tokens(gm, rows, found)
     return ShardingPlan(
         tuple(rows), dist.tp_size, dist.moe_ep_size, dist.moe_tp_size, dist.enable_attention_dp
     )
@@ -159,6 +161,33 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         source=choice.source,
         why=choice.why,
     )
+
+
+def _with_tokens(gm: GraphModule, rows: list[PlanRow], found: Propagation) -> list[PlanRow]:
+    """The rows of ranks that have sequences of their own: whole values are pieces of the batch, and tokens are gathered
+    where weights are cut."""
+    reads = {reader.name for readers in found.gathered.values() for reader in readers}
+    head = joined_after(gm, found)
+    told = []
+    for row in rows:
+        if row.decision == "experts":  # gathers and scatters by itself
+            told.append(replace(row, tokens="gathered", reduce=True, placement=PARTIAL))
+        elif row.name in reads:
+            told.append(replace(row, tokens="gathered"))
+        elif row.placement == REPLICATED:
+            told.append(replace(row, placement=cut(0), tokens="joined" if row.name == head else ""))
+        else:
+            told.append(row)
+    return told
+
+
+def joined_after(gm: GraphModule, found: Propagation) -> str:
+    """The name of the linear whose logits ranks join, each having those of its own sequences; empty without one."""
+    node = next(iter(gm.graph.output_node().all_input_nodes), None)
+    while node is not None and node.target is not LINEAR:
+        sources = [a for a in node.all_input_nodes if a.op == "call_function"]
+        node = sources[0] if len(sources) == 1 else None
+    return node.name if node is not None and found.of(node).kind != "gathered" else ""
 
 
 def _unreadable(node: Node) -> PlanRow:

@@ -28,6 +28,7 @@ from adkit.passes.sharding.op_kinds import (
     PRODUCTS,
     SUMS,
     aten,
+    elementwise,
     name_of,
 )
 from adkit.passes.sharding.spread import TERM, WHOLE, Propagation, Share, Slices, Spread, rank_of, shape_of
@@ -65,9 +66,14 @@ class Walk:
     def __init__(self, decisions: Mapping[Node, Decision], attention_dp: bool = False) -> None:
         self.decisions, self.attention_dp = decisions, attention_dp
         self.found = Propagation()
+        self._own: set[Node] = set()  # with attention_dp: computed from a rank's own tokens
 
     def visit(self, node: Node) -> None:
         """Find the spread of ``node``, whose inputs were visited."""
+        if self.attention_dp and (
+            node.op == "placeholder" or any(a in self._own for a in node.all_input_nodes)
+        ):
+            self._own.add(node)
         if node.op == "output":
             self._need_whole(node, "the model's output must be whole on every rank")
             return
@@ -78,13 +84,17 @@ class Walk:
         if decision in ("whole", "follow") and not any(a in spreads for a in node.all_input_nodes):
             return
         result = self._apply(node, decision)
-        if result == TERM and len(node.users) > 1:
-            # one sum serves all readers, and the residual stream is whole
+        if result == TERM and (len(node.users) > 1 or self.attention_dp):
+            # one sum serves all readers, and the residual stream is whole; a rank's own tokens meet no one else's
             self.found.sums[node] = list(node.users)
         elif result != WHOLE:
             spreads[node] = result
 
     def _apply(self, node: Node, decision: str) -> Spread | tuple[Spread, ...]:
+        if self.attention_dp:
+            self._same_tokens(node)
+            if self.found.of(node.args[0]).kind == "gathered":
+                return self.found.of(node.args[0])
         special = _DECIDED.get(node.target)
         if special is not None:
             return special(self, node, decision)
@@ -102,6 +112,23 @@ class Walk:
         if rule is None:
             raise self.unaccounted(node, f"no rule for {name_of(node.target)} on pieces")
         return rule(self, node)
+
+    def _same_tokens(self, node: Node) -> None:
+        """What works on the tokens of all ranks reads nothing that is of a rank's own, numbers of tokens included."""
+        apart = [a for a in node.all_input_nodes if self.found.of(a).kind in ("cut", "gathered")]
+        own = [a for a in node.all_input_nodes if a in self._own and a not in apart]
+        if apart and own:
+            raise self.unaccounted(node, f"reads tokens of all ranks, and {own[0].name}, which is of its own")
+        whole = any(self.found.of(a).kind == "gathered" for a in apart)
+        if whole and not (elementwise(node.target) and len(node.all_input_nodes) == 1):
+            raise self.unaccounted(
+                node, "reads tokens of all ranks, which are put together for sampling alone"
+            )
+
+    def gather(self, node: Node, value: Any) -> None:
+        """``node`` works on the tokens of all ranks."""
+        if self.attention_dp:
+            self.found.gathered.setdefault(value, []).append(node)
 
     def _item(self, node: Node) -> Spread:
         source, index = node.args
@@ -220,6 +247,7 @@ def _linear(w: Walk, node: Node, decision: str) -> Spread:
         raise w.unaccounted(node, "its weight is computed, so it cannot be loaded in parts")
     if decision == "rowwise":
         if spread.kind != "cut":
+            w.gather(node, x)
             share = Share(int(shape_of(weight)[1]), (node,))
             share.need(exact=True)
             w.slice(node, x, last, Spread("cut", last, share))  # type: ignore[arg-type]
@@ -232,13 +260,14 @@ def _linear(w: Walk, node: Node, decision: str) -> Spread:
         return TERM
     if spread.kind == "cut":
         raise w.unaccounted(node, f"{decision}, but its input is cut already")
+    w.gather(node, x)
     out = int(shape_of(weight)[0])
     sizes = blocks_wanted(node, out) if decision == "colwise" else (out,)
     shares = tuple((size, Share(size, (node,))) for size in sizes)
     w.found.cuts[node] = shares
     if decision == "gather":
         shares[0][1].need(exact=True)
-        return WHOLE
+        return Spread("gathered", share=shares[0][1]) if w.attention_dp else WHOLE
     dim = rank_of(node) - 1
     return Spread("cut", dim, shares[0][1]) if len(shares) == 1 else Spread("cut", dim, None, shares)
 
@@ -252,6 +281,7 @@ def _embedding(w: Walk, node: Node, decision: str) -> Spread:
         return WHOLE
     if not isinstance(weight, Node) or weight.op != "get_attr":
         raise w.unaccounted(node, "its table is computed, so it cannot be loaded in parts")
+    w.gather(node, node.args[1])
     share = Share(int(shape_of(weight)[0]), (node,))
     share.need(exact=True)
     w.found.cuts[node] = ((share.pieces, share),)

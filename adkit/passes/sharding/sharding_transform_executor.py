@@ -48,7 +48,7 @@ class ShardingTransformExecutor(Pass):
         decisions: dict[Node, Decision] = {n: r.decision for n, r in rows.items() if r.decision != "follow"}
         found = follow(gm, decisions, dist, "the plan")
         check_sizes(found, decisions, dist)
-        count = _Writer(self, gm, found, rows).write()
+        count = _Writer(self, gm, found, rows, own_tokens=dist.enable_attention_dp).write()
         return PassInfo(num_matches=count)
 
 
@@ -76,11 +76,26 @@ def rows_by_node(gm: GraphModule, plan: ShardingPlan) -> dict[Node, PlanRow]:
 
 
 class _Writer:
-    """Writes what a propagation found, node after node. ``now``: what stands for a node of the graph before."""
+    """Writes what a propagation found, node after node. ``now``: what stands for a node of the graph before.
 
-    def __init__(self, of: Pass, gm: GraphModule, found: Propagation, rows: dict[Node, PlanRow]) -> None:
-        self.of, self.gm, self.found, self.rows = of, gm, found, rows
+    ``own_tokens``: ranks have tokens of their own, and each keeps those of a sum.
+    """
+
+    def __init__(
+        self,
+        of: Pass,
+        gm: GraphModule,
+        found: Propagation,
+        rows: dict[Node, PlanRow],
+        own_tokens: bool = False,
+    ) -> None:
+        self.of, self.gm, self.found, self.rows, self.own_tokens = of, gm, found, rows, own_tokens
         self.now: dict[Node, Node] = {}
+        self.gathered: dict[Node, Node] = {}
+        self.gathers: dict[Node, list[Node]] = {}
+        for value, readers in found.gathered.items():
+            for reader in readers:
+                self.gathers.setdefault(reader, []).append(value)
         self.summed: dict[Node, Node] = {}
         self.parts: dict[tuple[Node, tuple[int, ...]], Node] = {}
         self.kinds: dict[Node, str] = {n: r.layer_type for n, r in rows.items()}
@@ -100,6 +115,8 @@ class _Writer:
         for node in list(self.gm.graph.nodes):
             for term in self.needs.get(node, ()):
                 node.replace_input_with(self._now(term), self.summed[term])
+            for value in self.gathers.get(node, ()):
+                self._gather(node, value)
             for operand, slices in self.cuts.get(node, ()):
                 self._reads_part(node, operand, slices)
             if node in self.found.merged:
@@ -124,8 +141,21 @@ class _Writer:
                 return self.kinds[a]
         return "unknown"
 
+    def _read(self, node: Node, operand: Node) -> Node:
+        """What ``node`` reads in the place of ``operand``, tokens of its own."""
+        return self.summed[operand] if operand in self.needs.get(node, ()) else self._now(operand)
+
+    def _gather(self, node: Node, value: Node) -> None:
+        own = self._read(node, value)
+        if value not in self.gathered:
+            with self.of.site(self.gm, [own], label="all_gather", before=node) as s:
+                kwargs = {"layer_type": self.kinds[node]}
+                self.gathered[value] = s.call(adkit_ops.all_gather.default, (own, 0), kwargs, like=own)
+            self.count += 1
+        node.replace_input_with(own, self.gathered[value])
+
     def _reads_part(self, node: Node, operand: Node, slices: Slices) -> None:
-        now = self.summed[operand] if operand in self.needs.get(node, ()) else self._now(operand)
+        now = self.gathered[operand] if operand in self.gathers.get(node, ()) else self._read(node, operand)
         with self.of.site(self.gm, [now], label="shard", before=node) as s:
             part = self._shard(s, now, slices, self.kinds[node])
         node.replace_input_with(now, part)
@@ -140,9 +170,13 @@ class _Writer:
 
     def _sum(self, node: Node) -> None:
         now = self._now(node)
-        with self.of.site(self.gm, [now], label="all_reduce", before=now.next) as s:
+        label = "reduce_scatter" if self.own_tokens else "all_reduce"
+        with self.of.site(self.gm, [now], label=label, before=now.next) as s:
             kwargs = {"layer_type": self.kinds[node]}
-            self.summed[node] = s.call(adkit_ops.all_reduce.default, (now,), kwargs, like=now)
+            if self.own_tokens:
+                self.summed[node] = s.call(adkit_ops.reduce_scatter.default, (now, 0), kwargs, like=now)
+            else:
+                self.summed[node] = s.call(adkit_ops.all_reduce.default, (now,), kwargs, like=now)
         self.count += 1
 
     def _merge(self, node: Node) -> None:

@@ -87,7 +87,8 @@ class Spread:
     """How ranks hold a value.
 
     ``blocks``: along ``dim`` lie several cuts side by side, as (size, share) (a fused Q|K|V). ``terms`` and ``rest``:
-    a sum not yet made, of terms (each with the node that adds it) and of values that every rank has.
+    a sum not yet made, of terms (each with the node that adds it) and of values that every rank has. Where ranks have
+    tokens of their own, pieces and terms are of the tokens of all, and ``gathered`` is what is whole for these.
     """
 
     kind: str = "replicated"
@@ -136,7 +137,8 @@ class Propagation:
     size and shares. ``blocks``: splits and slices along a cut, as block sizes. ``sliced``: (reader, operand) -> what
     a rank takes of it. ``made``: values without content that are cut as they are made. ``norms`` over a cut
     dimension. ``sums``: partial value -> its readers that need the sum. ``merged``: node -> (terms, rest), a sum put
-    in another order so that it takes one exchange.
+    in another order so that it takes one exchange. ``gathered``: value -> its readers that need the tokens of all
+    ranks, where each has its own.
     """
 
     spreads: dict[Node, Spread | tuple[Spread, ...]] = field(default_factory=dict)
@@ -150,6 +152,7 @@ class Propagation:
     norms: set[Node] = field(default_factory=set)
     sums: dict[Node, list[Node]] = field(default_factory=dict)
     merged: dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]] = field(default_factory=dict)
+    gathered: dict[Node, list[Node]] = field(default_factory=dict)
 
     def of(self, node: Any) -> Spread:
         """Spread of a value; replicated for whatever was not reached."""

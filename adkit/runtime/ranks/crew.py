@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from multiprocessing.connection import wait
 from typing import Any, NoReturn, cast
 
-from adkit.contract import HostBatch, RankError, ShardingError
+from adkit.contract import HostBatch, RankError, ShardingError, SplitBatch
 from adkit.contract import errors as known_errors
 from adkit.runtime.device import Drawn
 from adkit.runtime.ranks.link import uninterrupted
@@ -89,7 +89,7 @@ class Crew:
             raise
         first = self.ready[0]
         for rank, other in self.ready.items():
-            for what in ("num_pages", "page_size", "vocab_size", "layouts"):
+            for what in ("num_pages", "page_size", "vocab_size", "layouts", "pools"):
                 if getattr(other, what) != getattr(first, what):
                     self.close(0.0)
                     raise ShardingError(
@@ -100,7 +100,7 @@ class Crew:
 
     # --- telling
 
-    def start(self, host: HostBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
+    def start(self, host: HostBatch | SplitBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
         """Send a step to every rank; returns it."""
         self.check()
         self._number += 1
@@ -121,8 +121,9 @@ class Crew:
     def tell(self, message: Any) -> None:
         """Send a message to every rank."""
         with uninterrupted():  # all ranks or none
+            step = isinstance(message, Step)
             for member in self.members.values():
-                self._send(member, message)
+                self._send(member, message.of(member.rank) if step else message)
 
     def _send(self, member: Member, message: Any) -> None:
         try:

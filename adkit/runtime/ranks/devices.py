@@ -13,7 +13,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from adkit.contract import BatchLayout, CachePool, CompiledModel, HostBatch, RankError, fitting_layout
+from adkit.contract import (
+    BatchLayout,
+    CachePool,
+    CompiledModel,
+    HostBatch,
+    RankError,
+    SplitBatch,
+    fitting_layout,
+)
 from adkit.runtime.device import Drawn, Launched
 from adkit.runtime.ranks.crew import Crew
 from adkit.runtime.ranks.messages import Ready, Wipe
@@ -43,16 +51,16 @@ class Elsewhere:
         self.crew = crew
 
     def start(
-        self, host: HostBatch, replay: bool, sampling: Seq[Drawing], before: CrewStep | None
+        self, host: HostBatch | SplitBatch, replay: bool, sampling: Seq[Drawing], before: CrewStep | None
     ) -> CrewStep:
         """Send a step to every rank."""
         step = self.crew.start(host, replay, sampling)
         return CrewStep(self.crew, step.number, step.rows)
 
-    def wipe(self, pages: Seq[int]) -> None:
-        """Zero pages on every rank; nothing where there are none any more."""
+    def wipe(self, pages: Seq[int], pool: int) -> None:
+        """Zero pages on the ranks that they are of; nothing where there are none any more."""
         if self.crew.error is None:
-            self.crew.tell(Wipe(tuple(pages)))
+            self.crew.tell(Wipe(tuple(pages), pool))
 
     def close(self) -> None:
         """End every rank."""
@@ -73,12 +81,12 @@ class Here:
         self.pinned = rank.device.pinned
 
     def start(
-        self, host: HostBatch, replay: bool, sampling: Seq[Drawing], before: Launched | None
+        self, host: HostBatch | SplitBatch, replay: bool, sampling: Seq[Drawing], before: Launched | None
     ) -> Launched:
         """Send a step to the others, and start it here."""
         step = self.crew.start(host, replay, sampling)
         try:
-            launched = self._rank.start(step)
+            launched = self._rank.start(step.of(0))
         except BaseException as error:  # the others wait for this rank now, and always would
             self.crew.error = RankError(f"rank 0 failed: {type(error).__name__}: {error}", 0)
             self.crew.close(0.0)
@@ -86,11 +94,11 @@ class Here:
         assert launched is not None
         return launched
 
-    def wipe(self, pages: Seq[int]) -> None:
-        """Zero pages on every rank."""
+    def wipe(self, pages: Seq[int], pool: int) -> None:
+        """Zero pages on the ranks that they are of."""
         if self.crew.error is None:
-            self.crew.tell(Wipe(tuple(pages)))
-            self._rank.wipe(tuple(pages))
+            self.crew.tell(Wipe(tuple(pages), pool))
+            self._rank.wipe(tuple(pages), pool)
 
     def close(self) -> None:
         """End the other ranks."""
@@ -133,5 +141,6 @@ def outline(ready: Ready) -> CompiledModel:
         eos_token_ids=ready.eos_token_ids,
         max_positions=ready.max_positions,
         replay=_Replays(ready.layouts, ready.num_previous) if ready.layouts else None,
+        pools=ready.pools,
         details=ready.facts,
     )

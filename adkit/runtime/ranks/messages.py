@@ -12,12 +12,12 @@ import pickle
 import struct
 from array import array
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from adkit.contract import BatchLayout, DistConfig, HostBatch, SamplingParams
+from adkit.contract import BatchLayout, DistConfig, HostBatch, SamplingParams, SplitBatch
 from adkit.runtime.device import Drawn
 from adkit.runtime.sampler import Drawing
 
@@ -52,16 +52,20 @@ _PLAIN = Draw(SamplingParams(), True, array("q"), 0, 0, 0.0)
 class Step:
     """Run a packed batch, the ``number``-th. ``rows`` sequences get a token.
 
-    ``replay``: by the model's ``decode``. ``plain``: every row takes its best token; if not, ``draws`` tells rank 0 how
-    each gets its own.
+    ``host``: every rank's, or a part a rank (:meth:`of`). ``replay``: by the model's ``decode``. ``plain``: every row
+    takes its best token; if not, ``draws`` tells rank 0 how each gets its own.
     """
 
     number: int
     replay: bool
     plain: bool
     rows: int
-    host: HostBatch
+    host: HostBatch | SplitBatch
     draws: list[Draw] | None = None
+
+    def of(self, rank: int) -> Step:
+        """The message for one rank."""
+        return replace(self, host=self.host.parts[rank]) if isinstance(self.host, SplitBatch) else self
 
     @property
     def sampling(self) -> list[Draw]:
@@ -94,9 +98,10 @@ class Collect:
 
 @dataclass(frozen=True)
 class Wipe:
-    """Zero pages of every cache."""
+    """Zero pages of every cache; of one rank's, ``pool``, where ranks have sequences of their own."""
 
     pages: tuple[int, ...]
+    pool: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Ready:
     max_positions: int | None
     num_previous: int = 0
     layouts: tuple[BatchLayout, ...] = ()
+    pools: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -152,7 +158,7 @@ class Failed:
     secondary: bool
 
 
-_HEADER = struct.Struct("<qqqqqqqBBB")  # number, rows, T, R, M, L, L without padding, then flags
+_HEADER = struct.Struct("<qqqqqqqBBBB")  # number, rows, T, R, M, L, L without padding, then flags, shares
 _STEP, _OTHER = b"S", b"O"
 
 
@@ -160,13 +166,16 @@ def encode(message: Any, with_draws: bool = True) -> bytes:
     """The message in bytes; without draws for ranks that do not sample."""
     if not isinstance(message, Step):
         return _OTHER + pickle.dumps(message)
-    host, at = message.host, message.host.layout
+    host = message.host
+    assert isinstance(host, HostBatch), "each rank is sent its own part"
+    at, shares = host.layout, array("q", host.shares).tobytes()
     header = _HEADER.pack(
         message.number, message.rows, at.tokens, at.sequences, at.pages, at.logits, host.logits,
-        message.replay, message.plain, host.continues,
+        message.replay, message.plain, host.continues, len(host.shares),
     )  # fmt: skip
     draws = pickle.dumps(message.draws) if message.draws and with_draws else b""
-    return b"".join([_STEP, header, len(draws).to_bytes(4, "little"), draws, host.buffer.numpy().data])
+    size = len(draws).to_bytes(4, "little")
+    return b"".join([_STEP, header, size, draws, shares, host.buffer.numpy().data])
 
 
 def decode(data: memoryview, pinned: bool = False) -> Any:
@@ -174,20 +183,22 @@ def decode(data: memoryview, pinned: bool = False) -> Any:
     if bytes(data[:1]) == _OTHER:
         return pickle.loads(data[1:])
     at = 1 + _HEADER.size
-    number, rows, tokens, sequences, pages, logits, real, replay, plain, continues = _HEADER.unpack(
+    number, rows, tokens, sequences, pages, logits, real, replay, plain, continues, ranks = _HEADER.unpack(
         data[1:at]
     )
     size = int.from_bytes(data[at : at + 4], "little")
-    draws = pickle.loads(data[at + 4 : at + 4 + size]) if size else None
+    at += 4
+    draws = pickle.loads(data[at : at + size]) if size else None
+    at += size
+    shares = tuple(data[at : at + 8 * ranks].cast("q")) if ranks else ()
     layout = BatchLayout(tokens, sequences, pages, logits)
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
-    buffer.numpy()[:] = data[at + 4 + size :]
-    return Step(
-        number, bool(replay), bool(plain), rows, HostBatch(layout, buffer, real, bool(continues)), draws
-    )
+    buffer.numpy()[:] = data[at + 8 * ranks :]
+    host = HostBatch(layout, buffer, real, bool(continues), shares)
+    return Step(number, bool(replay), bool(plain), rows, host, draws)
 
 
-def step_of(number: int, host: HostBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
+def step_of(number: int, host: HostBatch | SplitBatch, replay: bool, sampling: Seq[Drawing]) -> Step:
     """The message of a step."""
     plain = all(s.plain for s in sampling)
     draws = None if plain else [Draw.of(s) for s in sampling]

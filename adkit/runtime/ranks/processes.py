@@ -17,7 +17,8 @@ from adkit.runtime.ranks.messages import Job
 
 _PROGRAM = "import sys; from adkit.runtime.ranks.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 _LOG_BYTES = 4000  # of the end of a log, to be shown
-_DUMP_SECONDS = 0.3  # that a rank gets to write where it stands
+_DUMP_SECONDS = 5.0  # that a rank gets to write where it stands
+_DUMP_REST = 0.3  # seconds without another word after which it has
 
 
 class Member(Protocol):
@@ -115,11 +116,13 @@ class Child:
         """Its stack, which it writes to its log when asked by a signal."""
         if "T" in _state(self.pid):
             return "it is stopped (SIGSTOP)"
-        before = os.fstat(self._log.fileno()).st_size
+        before = size = last = os.fstat(self._log.fileno()).st_size
         self._process.send_signal(signal.SIGUSR1)
-        time.sleep(_DUMP_SECONDS)
-        size = os.fstat(self._log.fileno()).st_size - before
-        return os.pread(self._log.fileno(), size, before).decode(errors="replace").strip()
+        limit = time.monotonic() + _DUMP_SECONDS
+        while (size == before or size != last) and time.monotonic() < limit:
+            time.sleep(_DUMP_REST)
+            last, size = size, os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size - before, before).decode(errors="replace").strip()
 
     def kill(self) -> None:
         """Kill it, and see that nothing of it is left."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adkit.contract import Communicator, CompiledModel
+from adkit.contract import Communicator, CompiledModel, HostBatch
 from adkit.runtime.device import Drawn, Launched, OneDevice
 from adkit.runtime.ranks.link import Link
 from adkit.runtime.ranks.messages import Collect, End, Ready, Result, Step, Wipe
@@ -30,7 +30,8 @@ class Rank:
 
     @torch.inference_mode()
     def start(self, step: Step) -> Launched | None:
-        """Start a step; on rank 0 returns what to wait for."""
+        """Start a step (this rank's part); on rank 0 returns what to wait for."""
+        assert isinstance(step.host, HostBatch)
         agreed = step.replay and step.plain
         if self.communicator.rank == 0:
             before = self._before if step.host.continues else None
@@ -47,9 +48,10 @@ class Rank:
             self._tokens = self.communicator.broadcast(tokens)
         return None
 
-    def wipe(self, pages: tuple[int, ...]) -> None:
-        """Zero pages of every cache."""
-        self.device.wipe(pages)
+    def wipe(self, pages: tuple[int, ...], pool: int) -> None:
+        """Zero pages of every cache, if they are of this rank's pool."""
+        if self.model.pools == 1 or pool == self.communicator.rank:
+            self.device.wipe(pages)
 
     def ready(self) -> Ready:
         """What the engine's process must know."""
@@ -65,6 +67,7 @@ class Rank:
             model.max_positions,
             0 if replay is None else replay.num_previous,
             () if replay is None else tuple(replay.layouts),
+            model.pools,
             dict(model.details),
         )
 
@@ -88,7 +91,7 @@ def serve(rank: Rank, link: Link, at: Callable[[str], object] = lambda what: Non
                 drawn: Drawn = running.pop(message.number).wait()
                 link.send(Result(message.number, drawn))
             case Wipe():
-                rank.wipe(message.pages)
+                rank.wipe(message.pages, message.pool)
             case End():
                 return
             case _:

@@ -64,6 +64,24 @@ MIXERS = {
     "length as a tensor": (filled, "holds a size"),
     "flattened product": (flattened, "contracts over tokens"),
     "tokens and features regrouped": (scrambled, "anew"),
+    "padded sequence": (
+        lambda s, x: s.call(aten.slice.Tensor, (s.call(aten.pad.default, (x, [0, 0, 1, 0])), 1, 0, -1)),
+        "pads the sequence",
+    ),
+    "convolution": (
+        lambda s, x: s.call(
+            aten.transpose.int,
+            (
+                s.call(
+                    aten.conv1d.default,
+                    (s.call(aten.transpose.int, (x, 1, 2)), s.call(aten.ones.default, ([48, 48, 1],))),
+                ),
+                1,
+                2,
+            ),
+        ),
+        "convolves along the sequence",
+    ),
     "a plain function": (lambda s, x: s.call(plain_function, (x,), like=x), "plain_function"),
 }
 

@@ -94,3 +94,22 @@ def test_a_graph_that_counts_nothing_is_left_alone(run_attention_passes: Any) ->
     _, steps = run_attention_passes(gm, KEYS)
     assert steps["match_positions"].info.num_matches == 0
     assert not steps["match_positions"].changed
+
+
+def test_what_only_long_sequences_tell_apart_is_computed_from_positions(run_attention_passes: Any) -> None:
+    class Tempered(Learned):
+        """Scales by a step function of the position whose first step is far away, as Llama 4 does."""
+
+        def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+            positions = torch.arange(input_ids.shape[1])
+            scale = torch.log1p(torch.floor((positions.float() + 1.0) / 1000.0)) + 1.0
+            return (self.tokens(input_ids) * scale.view(1, -1, 1),)
+
+    model = Tempered(None)
+    gm, steps = run_attention_passes(exported(model), KEYS)
+    assert steps["match_positions"].info.num_matches == 1
+    ids, positions = torch.randint(20, (1, 4)), torch.tensor([[998, 999, 1998, 1999]])
+    scale = torch.log1p(torch.tensor([0.0, 1.0, 1.0, 2.0])) + 1.0
+    torch.testing.assert_close(
+        gm(input_ids=ids, position_ids=positions)[0], model.tokens(ids) * scale[:, None]
+    )

@@ -166,8 +166,9 @@ def test_attention_data_parallelism_cuts_experts_alone() -> None:
     gm = canonical("mixtral")
     plan = planned(gm, DistConfig.of(tp=2, enable_attention_dp=True), enable_attention_dp=True)
     assert {r.decision for r in plan if r.weights} == {"experts", "whole"}
-    assert not any(r.reduce for r in plan)
+    assert {(r.decision, r.tokens) for r in plan if r.reduce} == {("experts", "gathered")}
     assert all("sequences of its own" in r.why for r in plan.find("*.q_proj"))
+    assert all("shard_layers names no such layers" in r.why for r in plan.find("lm_head"))
 
 
 def test_simple_shard_only_joins_every_output() -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -47,19 +46,19 @@ def test_a_rank_that_raises_while_it_is_built_ends_the_others(children, rank):
     assert "toy.py" in text  # the traceback
     assert f"[rank {rank}] rank {rank} says hello" in text  # the log
     assert len(children) == 2
-    assert gone(children, 0.5)
+    assert gone(children)
 
 
 def test_an_error_of_adkits_own_comes_as_it_is(children):
     with pytest.raises(ShardingError, match=r"^3 heads cannot be cut over 2 ranks$"):
         conftest.start(fault=(1, "refuse", 0))
-    assert gone(children, 0.5)
+    assert gone(children)
 
 
 def test_a_rank_that_dies_while_it_is_built(children):
     with pytest.raises(RankError, match=r"rank 1 of 2 was killed by signal 9 \(SIGKILL"):
         conftest.start(fault=(1, "die", 0))
-    assert gone(children, 0.5)
+    assert gone(children)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -69,11 +68,9 @@ def test_a_rank_that_is_killed_fails_the_call_at_once_and_every_later_one(childr
     stream = live.stream([[1, 2], [3, 4]], LONG)
     next(stream)
     os.kill(children[rank], signal.SIGKILL)
-    began = time.monotonic()
     with pytest.raises(EngineError, match=rf"rank {rank} of 2 was killed by signal 9"):
-        list(stream)
-    assert time.monotonic() - began < 10
-    assert gone(children, 0.5)
+        list(stream)  # not by its timeout, which would say something else
+    assert gone(children)
     with pytest.raises(EngineError, match=r"the ranks have ended: rank . of 2 was killed"):
         live.generate([1, 2], LONG, progress=False)
 
@@ -87,18 +84,18 @@ def test_a_rank_that_raises_in_a_step_is_the_one_to_blame(children, rank):
         live.generate([[1, 2], [3, 4]], LONG, progress=False)
     assert f"rank {rank} of 2 failed: ValueError: bad luck" in str(caught.value)
     assert 'raise ValueError("bad luck")' in str(caught.value)
-    assert gone(children, 0.5)
+    assert gone(children)
 
 
 def test_a_rank_that_is_stopped_or_stuck_is_found_out(children, real):
-    world = conftest.start(fault=(1, "stop", 3), timeout=1)
+    world = conftest.start(fault=(1, "stop", 3), timeout=5)
     live = LiveModel(world[0], engine_of(world).config, device=world[1])
-    with pytest.raises(RankError, match=r"a step has not ended within 1 s") as caught:
+    with pytest.raises(RankError, match=r"a step has not ended within 5 s") as caught:
         live.generate([1, 2], LONG, progress=False)
     assert caught.value.rank == 1
     assert "[rank 1] it is stopped (SIGSTOP)" in str(caught.value)
     assert "in all_reduce" in str(caught.value)  # where rank 0 waits for it
-    assert gone(children, 0.5)
+    assert gone(children)
 
 
 def test_ranks_end_with_their_parent_however_it_ends():
@@ -121,7 +118,7 @@ def test_a_program_that_ends_without_closing_leaves_nothing():
         "_, device = start()\nprint(*[m.pid for m in device.crew.members.values()], flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    assert gone([int(p) for p in done.stdout.split()], 0.5)
+    assert gone([int(p) for p in done.stdout.split()])
 
 
 def test_a_port_that_is_taken():
@@ -153,8 +150,8 @@ def test_only_who_knows_the_token_comes_in():
     door = Door()
     with socket.create_connection(door.address) as stranger:
         stranger.sendall(b"x" * 32)
-        link = knock(door.address, door.token, 1)
-        inside = door.let_in(1)
+        link = knock(door.address, door.token, 60)
+        inside = door.let_in(60)
         link.send("hello")
         assert inside.receive() == "hello"
         assert stranger.recv(1) == b""

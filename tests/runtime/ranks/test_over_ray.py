@@ -24,7 +24,7 @@ def ray(repo_root: Path):
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'adkit[ray]'")
     path = os.pathsep.join(filter(None, [str(repo_root), os.environ.get("PYTHONPATH")]))
     ray.init(
-        num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
+        address="local", num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
         runtime_env={"env_vars": {"PYTHONPATH": path}},
     )  # fmt: skip
     yield ray
@@ -47,7 +47,7 @@ def test_actors_are_ranks_as_processes_are(ray):
     stream = live.stream(prompts, GREEDY)
     next(stream)
     os.kill(device.crew.ready[1].facts["pid"], signal.SIGKILL)
-    with pytest.raises(EngineError, match="rank 1 of 2 was lost"):
+    with pytest.raises(EngineError, match=r"rank 1 of 2 (was lost|closed its connection)"):
         list(stream)
     assert ray.is_initialized()  # it was there before
     with pytest.raises(ShardingError, match="3 heads cannot be cut over 2 ranks"):

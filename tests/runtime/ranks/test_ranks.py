@@ -116,7 +116,7 @@ def test_close_ends_the_processes_and_what_comes_after_says_so():
     pids = [m.pid for m in world[1].crew.members.values()]
     with LiveModel(world[0], engine_of(world).config, device=world[1]) as live:
         live.generate(PROMPTS[0], GREEDY, progress=False)
-    assert gone(pids, 0.5)
+    assert gone(pids)
     with pytest.raises(RankError, match="close"):
         live.generate(PROMPTS[0], GREEDY, progress=False)
     live.close()
