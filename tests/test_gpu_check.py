@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_ranks import gone
+
 
 @pytest.fixture(scope="module")
 def script(repo_root: Path):
@@ -97,8 +99,7 @@ os.rename({str(note)!r} + "~", {str(note)!r})
     finally:
         script.end(process)
     assert process.returncode == -9
-    state = Path(f"/proc/{note.read_text()}/stat")
-    until(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert gone([int(note.read_text())])
 
 
 def until(condition):

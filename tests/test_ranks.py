@@ -72,6 +72,17 @@ def test_four_ranks_of_which_pairs_hold_the_same_key_and_value_head(alone, demo)
         )
 
 
+def test_ranks_with_sequences_of_their_own_give_the_same(alone, demo):
+    with demo().llm(tp=2, attention_dp=True, timeout=60) as live:
+        assert live.generate(PROMPTS, GREEDY, progress=False) == alone.generate(
+            PROMPTS, GREEDY, progress=False
+        )
+        engine = live.engine
+        # half of the sequences, half of the pages; page 0 is everybody's own
+        assert [2 * p.capacity for p in engine.pools] == [alone.engine.pages.capacity] * 2
+        assert engine.capacity == alone.engine.capacity
+
+
 def test_sampling_with_a_seed_gives_the_same(alone, together):
     params = [
         SamplingParams(

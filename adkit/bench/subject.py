@@ -114,7 +114,8 @@ class Subject:
         if made.tokens != load.new_tokens:
             raise ConfigError(
                 f"{load.new_tokens} new tokens were asked for and {made.tokens} came: requests ended at "
-                f"max_seq_len {engine.config.max_seq_len} or at the cache's {engine.capacity} tokens. Raise them"
+                f"max_seq_len {engine.config.max_seq_len} or at the {engine.longest} tokens that the cache holds. "
+                "Raise them"
             )
         return made, engine.stats - before
 

@@ -130,8 +130,8 @@ class NodeTimes:
 
 
 def duration(seconds: float) -> str:
-    """``6.61 ms``, ``45.6 µs``, ``1.20 s``."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+    """``6.61 ms``, ``45.6 µs``, ``1.20 s``, ``0.51 ns``."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return f"{seconds * 1e9:.3g} ns" if seconds > 0 else "0 µs"

@@ -25,6 +25,11 @@ from adkit.graph.snapshot import NodeRecord, Snapshot
 from adkit.ops.dist import over_ranks
 from adkit.sharding.lockstep import RankFails
 
+_aten = torch.ops.aten
+#: Make memory that holds anything: there is nothing to compare before it is written.
+_UNWRITTEN = {_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default}
+_VIEWS = {_aten.slice.Tensor, _aten.select.int, _aten.view.default}
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -100,7 +105,8 @@ class Agreement:
         """Take a value of the uncut graph (its run's ``on_call``)."""
         i = node_id(nodes[0])
         if i in self.wanted:
-            self.values[i] = values[0]
+            kept = values[0]
+            self.values[i] = kept.clone() if isinstance(kept, Tensor) and _written_to(nodes[0]) else kept
 
     def look(self, nodes: Sequence[Node], values: list[Any]) -> None:
         """Compare a value of the ranks (their run's ``on_call``); nothing more once one diverged."""
@@ -108,7 +114,7 @@ class Agreement:
             return
         i = node_id(nodes[0])
         pair = self.pairs.get(i)
-        if pair is None:
+        if pair is None or _unwritten(nodes[0]):
             return
         known = [(w, self.values[w]) for w in pair.ids if w in self.values]
         tries = [(w, f) for w, v in known if (f := self._compare(i, w, v, values)) is not None]
@@ -183,6 +189,21 @@ class Agreement:
         if found.rank is None:
             return "neither a rank's value nor the sum of all is the uncut model's"
         return "the ranks' values are not the uncut model's"
+
+
+def _unwritten(node: Any) -> bool:
+    """True for memory that was made and not written, and what looks at it."""
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return node.target in _UNWRITTEN
+
+
+def _written_to(node: Node) -> bool:
+    """True where a later node changes the value in its place."""
+    return any(
+        isinstance(u.target, torch._ops.OpOverload) and u.target._schema.is_mutable and u.args[:1] == (node,)
+        for u in node.users
+    )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ def template(name: str, **values: Any) -> str:
 
 @cache
 def style() -> str:
-    """The style sheet all fragments share."""
+    """The style sheet all fragments share.
+
+    VS Code has rules of its own: its widget manager sets JupyterLab's colours to a light page's, whatever the theme.
+    """
     return files("adkit.viz").joinpath("templates/style.css").read_text()
 
 

@@ -220,13 +220,13 @@ def roofline(
         x = part["flops"] / part["bytes"]
         y = part["flops"] / seconds[part.index]
         share = seconds[part.index] / whole
-        label = f"{_operation(name)}  {_share(share.sum())}" if k < 8 else "_hidden"
+        label = f"{_operation(name)}  {_share(share.sum())}" if k < len(CYCLE) else "_hidden"
         dots = share.groupby([x, y], sort=False).sum()  # operations at one place are one dot
         axes.scatter(
             dots.index.get_level_values(0),
             dots.index.get_level_values(1),
             s=18 + 900 * dots.to_numpy(),
-            color=CYCLE[k % len(CYCLE)],
+            color=CYCLE[k] if k < len(CYCLE) else INK,  # a colour in the legend is that operation's alone
             alpha=0.75,
             linewidths=0,
             label=label,

@@ -206,7 +206,7 @@ def _draw(
     box = [_rect(x, y, width, height, 5, _DEPTHS[min(depth, 3)], _LINE)]
     if m.title:
         box.append(_text(x + _PAD, y + 13, _clip(m.title, int((width - 10) / _LETTER)), ' font-weight="600"'))
-    if m.erased:
+    if m.erased and colours is None:
         place = x + _PAD + (len(m.title) + 1) * _LETTER if m.title else x + width - 40
         if place + 30 < x + width:
             told = f"−{m.erased}"
@@ -227,7 +227,7 @@ def _chip(record: Record, chip: Chip, x: float, y: float, wide: float, colours: 
             fill = colours.of(chip.value)
             ink = _INK if is_light(fill) else "#fff"
     width = 1.0
-    if chip.mark:
+    if chip.mark and colours is None:  # one story at a time: an overlay's colours or what changed
         stroke, width = _MARKS[chip.mark], 2
     if chip.chosen:
         stroke, width = _ACCENT, 3
@@ -282,7 +282,7 @@ def _legend(record: Record, shown: Point, colours: Colours | None, parts: list[s
             )
             x = WIDTH
     for mark, told in (("created", "new here"), ("changed", "changed here")):
-        if any(c.mark == mark for c in chips):
+        if colours is None and any(c.mark == mark for c in chips):
             entry("#fff", _MARKS[mark], told, 2)
     if any(c.chosen for c in chips):
         entry("#fff", _ACCENT, "chosen", 3)

@@ -40,6 +40,13 @@ export interface SceneOptions {
   onDrawn?(): void;
 }
 
+/** A module that is drawn, and where its corner is on the screen. */
+interface Said {
+  box: ModuleBox;
+  x: number;
+  y: number;
+}
+
 /** What flows through a node: values that it gives, values that it takes, and the boxes around it, itself included. */
 export interface Flow {
   out: ReadonlySet<number>;
@@ -68,6 +75,8 @@ export class Scene {
   /** Boxes drawn at the last frame. */
   visible = 0;
   private readonly world: SVGGElement;
+  /** Names of modules where the text in the boxes is too small: in pixels of the screen, none over another. */
+  private readonly names: SVGGElement;
   private readonly layers: { modules: SVGGElement; edges: SVGGElement; nodes: SVGGElement };
   private elements = new Map<string, SVGElement>();
   private looks = new Map<string, string>();
@@ -101,7 +110,8 @@ export class Scene {
     this.world = make("g", {}) as SVGGElement;
     this.layers = { modules: make("g", {}), edges: make("g", { class: "adk-edges" }), nodes: make("g", {}) } as Scene["layers"];
     this.world.append(this.layers.modules, this.layers.edges, this.layers.nodes);
-    this.svg.append(defs, this.world);
+    this.names = make("g", { class: "adk-names" }) as SVGGElement;
+    this.svg.append(defs, this.world, this.names);
     host.append(this.svg);
     this.listen();
     this.observer = new ResizeObserver(() => this.resized());
@@ -254,7 +264,9 @@ export class Scene {
     if (this.layout === null) return;
     const { x, y, scale } = this.view;
     this.world.setAttribute("transform", `translate(${x.toFixed(2)},${y.toFixed(2)}) scale(${scale.toFixed(4)})`);
-    this.svg.classList.toggle("adk-far", scale < FAR);
+    const far = scale < FAR;
+    const said: Said[] = [];
+    this.svg.classList.toggle("adk-far", far);
     const frame = this.frame();
     const margin = 60 / scale;
     const seen = { left: -x / scale - margin, top: -y / scale - margin, right: (frame.width - x) / scale + margin, bottom: (frame.height - y) / scale + margin };
@@ -269,11 +281,13 @@ export class Scene {
         kept.add(box.key);
         const open = box.kind === "module" && box.inside !== null && box.height * scale > SMALLEST;
         this.box(box, bx, by, open);
+        if (far && box.kind === "module") said.push({ box, x: bx * scale + x, y: by * scale + y });
         if (open) walk((box as ModuleBox).inside!, bx + (box.width - (box as ModuleBox).inside!.width) / 2, by + TITLE_HEIGHT);
       }
     };
     walk(this.layout.root(), 0, 0);
     this.stale = false;
+    this.name(said, scale, frame);
     for (const [key, element] of this.elements) {
       if (kept.has(key)) continue;
       element.remove();
@@ -281,6 +295,22 @@ export class Scene {
       this.looks.delete(key);
     }
     this.options.onDrawn?.();
+  }
+
+  /** From afar: the names of the modules that have room for them, outer ones first. */
+  private name(said: Said[], scale: number, frame: { width: number; height: number }): void {
+    const taken: { left: number; top: number; right: number; bottom: number }[] = [];
+    const made: SVGElement[] = [];
+    for (const { box, x, y } of said) {
+      const told = `${box.module.name}${box.count > 1 ? ` ×${box.count}` : ""}`;
+      const [width, room] = [told.length * 6.4 + 6, box.width * scale];
+      if (width > room || box.height * scale < 15 || y < -2 || y > frame.height) continue;
+      const free = [x + 3, x + room - width].find((left) => taken.every((t) => left > t.right || left + width < t.left || y > t.bottom || y + 14 < t.top));
+      if (free === undefined) continue;
+      taken.push({ left: free, top: y, right: free + width, bottom: y + 14 });
+      made.push(text(told, free, y + 12, "adk-name"));
+    }
+    this.names.replaceChildren(...made);
   }
 
   private box(box: NodeBox | ModuleBox, x: number, y: number, open: boolean): void {

@@ -15,10 +15,9 @@ from tests.forked_ranks import LAUNCH, forked, gone
 World = tuple[CompiledModel, Elsewhere]
 
 
-def start(tp: int = 2, timeout: float = 60, **toy: object) -> World:
-    return start_processes(
-        "tests.runtime.ranks.toy:build", toy, DistConfig.of(tp=tp), device="cpu", timeout=timeout
-    )
+def start(tp: int = 2, timeout: float = 60, attention_dp: bool = False, **toy: object) -> World:
+    dist = DistConfig.of(tp=tp, enable_attention_dp=attention_dp)
+    return start_processes("tests.runtime.ranks.toy:build", toy, dist, device="cpu", timeout=timeout)
 
 
 def engine_of(world: World, **settings: object) -> Engine:

@@ -11,7 +11,8 @@ import torch
 from adkit.contract import CompiledModel, DistConfig, EngineConfig, ShardingError
 from adkit.ops import dist as over_ranks
 from adkit.passes.compile.cuda_graphs import StepGraphs, decode_layouts, ladder, prompt_layouts
-from tests.runtime.conftest import INPUTS, HashModel
+from tests.runtime.conftest import INPUTS
+from tests.runtime.split import Share
 
 PAGE_SIZE = 4
 
@@ -45,10 +46,13 @@ def build(
     poison: int | None = None,
     fault: tuple[int, str, int] | None = None,
 ) -> CompiledModel:
-    """``fault``: (rank, what happens, in which step; 0: while building). ``drift``: ranks but 0 see other logits."""
+    """With attention data parallelism each rank has sequences of its own, and their logits are joined.
+
+    ``fault``: (rank, what happens, in which step; 0: while building). ``drift``: ranks but 0 see other logits.
+    """
     here = over_ranks.communicator()
     assert (here.rank, here.size) == (dist.rank, dist.world_size)
-    model = HashModel(pages, PAGE_SIZE)
+    model = Share(pages, PAGE_SIZE)
     model.poison = poison
     steps = 0
     print(f"rank {dist.rank} says hello")
@@ -71,6 +75,9 @@ def build(
         if fault is not None and fault[0] == dist.rank and fault[2] == steps:
             trouble(fault[1])
         logits = model.forward(**inputs)
+        if dist.pools > 1:
+            joined = here.all_gather(logits, 0, "AUTO")
+            return joined.roll(1, -1) if drift and dist.rank else joined
         # Each row is whole on one rank and nothing on the others.
         mine = torch.arange(logits.shape[1]) % here.size == here.rank
         whole = here.all_reduce(torch.where(mine[:, None], logits, 0), "AUTO")
@@ -80,13 +87,19 @@ def build(
         trouble(fault[1])
     for n in range(3):
         progress(n + 1, 3, "building")
-    compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,))
+    compiled = CompiledModel(forward, INPUTS, model.pool, 31, torch.device(device), (0,), pools=dist.pools)
     compiled.details["pid"] = os.getpid()
     if replay:
         settings = EngineConfig()
-        most = settings.max_batch_size
+        most = settings.share(dist.pools).max_batch_size
         layouts = decode_layouts(ladder(most), 16) + prompt_layouts([8, 16, 32], 16, most)
         compiled.replay = StepGraphs(
-            forward, INPUTS, model.pool, layouts, most, torch.device(device), here.broadcast
+            forward,
+            INPUTS,
+            model.pool,
+            layouts,
+            settings.max_batch_size,
+            torch.device(device),
+            here.broadcast,
         )
     return compiled
