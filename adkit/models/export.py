@@ -136,7 +136,7 @@ def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Ext
             raise found from error
         raise ExportError(_why_not(model, error)) from error
     gm = _plain(module, tensors)
-    notes = _after_padding(gm)
+    notes = _length_notes(program) + _after_padding(gm)
     gm.meta["adkit_export"] = ExportFacts(
         attention=attention,
         inputs=tuple(inputs),
@@ -218,6 +218,19 @@ def _after_padding(gm: GraphModule) -> list[str]:
         shifted.meta = {**{k: v for k, v in node.meta.items() if k != "custom"}, "val": index.meta["val"]}
         node.replace_input_with(index, shifted)
         notes.append(f"positions start at {start + 1} in the table {node.args[0]}, after its padding row")
+    return notes
+
+
+def _length_notes(program: Any) -> list[str]:
+    """What export found out about lengths: beyond a bound the forward goes another way, which was not captured."""
+    notes = []
+    for bounds in program.range_constraints.values():
+        lower = 0 if bounds.lower < 0 else int(bounds.lower)
+        upper = None if bounds.upper > 2**40 else int(bounds.upper)
+        if lower > 2 or upper is not None:
+            notes.append(
+                f"captured for sizes from {lower} to {upper or 'any'} only: it computes otherwise beyond"
+            )
     return notes
 
 

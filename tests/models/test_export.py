@@ -332,3 +332,8 @@ def test_an_export_failure_names_the_module(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(modeling.LlamaMLP, "forward", forward)
     with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp \(LlamaMLP\)"):
         export_model(meta_twin(tiny_config("llama")))
+
+
+def test_a_forward_that_goes_another_way_for_long_sequences_is_noted() -> None:
+    notes = export_model(meta_twin(tiny_config("doge", keep_window_size=64))).meta["adkit_export"].notes
+    assert any("from 2 to 64 only" in note for note in notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,11 +24,16 @@ from adkit.ops.moe import gate_fn
 class Gate:
     """Arguments of ``torch_moe`` that say what happens between an expert's two projections."""
 
-    act: str
+    act: str = "silu"
     interleaved: bool = False
     alpha: float | None = None
     limit: float | None = None
     up_offset: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, those with their default value left out."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -163,16 +163,9 @@ class DenseProver:
         gate = self._gate(found)
         if gate is None:
             return None
-        options = {
-            "act": gate.act if gate.act != "silu" else None,
-            "transposed": True,
-            "interleaved": gate.interleaved or None,
-            "gated": None if found.gated else False,
-            "alpha": gate.alpha,
-            "limit": gate.limit,
-            "up_offset": gate.up_offset or None,
-        }
-        options = {k: v for k, v in options.items() if v is not None}
+        options = {**gate.options, "transposed": True}
+        if not found.gated:
+            options["gated"] = False
         generator = torch.Generator().manual_seed(0)
         small = _widths(found)
         tokens, experts = self.shapes.shape(found.scores, *PROOF_SIZE)

@@ -299,16 +299,11 @@ class _Prover:
         gate = self._gate(found)
         if gate is None:
             raise NotUnderstood("its gate is not a known one")
-        options = {
-            "act": gate.act if gate.act != "silu" else None,
-            "transposed": found.up.transposed or None,
-            "interleaved": gate.interleaved or None,
-            "gated": None if found.gated else False,
-            "alpha": gate.alpha,
-            "limit": gate.limit,
-            "up_offset": gate.up_offset or None,
-        }
-        options = {k: v for k, v in options.items() if v is not None}
+        options = gate.options
+        if found.up.transposed:
+            options["transposed"] = True
+        if not found.gated:
+            options["gated"] = False
         key = (self.shapes.fingerprint(found.output, found.given), found.widths, str(options))
         if key not in self._proved:
             self._proved[key] = self._disagreement(found, options)
