@@ -15,9 +15,9 @@ Agreement is the share of positions after the prompt whose largest logit is the 
 those ``decided``, whose two largest differ by more than one unit in the dtype's last place; and of those ``separated``,
 where they differ by more than three times what errors at the bound make of a difference (3 sqrt(2) x bound x rms of the
 position's logits). Random logits over a large vocabulary are all but Gaussian; a third of all positions then lies
-closer, and a run within the bound may give either token there. So separated positions are judged, and in the demo's
-tasks, where the model is trained to be certain, all. The demo model must also answer its tasks, and in float32
-generate what a CPU does.
+closer, and a run within the bound may give either token there. Decided positions are judged, and in the demo's tasks,
+where the model is trained to be certain, all; the other two shares tell how to read that. The demo model must also
+answer its tasks, and in float32 generate what a CPU does.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def measure(
     machine.free(device)
     row |= subject.figures(logits, factory.dtype)
     judged = row[row["judged"]]
-    row["ok"] = judged["rmse_ratio"] < subject.limit and judged["top1_agreement"]["separated"] >= AGREEMENT
+    row["ok"] = judged["rmse_ratio"] < subject.limit and judged["top1_agreement"]["decided"] >= AGREEMENT
     if demo:
         row |= scores
         row["greedy_float32"] = _greedy_like_cpu(device, overrides)
