@@ -65,7 +65,7 @@ def chromium():
         try:
             # Containers run as root and have a small /dev/shm; chromium refuses both unless told.
             browser = playwright.chromium.launch(
-                executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
+                executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=180_000
             )
         except sync_api.Error as error:
             first_line = str(error).strip().splitlines()[0]

@@ -137,7 +137,7 @@ def test_a_wrong_name_and_a_machine_without_a_gpu_are_told(script, monkeypatch, 
     with pytest.raises(SystemExit):
         script.main()
     assert (
-        "nothing is called speeed; known: tests, kernels, accuracy, speed, kernels:triton"
+        "nothing is called speeed; known: tests, kernels, accuracy, speed, kernels:"
         in capsys.readouterr().err
     )
     monkeypatch.setattr(script, "has_gpu", lambda: False)

@@ -178,7 +178,7 @@ def test_a_command_on_ranks_and_under_torchrun(repo_root, tmp_path):
     alone = ["--standalone", "--local-addr", "127.0.0.1"]
     torchrun = ["torch.distributed.run", *alone, "--nproc-per-node", "2", "-m", *run]
     outputs = []
-    for command in ([*run, "--tp", "2"], torchrun):
+    for command in ([*run, "--tp", "2"], torchrun, [*run, "--tp", "2", "--attention-dp"]):
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=repo_root, capture_output=True, text=True, check=False
         )
@@ -189,7 +189,7 @@ def test_a_command_on_ranks_and_under_torchrun(repo_root, tmp_path):
             [line for line in lines if not line.startswith(("[", " ")) and not line.endswith(" s")]
         )
         assert len([line for line in lines if line.startswith("[compile")]) == 1
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]
     assert f"> {PROMPTS[0]}" in outputs[0]
     assert "27 + 45 = 72." in outputs[0]
 

@@ -39,8 +39,6 @@ _NORMS = {ops.torch_rmsnorm.default, aten.layer_norm.default, aten.native_layer_
 #: Op -> where its output's weight and bias stand among its arguments; the output is proportional to them.
 _WEIGHTS: dict[Any, tuple[int, int]] = {
     ops.torch_linear_simple.default: (1, 2),
-    aten.linear.default: (1, 2),
-    aten.addmm.default: (2, 0),
     ops.torch_moe.default: (4, 6),
 }
 
@@ -160,8 +158,7 @@ def _stream_end(graph: Snapshot, nodes: dict[int, NodeRecord]) -> int:
         at = nodes[at].inputs()[0]  # a softcap, a cast
     if nodes[at].op != "call_function":
         raise NoStream("the logits do not come from a linear layer")
-    node = nodes[at]
-    at = node.args[1 if node.target is aten.addmm.default else 0].id
+    at = nodes[at].inputs()[0]
     while nodes[at].target in _PASSED:
         at = nodes[at].inputs()[0]
     return nodes[at].inputs()[0] if nodes[at].target in _NORMS else at
@@ -193,9 +190,12 @@ def _names(nodes: dict[int, NodeRecord], node: NodeRecord, places: tuple[int, ..
         given = node.args[place] if place < len(node.args) else None
         if given is None:
             continue
-        if not isinstance(given, Ref) or nodes[given.id].op != "get_attr":
+        read = nodes[given.id] if isinstance(given, Ref) else node
+        if read.target is aten.t.default:  # stored the other way around
+            read = nodes[read.inputs()[0]]
+        if read.op != "get_attr":
             raise NoStream(f"the weight of {node!r} is computed, not a parameter")
-        found.append(str(nodes[given.id].target))
+        found.append(str(read.target))
     return tuple(found)
 
 

@@ -249,11 +249,10 @@ def _sites(d: Diff) -> tuple[Site, ...]:
         members = [~i for i in s.matched if i in erased and ~i not in claimed]
         members += [i for i in s.created if i in created and i not in claimed]
         members += [i for i in s.matched if i in changed and i not in claimed]
-        claimed.update(members)
-        for m in members[1:]:
-            join(m, members[0])
-        for m in members[:1]:
-            label[m] = s.label
+        if members:
+            claimed.update(members)
+            parent.update(dict.fromkeys(members, members[0]))
+            label[members[0]] = s.label
 
     # what no declared site claims: joined by origin, then along edges, but never merging two declared sites
     free = dict.fromkeys(m for m in parent if m not in claimed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -262,7 +262,7 @@ def _sign(
                 return ("carry", carries.setdefault(r.id, len(carries)))
             if readers[r.id] == {run} and numbered:
                 leaves.setdefault(r.id, len(leaves))
-                return ("own", _general(n, layer), str(_general_shape(n)))
+                return ("own", _general(n, layer), _general_shape(n.shape))
             return ("shared", r.id)
         home = block_of.get(r.id)
         read_by = {b for b in readers[r.id] if b is not None}
@@ -278,18 +278,14 @@ def _sign(
         rows.append(
             (
                 n.op,
-                _text(n.target_name),
+                without_layer(n.target_name),
                 _freeze(n.args, ref),
                 _freeze(n.kwargs, ref),
-                _general_shape(n),
-                str(n.dtype),
+                _general_shape(n.shape),
+                n.dtype,
             )
         )
     return _Signed(run, layer, ids, list(leaves), list(carries), tuple(rows))
-
-
-def _text(text: str) -> str:
-    return without_layer(text)
 
 
 def _general(n: NodeRecord, layer: int) -> str:
@@ -297,25 +293,22 @@ def _general(n: NodeRecord, layer: int) -> str:
     return without_layer(name) if layer_of(name) == layer else _DIGITS.sub("*", name)
 
 
-def _general_shape(n: NodeRecord) -> Any:
-    return (
-        None
-        if n.shape is None
-        else tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in n.shape)
-    )
+@lru_cache(maxsize=1 << 12)  # asked of every node, of a few shapes
+def _general_shape(shape: tuple[Any, ...] | None) -> Any:
+    return shape and tuple(d if isinstance(d, int) else _UNBACKED.sub("u", d) for d in shape)
 
 
 def _freeze(value: Any, ref: Any) -> Any:
     if isinstance(value, Ref):
         return ref(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_freeze(v, ref) for v in value)
+        return tuple([_freeze(v, ref) for v in value])
     if isinstance(value, dict):
         return tuple((k, _freeze(v, ref)) for k, v in value.items())
     if isinstance(value, slice):
         return ("slice", *(_freeze(v, ref) for v in (value.start, value.stop, value.step)))
     # repr, so that 1, 1.0 and True stay apart and anything unhashable still compares
-    return without_layer(value) if isinstance(value, str) else (type(value).__name__, repr(value))
+    return without_layer(value) if isinstance(value, str) else (type(value), repr(value))
 
 
 def _loops(stretch: list[_Signed]) -> list[Segment]:

@@ -95,7 +95,7 @@ class Agreement:
     ) -> None:
         self.whole, self.tolerance, self.records = whole, tolerance, ranks.by_id
         self.pairs = counterparts(whole, between, ranks)
-        self.blocks = _blocks(plan, between)
+        self.blocks = _blocks(plan, whole, between)
         self.wanted = {i for pair in self.pairs.values() for i in pair.ids}
         self.values: dict[int, Any] = {}  # of the uncut graph, of the prompt at hand
         self.held: dict[int, Placement] = {}  # nodes whose values agreed, and how ranks hold them
@@ -247,9 +247,10 @@ def counterparts(whole: Snapshot, between: Sequence[Snapshot], ranks: Snapshot) 
     return pairs
 
 
-def _blocks(plan: ShardingPlan, between: Sequence[Snapshot]) -> dict[int, Blocks]:
-    """Nodes whose last dimension holds several blocks, by id: from the plan's rows and the hints."""
+def _blocks(plan: ShardingPlan, whole: Snapshot, between: Sequence[Snapshot]) -> dict[int, Blocks]:
+    """Nodes of which a dimension holds several blocks, by id: from the plan's rows, the hints, and what reads them."""
     found = {r.node: Blocks(r.sizes, r.min_local) for r in plan if r.sizes and r.decision == "colwise"}
+    _follow(whole, found)
     found |= {r.node: Blocks((), r.min_local) for r in plan if not r.sizes and r.min_local > 1}
     for snapshot in between:
         for n in snapshot:
@@ -257,6 +258,26 @@ def _blocks(plan: ShardingPlan, between: Sequence[Snapshot]) -> dict[int, Blocks
                 least = n.kwargs.get("tp_min_local_shape", 1)
                 found[n.id] = Blocks(tuple(n.kwargs["output_sizes"]), least)
     return found
+
+
+def _follow(whole: Snapshot, found: dict[int, Blocks]) -> None:
+    """The same blocks for weights that nodes in ``found`` read turned around, and for what reads them, also as heads.
+
+    That is only a way of holding a value that is tried: numbers decide.
+    """
+    for n in whole:
+        inputs = n.inputs()
+        if n.id in found:
+            turned = [i for i in inputs if whole.by_id[i].target is torch.ops.aten.t.default]
+            found.update(dict.fromkeys(turned, found[n.id]))
+        elif inputs and inputs[0] in found and isinstance(n.val, Tensor):
+            blocks = found[inputs[0]]
+            known = [d for d in n.val.shape if isinstance(d, int) and d > 1]
+            # All of the blocks, not what was split off them; pieces of theirs along the first dimension.
+            each = sum(blocks.sizes) // known[0] if known else 0
+            if math.prod(known) == sum(blocks.sizes) and all(s % each == 0 for s in blocks.sizes):
+                least = max(blocks.least // each, 1)
+                found[n.id] = Blocks(tuple(s // each for s in blocks.sizes), least)
 
 
 def explain(whole: Tensor, pieces: list[Tensor], blocks: Blocks | None, tolerance: float) -> Found | None:

@@ -124,11 +124,10 @@ class Explorer(anywidget.AnyWidget):
             self.show(self._again())
 
     def _look_ahead(self, step: int) -> None:
-        """Make what the picture of a step needs, so that it need not be asked for."""
+        """Make what the picture of a step needs, so that it need not be asked for; the graph before comes later."""
         if self._writer is not None and 0 <= step < len(self._data.steps):
-            s = self._data.steps[step]
-            for graph in {s.before, s.after} - {-1}:
-                self._writer.view(graph)
+            if self._data.steps[step].after >= 0:
+                self._writer.view(self._data.steps[step].after)
             self._writer.rewrites(step)
 
     def _asked(self, _: Any, content: Mapping[str, Any], buffers: Any) -> None:

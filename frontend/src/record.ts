@@ -248,18 +248,18 @@ export class Walk {
     return found;
   }
 
-  /** What the record lacks, the parts around a step first. */
+  /** What the record lacks, the parts around a step first; costs last, since a kernel that counts them answers nothing else. */
   lacking(near: number): Part[] {
     const parts: (Part & { far: number })[] = [];
     this.steps.forEach((s, k) => {
       const far = Math.abs(k - near);
       if (s.rewrites === null) parts.push({ kind: "rewrites", index: k, far: far + 0.5 });
-      if (this.data.graphs[s.after]?.view === null) parts.push({ kind: "view", index: s.after, far });
+      for (const g of [s.after, s.before]) if (this.data.graphs[g]?.view === null) parts.push({ kind: "view", index: g, far });
     });
     const seen = new Set<string>();
     const ordered = parts.sort((a, b) => a.far - b.far).filter((p) => !seen.has(`${p.kind}${p.index}`) && seen.add(`${p.kind}${p.index}`));
     const costs: Part[] = this.data.costs.length === 0 ? [{ kind: "costs", index: 0 }] : [];
-    return [...ordered.slice(0, 4), ...costs, ...ordered.slice(4)];
+    return [...ordered, ...costs];
   }
 
   /** Whether a part is still to come. */

@@ -66,6 +66,7 @@ def test_hints_compute_what_the_plain_op_does() -> None:
     assert all(map(torch.equal, ops.split_with_sizes(x, [4, 4], -1, layer_type="mha"), x.split([4, 4], -1)))
     assert torch.equal(ops.all_reduce(x), x)
     assert torch.equal(ops.all_gather(x, -1), x)
+    assert torch.equal(ops.reduce_scatter(x, 0), x)
     assert torch.equal(ops.shard(x, 0, tp_min_local_shape=4), x)
     assert torch.equal(ops.embedding(w, torch.tensor([[3, 1]])), w[torch.tensor([[3, 1]])])
     assert torch.equal(ops.rmsnorm(x, None, 1e-6), ops.torch_rmsnorm(x, None, 1e-6))
@@ -78,6 +79,7 @@ def test_hints_know_their_shapes(name: str) -> None:
     x = torch.randn(2, 4, 8)
     args = {
         "view": (x, [2, 4, 2, 4]), "split_with_sizes": (x, [4, 4]), "all_gather": (x, -1), "shard": (x, 0),
+        "reduce_scatter": (x, 0),
         "embedding": (x[0], torch.tensor([[1, 0]])), "rmsnorm": (x, None, 1e-6),
     }.get(name, (x,))  # fmt: skip
     torch.library.opcheck(OPS[name].overload, args, test_utils=("test_schema", "test_faketensor"))

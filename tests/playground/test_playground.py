@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch
 import adkit
 from adkit.contract import EngineConfig, RequestError, SamplingParams
 from adkit.playground import Playground
+from adkit.playground.view import page_map
 from adkit.runtime import LiveModel
+from tests.runtime.split import engine_of
 
 QUESTION = "Mara has the kite. Finn has the drum. Ida has the lamp. Who has the drum?"
 ENDLESS = {"ignore_eos": True, "max_tokens": 900}
@@ -344,3 +347,16 @@ def test_the_package_says_what_is_where():
     folder = Path(adkit.playground.__file__).parent
     for module in folder.glob("[a-z]*.py"):
         assert f"``{module.stem}``" in (adkit.playground.__doc__ or ""), module.name
+
+
+def test_the_pages_of_all_ranks_are_one_map():
+    engine, _ = engine_of(2, 10)
+    handles = [engine.add([n] * 6, adkit.SamplingParams(max_tokens=4, ignore_eos=True)) for n in (1, 2)]
+    engine.step()
+    assert [h.pool for h in handles] == [0, 1]
+    shown = page_map(engine, [SimpleNamespace(handle=h, number=n) for n, h in enumerate(handles)])
+    assert len(shown.owner) == 2 * 9  # without each rank's page for padding
+    for n, handle in enumerate(handles):
+        group = next(i for i, g in enumerate(shown.groups) if g.label == f"request {n}")
+        places = [p - 1 + 9 * handle.pool for p in handle.pages]
+        assert [i for i, o in enumerate(shown.owner) if o == group] == sorted(places)

@@ -35,6 +35,19 @@ def test_logits_on_ranks_are_the_uncut_models(models, kind: str, tp: int) -> Non
     assert any(how.startswith("cut") for how in found.held)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "falcon", "gpt_bigcode"])
+def test_weights_stored_turned_around_and_one_kv_head_for_all(models, kind: str) -> None:
+    v = models.shard(kind, 4)
+    attention = [r for r in v.plan if r.layer == 0 and r.layer_type == "mha" and r.decision != "follow"]
+    assert [r.decision for r in attention] == ["colwise", "rowwise"]
+    found = v.check()
+    assert found.ok, found
+    assert v.check(PROMPTS, cached=True).ok
+    heads = 8 if kind == "gpt2" else 1
+    whole = 2 * 2 * heads * 12 * 4  # keys and values of two layers, 12 elements of 4 bytes
+    assert [r.memory.cache_per_token for r in v.ranks] == [whole // min(heads, 4)] * 4
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_more_ranks_than_kv_heads(models, kind: str) -> None:
     v = models.shard(kind, 8)

@@ -268,6 +268,7 @@ def test_markup_in_names_stays_text() -> None:
 def test_nothing_in_a_hostile_record_runs(chromium, tmp_path: Path) -> None:
     path = write_page(hostile(), tmp_path / "evil.html", title="calm")
     tab = chromium.new_page()
+    tab.set_default_timeout(90_000)
     errors: list[str] = []
     tab.on("pageerror", lambda e: errors.append(str(e)))
     tab.goto(path.as_uri())

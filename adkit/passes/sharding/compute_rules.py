@@ -136,6 +136,8 @@ def _attention(w: Walk, node: Node) -> Spread:
     for name, x in (("keys", k), ("values", v)):
         s = w.found.of(x)
         if s.kind == "cut":
+            if kv_heads == 1 and s.dim == rank_of(x) - 1 and s.share is not None and not s.share.exact:
+                s = s.at(at)  # one head for all queries: every rank holds it as a whole
             if s.dim != at or s.share is None:
                 raise w.unaccounted(node, f"its {name} are not cut by heads", x)
             s.share.whole_pieces(kv_heads)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from adkit.graph.matching import arg, same_size
+from adkit.graph.snapshot import attribute
 from adkit.passes.sharding.op_kinds import SPLITS, VIEWS, adkit_ops, aten, elementwise, name_of
 from adkit.passes.sharding.spread import WHOLE, Slices, Spread, rank_of, regroup, shape_of
 
@@ -19,11 +23,17 @@ if TYPE_CHECKING:
     from adkit.passes.sharding.rules import Walk
 
 
+#: Ops that may take a part of one dimension.
+PICKS = {aten.slice.Tensor, aten.index.Tensor}
+
+
 def _view(w: Walk, node: Node) -> Spread:
     x = node.args[0]
     s = w.found.of(x)
     before, after = shape_of(x), shape_of(node)
     to = regroup(before, after, s.dim)
+    if to is not None and s.blocks and (inner := _inner(before[s.dim], after[to])) > 1:
+        return _blocks_into_pieces(w, node, s, to, inner)
     if to is None or (s.blocks and not same_size(after[to], before[s.dim])):
         raise w.unaccounted(node, "a view takes the dimension that is cut apart")
     literal = _literals(node, len(after))
@@ -36,6 +46,26 @@ def _view(w: Walk, node: Node) -> Spread:
     if isinstance(after[to], int) and s.share is not None:
         s.share.whole_pieces(after[to])
     return s.at(to)
+
+
+def _inner(before: Any, after: Any) -> int:
+    """Elements of a piece where a view makes pieces of a dimension; 1 where it does not."""
+    known = isinstance(before, int) and isinstance(after, int)
+    return before // after if known and before % after == 0 else 1
+
+
+def _blocks_into_pieces(w: Walk, node: Node, s: Spread, to: int, inner: int) -> Spread:
+    """A fused weight's blocks as heads (Falcon's queries, one key and one value): each a whole number of them."""
+    literal = _literals(node, rank_of(node))
+    if any(size % inner for size, _ in s.blocks):
+        raise w.unaccounted(node, "a view takes the dimension that is cut apart")
+    if literal is not None and literal[to] != -1:
+        if node.target not in VIEWS or -1 in literal:
+            raise w.unaccounted(node, "a view counts the pieces of several blocks that are cut")
+        w.found.expanded[node] = to  # blocks are not cut alike, so the count is left to the view
+    for size, share in s.blocks:
+        share.whole_pieces(size // inner)
+    return Spread("cut", to, None, tuple((size // inner, share) for size, share in s.blocks))
 
 
 def _literals(node: Node, rank: int) -> tuple[Any, ...] | None:
@@ -131,10 +161,10 @@ def _cat(w: Walk, node: Node) -> Spread:
 
 def _slice(w: Walk, node: Node) -> Spread:
     s = w.found.of(node.args[0])
-    if int(arg(node, 1, "dim", 0)) % rank_of(node) != s.dim:
+    if slice_dim(node) != s.dim:
         return s
     size = shape_of(node.args[0])[s.dim]
-    bounds = _slice_bounds(node, size) if isinstance(size, int) else None
+    bounds = slice_bounds(node, size) if isinstance(size, int) else None
     if bounds == (0, size):
         return s
     part = None if bounds is None else within(s, *bounds)
@@ -142,6 +172,13 @@ def _slice(w: Walk, node: Node) -> Spread:
         raise w.unaccounted(node, "takes a slice of the dimension that is cut")
     w.found.blocks[node] = s.blocks
     return part
+
+
+def _index(w: Walk, node: Node) -> Spread:
+    """Picking one place of a dimension by a constant is a slice."""
+    if slice_dim(node) is None or any(w.found.of(a).kind == "cut" for a in node.all_input_nodes[1:]):
+        raise w.unaccounted(node, "picks places of what is cut")
+    return _slice(w, node)
 
 
 def within(s: Spread, start: int, stop: int) -> Spread | None:
@@ -208,41 +245,92 @@ def _made(w: Walk, node: Node) -> Spread:
 
 
 def blocks_wanted(node: Node, out: int) -> tuple[int, ...]:
-    """Sizes of the blocks that readers take from a linear's output: Q|K|V, gate|up; one block if they do not."""
-    bounds, seen, pending = {0, out}, {node}, [node]
+    """Sizes of the blocks that readers take from a linear's output: Q|K|V, gate|up; one block if they do not.
+
+    Readers are found behind what works element by element, and behind views, also into heads.
+    """
+    bounds, seen = {0, out}, {node}
+    pending = [
+        (node, rank_of(node) - 1, 1)
+    ]  # a value, the dimension that is the output's, elements of one place
     while pending:
-        value = pending.pop()
-        rank = rank_of(value)
+        value, dim, each = pending.pop()
         for reader in value.users:
-            found = _bounds(reader, rank - 1, out)
+            found = _bounds(reader, dim, out // each)
             if found is not None:
-                bounds |= found
-            elif elementwise(reader.target) and shape_of(reader)[-1:] == (out,) and reader not in seen:
+                bounds |= {place * each for place in found}
+            elif reader not in seen and (kept := _kept(reader, value, dim, out // each)) is not None:
                 seen.add(reader)
-                pending.append(reader)
+                pending.append((reader, kept[0], each * kept[1]))
     ends = sorted(bounds)
     return tuple(b - a for a, b in pairwise(ends))
 
 
-def _bounds(node: Node, last: int, size: int) -> set[int] | None:
-    """Where a split or slice of the last dimension cuts it; None for other nodes."""
+def _kept(reader: Node, value: Node, dim: int, size: int) -> tuple[int, int] | None:
+    """Where a reader's result has dimension ``dim`` of ``value``, and how many of its places are one there."""
+    after = shape_of(reader)
+    if elementwise(reader.target):
+        at = dim - rank_of(value) + len(after)
+        return (at, 1) if 0 <= at < len(after) and after[at] == size else None
+    if reader.target is aten.unsqueeze.default:
+        at = int(reader.args[1]) % len(after)  # type: ignore[arg-type]
+        return dim + (dim >= at), 1
+    if reader.target not in VIEWS:
+        return None
+    to = regroup(shape_of(value), after, dim)
+    if to is None or not isinstance(after[to], int) or size % after[to] or prod_after(after, to) != size:
+        return None
+    return to, size // after[to]
+
+
+def prod_after(shape: tuple[Any, ...], dim: int) -> int:
+    """Elements from dimension ``dim`` on; 0 where a size is not known."""
+    sizes = shape[dim:]
+    return prod(sizes) if all(isinstance(n, int) for n in sizes) else 0
+
+
+def _bounds(node: Node, at: int, size: int) -> set[int] | None:
+    """Where a split or slice of dimension ``at`` cuts it; None for other nodes."""
     if node.target is adkit_ops.torch_swiglu_packed.default:
         return {0, size // 2, size}
-    if node.target in SPLITS and arg(node, 2, "dim", 0) % (last + 1) == last:
+    if node.target in SPLITS and arg(node, 2, "dim", 0) % rank_of(node.args[0]) == at:
         sizes = _split_sizes(node, size)
         return None if sizes is None else {sum(sizes[:i]) for i in range(len(sizes) + 1)}
-    if node.target is aten.slice.Tensor and arg(node, 1, "dim", 0) % (last + 1) == last:
-        bounds = _slice_bounds(node, size)
+    if node.target in PICKS and slice_dim(node) == at:
+        bounds = slice_bounds(node, size)
         return None if bounds is None else set(bounds)
     return None
 
 
-def _slice_bounds(node: Node, size: int) -> tuple[int, int] | None:
+def slice_dim(node: Node) -> int | None:
+    """The dimension that a slice, or picking by a constant, takes a part of; None where it is not one alone."""
+    if node.target is aten.slice.Tensor:
+        return int(arg(node, 1, "dim", 0)) % rank_of(node.args[0])
+    places = [i for i, a in enumerate(cast(Any, node.args[1])) if a is not None]
+    return places[0] if len(places) == 1 and _constant_place(node) is not None else None
+
+
+def slice_bounds(node: Node, size: int) -> tuple[int, int] | None:
+    """First place and the one behind the last that a slice of a dimension of ``size`` takes; None if it has steps."""
+    if node.target is aten.index.Tensor:
+        place = _constant_place(node)
+        return None if place is None else (place % size, place % size + 1)
     start, stop, step = arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1)
     if step != 1 or isinstance(start, Node) or isinstance(stop, Node):
         return None
     begin, end, _ = slice(start, stop).indices(size)
     return begin, end
+
+
+def _constant_place(node: Node) -> int | None:
+    """The one place that an index picks, where it is a constant of the graph."""
+    index = next((a for a in cast(Any, node.args[1]) if a is not None), None)
+    if not isinstance(index, Node) or index.op != "get_attr":
+        return None
+    known = attribute(node.graph.owning_module, str(index.target))
+    if not isinstance(known, Tensor) or known.is_meta or known.shape != (1,) or known.dtype == torch.bool:
+        return None
+    return int(known[0])
 
 
 def _split_sizes(node: Node, size: int) -> tuple[int, ...] | None:
@@ -269,6 +357,7 @@ LAYOUT_RULES: dict[Any, Callable[[Walk, Node], Any]] = {
     adkit_ops.torch_attention_repeat_kv.default: _repeat_kv,
     **dict.fromkeys((aten.cat.default, aten.stack.default), _cat),
     aten.slice.Tensor: _slice,
+    aten.index.Tensor: _index,
     **dict.fromkeys(SPLITS, _split),
     **dict.fromkeys((aten.select.int, aten.unbind.int), _select),
     **dict.fromkeys(

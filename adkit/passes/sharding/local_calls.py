@@ -19,6 +19,7 @@ import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 from adkit.contract import Cut, DistConfig, LocalWeight, ShardingError, nearest
 from adkit.graph.matching import aten
 from adkit.ops.hints import TP_MODES
+from adkit.passes.sharding.op_kinds import stored
 from adkit.passes.sharding.shares import Ranges, local_size, shares
 
 ops: Any = torch.ops.adkit
@@ -35,6 +36,11 @@ class Part:
     def whole(self) -> bool:
         """True when every rank has everything."""
         return not any(self.cuts) and not any(self.zero)
+
+    @property
+    def turned(self) -> Part:
+        """The same part of a matrix that is stored the other way around."""
+        return Part(tuple(tuple(Cut(1 - c.dim, c.ranges) for c in cuts) for cuts in self.cuts), self.zero)
 
     def of(self, name: str, rank: int) -> LocalWeight:
         """One rank's part of the weight ``name``."""
@@ -93,8 +99,8 @@ def bind(node: Node, strategies: Strategies, overrides: dict[str, Any] | None = 
         here = not a.kwarg_only and i < len(node.args)
         values[a.name] = node.args[i] if here else node.kwargs.get(a.name, a.default_value)
     weight: Any = values.get("weight", values.get("gate_up", values.get("x")))
-    reads = isinstance(weight, Node) and weight.op == "get_attr"
-    what = f"{node.name} ({weight.target})" if reads else node.name
+    read = stored(weight)
+    what = node.name if read is None else f"{node.name} ({read.target})"
     return Hint(node, values | (overrides or {}), what, strategies, overrides or {})
 
 

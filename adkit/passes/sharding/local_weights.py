@@ -19,12 +19,19 @@ from adkit.graph.edit import Site
 from adkit.graph.matching import aten
 from adkit.models.loading import LOCAL
 from adkit.passes.sharding.local_calls import Part
+from adkit.passes.sharding.op_kinds import stored
 from adkit.passes.tensors import put_tensor, tensor_at
 
 
 def is_weight(node: Any) -> bool:
     """True for a read of a tensor that loading knows: no constant of the graph's own."""
     return isinstance(node, Node) and node.op == "get_attr" and not node.meta.get("adkit_constant", False)
+
+
+def turned(node: Any) -> Node | None:
+    """The weight that ``node`` turns around for one reader; None for other values."""
+    weight = stored(node)
+    return weight if weight is not node and is_weight(weight) and len(node.users) == 1 else None
 
 
 @dataclass
@@ -41,7 +48,11 @@ class Wanted:
 
     def cut(self, operand: Node | None, part: Part) -> Node | None:
         """Note a part of a weight."""
-        if operand is not None and is_weight(operand) and not part.whole:
+        if (weight := turned(operand)) is not None and not part.whole:
+            reader, self.reader = self.reader, operand
+            self.cut(weight, part.turned)
+            self.reader = reader
+        elif operand is not None and is_weight(operand) and not part.whole:
             assert self.reader is not None
             found = self.parts.setdefault(str(operand.target), [])
             if part not in found:
@@ -114,6 +125,9 @@ class Rewriter:
         """The part of a weight under its name; of a computed value a slice, or zeros."""
         if operand is None or part.whole:
             return operand
+        if (weight := turned(operand)) is not None:
+            local = self.cut(weight, part.turned)
+            return operand if local is weight else self.call(aten.t.default, local)
         if is_weight(operand):
             name = self.names[str(operand.target), part]
             val = operand.meta["val"]

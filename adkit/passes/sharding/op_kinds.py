@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 import adkit.ops  # noqa: F401  (defines torch.ops.adkit)
 
@@ -34,6 +35,13 @@ _ELEMENTWISE_NAMES = {
     "to", "_to_copy", "clone", "contiguous", "alias", "detach", "type_as", "lift_fresh_copy", "zeros_like",
     "ones_like", "empty_like", "full_like", "gelu", "silu", "softplus",
 }  # fmt: skip
+
+
+def stored(weight: Any) -> Node | None:
+    """The parameter that a layer reads, also where it reads it turned around (stored [D, F]); None for other values."""
+    if isinstance(weight, Node) and weight.target is aten.t.default:
+        weight = weight.args[0]
+    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
 
 
 def name_of(target: Any) -> str:

@@ -12,7 +12,7 @@ from adkit.graph.identity import tag_of
 from adkit.graph.placement import PARTIAL, REPLICATED, Decision, PlanRow, ShardingPlan, cut
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten, stored
 from adkit.passes.sharding.regions import WEIGHT_DIM, Choice, module_of, parameter
 from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
@@ -192,13 +192,13 @@ def joined_after(gm: GraphModule, found: Propagation) -> str:
 
 def _unreadable(node: Node) -> PlanRow:
     """A product with a weight that is no ``torch_linear_simple``: it stays whole."""
-    op = str(node.target).removeprefix("aten.")
+    op = str(node.target).removeprefix("aten.").removesuffix(".default")
     weights = tuple(str(a.target) for a in node.all_input_nodes if parameter(a))
     module, tag = module_of(node), tag_of(node)
     return PlanRow(
         node=tag.id if tag is not None else -1, name=node.name, module=module, op=op, decision="whole", region=module,
         layer=layer_of(module), weights=weights,
-        why=f"{op} is not a torch_linear_simple: its weight is laid out otherwise",
+        why=f"{op} is no torch_linear_simple, so nothing is known about its weight",
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _weights(node: Node, decision: Decision) -> tuple[tuple[str, ...], int | Non
         given = node.args[3:7]
     else:
         return (), None
-    return tuple(str(a.target) for a in given if isinstance(a, Node) and a.op == "get_attr"), dim
+    return tuple(str(w.target) for a in given if (w := stored(a)) is not None), dim
 
 
 # --- does it divide ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from adkit.graph.matching import same_shape
 from adkit.graph.placement import Decision
 from adkit.graph.provenance import module_path_of
-from adkit.passes.sharding.op_kinds import ATTENTION, EMBEDDING, LINEAR, MOE, TOPK, aten, carries
+from adkit.passes.sharding.op_kinds import ATTENTION, EMBEDDING, LINEAR, MOE, TOPK, aten, carries, stored
 from adkit.passes.sharding.rules import Unaccounted, Walk
 from adkit.passes.sharding.spread import Propagation, shape_of
 
@@ -121,7 +121,9 @@ def module_of(node: Node) -> str:
     """
     caller = module_path_of(node)[0]
     if node.target in (LINEAR, EMBEDDING, MOE):
-        owners = [str(a.target).rpartition(".")[0] for a in node.all_input_nodes if a.op == "get_attr"]
+        owners = [
+            str(w.target).rpartition(".")[0] for a in node.all_input_nodes if (w := stored(a)) is not None
+        ]
         if owners and owners[0].startswith(caller):
             return owners[0]
     return caller or node.name
@@ -133,7 +135,7 @@ def _head(output: Node) -> Node | None:
     while node is not None and node.target is not LINEAR:
         sources = [a for a in node.all_input_nodes if a.op == "call_function"]
         node = sources[0] if len(sources) == 1 and carries(node.target) else None
-    return node if node is not None and parameter(node.args[1]) else None
+    return node if node is not None and stored(node.args[1]) is not None else None
 
 
 def closest_linears(layout: Layout, end: Node) -> list[Node]:
@@ -204,8 +206,8 @@ def weight_of(node: Node) -> str | None:
     """The name of the weight that a linear or an embedding reads."""
     if node.target not in (LINEAR, EMBEDDING):
         return None
-    weight = node.args[0 if node.target is EMBEDDING else 1]
-    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else None
+    weight = stored(node.args[0 if node.target is EMBEDDING else 1])
+    return None if weight is None else str(weight.target)
 
 
 def _cut_region(

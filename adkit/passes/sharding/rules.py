@@ -30,6 +30,7 @@ from adkit.passes.sharding.op_kinds import (
     aten,
     elementwise,
     name_of,
+    stored,
 )
 from adkit.passes.sharding.spread import TERM, WHOLE, Propagation, Share, Slices, Spread, rank_of, shape_of
 
@@ -243,7 +244,7 @@ def _linear(w: Walk, node: Node, decision: str) -> Spread:
         if spread.dim == last:
             raise w.unaccounted(node, "reads input features that are cut, but is whole itself", rowwise=True)
         return spread
-    if not isinstance(weight, Node) or weight.op != "get_attr":
+    if stored(weight) is None:
         raise w.unaccounted(node, "its weight is computed, so it cannot be loaded in parts")
     if decision == "rowwise":
         if spread.kind != "cut":

@@ -17,10 +17,11 @@ from adkit.graph.placement import PLAN, Decision, PlanRow, ShardingPlan
 from adkit.graph.step import PassInfo
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, adkit_ops
+from adkit.passes.sharding.layout_rules import PICKS, slice_bounds, slice_dim
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, adkit_ops, name_of
 from adkit.passes.sharding.planning import check_sizes, follow, min_local, sizes_of
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
-from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of, shape_of
+from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of
 
 
 @register
@@ -209,9 +210,11 @@ class _Writer:
 
     def _split(self, node: Node) -> None:
         """Splits and slices along a cut: one split into its blocks, of which a slice takes some."""
-        x, dim = node.args[0], int(arg(node, 2 if node.target is not aten.slice.Tensor else 1, "dim", 0))
+        x, picks = node.args[0], node.target in PICKS
         assert isinstance(x, Node)
-        blocks, at = self.found.blocks[node], dim % rank_of(x)
+        at = slice_dim(node) if picks else int(arg(node, 2, "dim", 0)) % rank_of(x)
+        assert at is not None
+        blocks = self.found.blocks[node]
         sizes = tuple(size for size, _ in blocks)
         with self.of.site(self.gm, [node], label="split", before=node) as s:
             parts = self.parts.get((x, sizes))
@@ -220,11 +223,12 @@ class _Writer:
                 parts = s.call(adkit_ops.split_with_sizes.default, (x, list(sizes), at), kwargs)
                 self.parts[x, sizes] = parts
                 self.count += 1
-            if node.target is not aten.slice.Tensor:
+            if not picks:
                 self.now[node] = parts
             else:
-                start = int(arg(node, 2, "start") or 0)
-                taken = self._blocks(sizes, start, start + int(shape_of(node)[at]))
+                bounds = slice_bounds(node, sum(sizes))
+                assert bounds is not None
+                taken = self._blocks(sizes, *bounds)
                 picked = [s.call(operator.getitem, (parts, i)) for i in taken]
                 self.now[node] = picked[0] if len(picked) == 1 else s.call(aten.cat.default, (picked, at))
             s.replace(node, self.now[node])
@@ -272,7 +276,7 @@ class _Writer:
         if node in found.expanded:
             shape = list(cast(Any, node.args[1]))
             shape[found.expanded[node]] = -1
-            return node.target, (node.args[0], shape), node.kwargs, "expand"
+            return node.target, (node.args[0], shape), node.kwargs, name_of(node.target)
         return None
 
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from adkit.contract import ShardingError, nearest
 from adkit.graph.placement import Decision
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE
+from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, stored
 from adkit.passes.sharding.regions import Choice, Layout, closest_linears, kind_of_rest, layer_type, module_of
 
 #: Styles of transformers and AutoDeploy, and our own words, as decisions for a linear.
@@ -145,7 +145,7 @@ def _what(node: Node) -> str:
 
 def names_of(node: Node) -> tuple[str, ...]:
     """What a pattern may call a node: its module, its weights, its own name."""
-    weights = [str(a.target) for a in node.all_input_nodes if a.op == "get_attr"]
+    weights = [str(w.target) for a in node.all_input_nodes if (w := stored(a)) is not None]
     return tuple(dict.fromkeys((module_of(node), *weights, node.name)))
 
 

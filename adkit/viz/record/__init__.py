@@ -1,7 +1,7 @@
 """The record of a walk: one versioned JSON document that everything that is drawn is drawn from.
 
-format -> its fields (``record.schema.json`` is made of them); write -> from steps to a record; read -> from a
-file to a record, checked; view -> a graph of a record as something to ask. See ``docs/record.md``.
+format -> its fields (``record.schema.json`` is made of them); write -> from steps to a record, by way of rows and
+splice; read -> from a file to a record, checked. See ``docs/record.md``.
 """
 
 from adkit.viz.record.format import VERSION, Overlay, Record

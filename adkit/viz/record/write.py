@@ -1,4 +1,4 @@
-"""From steps to a record: everything stored once, each graph as splices of the one before.
+"""From steps to a record: rows stored once (:mod:`~adkit.viz.record.rows`), each graph as splices of the one before.
 
 :class:`RecordWriter` makes the light part first (rows, graphs, steps); the dear parts (folding, program,
 rewrite classes with pictures) are made a graph or a step at a time, so that a live explorer opens at once.

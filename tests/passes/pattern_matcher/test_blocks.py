@@ -47,6 +47,7 @@ EXPECTED = {
     "nanochat": (10, 2, HALF, 0, 13),  # scale-free norms, signs of the rotation swapped
     "gptj": (0, 2, INTERLEAVED, 0, 13),
     "falcon": (0, 2, HALF, 0, 9),  # products with a weight turned around
+    "gpt2": (0, 0, HALF, 0, 9),  # weights stored turned around; learned positions
 }
 
 
@@ -123,3 +124,23 @@ def test_nothing_to_match_leaves_the_graph_alone() -> None:
     for key in ("match_rope_pattern", "match_rope_layout", "match_rmsnorm_pattern", "match_l2norm_pattern"):
         assert run_pass(gm, key).num_matches == 0
     assert str(gm.graph) == before
+
+
+def test_a_layer_stored_turned_around_loses_its_views_and_what_only_looks_like_one_stays() -> None:
+    gm = tiny_graph("gpt2")
+    layers = [n for n in gm.graph.nodes if n.target is torch.ops.aten.addmm.default]
+    assert len(layers) == 8
+    layers[0].kwargs = {"beta": 2.0}
+    weight = layers[1].args[2]
+    with gm.graph.inserting_before(layers[1]):
+        computed = gm.graph.call_function(torch.ops.aten.mul.Tensor, (weight, 2.0))
+        computed.meta["val"] = weight.meta["val"]
+    layers[1].replace_input_with(weight, computed)
+    gm.recompile()
+    before = logits(gm)
+    assert run_pass(gm, "match_linear").num_matches == 7  # six layers and the head
+    assert [n for n in gm.graph.nodes if n.target is torch.ops.aten.addmm.default] == layers[:2]
+    made = [n for n in gm.graph.nodes if n.target is torch.ops.adkit.torch_linear_simple.default]
+    assert all(n.args[0].meta["val"].dim() == 3 for n in made)
+    check_values(gm)
+    assert rmse_ratio(logits(gm), before) < 1e-6

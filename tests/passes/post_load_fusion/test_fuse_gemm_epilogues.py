@@ -40,7 +40,7 @@ LEFT = {
     "phi3": (0, 0, 0, 0),
     "mixtral": (0, 4, 0, 0),  # router and experts read norms; experts do not take in sums
     "cohere2": (0, 0, 0, 0),  # layernorms
-    "gpt2": (0, 0, 0, 5),  # its layers are addmm; the lm_head alone is a linear
+    "gpt2": (0, 0, 0, 1),  # layernorms; token and position embeddings are added
     "phi": (0, 0, 0, 2),  # attention and MLP side by side: a sum of two layers, then one with the residual
 }
 

@@ -121,13 +121,47 @@ def test_latent_projections_stay_whole_and_what_reads_them_is_cut() -> None:
     assert sum(r.reduce for r in plan) == 1 + 2 * 2, "routed and shared experts share one sum"
 
 
-def test_weights_laid_out_otherwise_stay_whole_and_say_so() -> None:
+def test_weights_stored_turned_around_are_cut_as_others() -> None:
     plan = planned(canonical("gpt2"))
-    told = {r.why for r in plan.find("*.c_attn")}
-    assert {r.decision for r in plan.find("*.h.*")} == {"whole"}
-    assert told == {"addmm.default is not a torch_linear_simple: its weight is laid out otherwise"}
+    rows = {r.module.removeprefix("transformer.h.0."): r for r in plan if r.layer == 0}
+    assert {n: r.decision for n, r in rows.items()} == {
+        "attn.c_attn": "colwise", "attn.c_proj": "rowwise", "mlp.c_fc": "colwise", "mlp.c_proj": "rowwise",
+    }  # fmt: skip
+    assert rows["attn.c_attn"].weights == (
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.attn.c_attn.bias",
+    )
+    assert rows["attn.c_attn"].sizes == (48, 48, 48)
     again = planned(canonical("gpt2"), manual_config=plan.to_manual())
     assert [r.decision for r in again] == [r.decision for r in plan]
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode"])
+def test_one_key_and_value_head_in_a_fused_weight_is_everywhere(kind: str) -> None:
+    gm = hinted(canonical(kind), 4)
+    fused = [n for n in gm.graph.nodes if n.kwargs.get("output_sizes")]
+    assert len(fused) == 2
+    for node in fused:
+        assert node.kwargs["output_sizes"] == [48, 12, 12]
+        assert node.kwargs["tp_min_local_shape"] == 12
+
+
+def test_weights_of_other_products_stay_whole_and_say_so() -> None:
+    gm = canonical("llama")
+    for node in gm.graph.nodes:
+        if any("down_proj" in str(a.target) for a in node.all_input_nodes):
+            node.target = torch.ops.aten.linear.default  # as if it had not been matched
+    rows = {short(r): r for r in planned(gm) if r.layer == 0}
+    assert (
+        rows["mlp.down_proj"].decision
+        == rows["mlp.gate_proj"].decision
+        == rows["mlp.up_proj"].decision
+        == "whole"
+    )
+    assert (
+        rows["mlp.down_proj"].why == "linear is no torch_linear_simple, so nothing is known about its weight"
+    )
+    assert rows["self_attn.o_proj"].decision == "rowwise"
 
 
 def test_kv_heads_fewer_than_ranks_are_copied() -> None:

@@ -60,6 +60,21 @@ def test_one_request_alone_and_prefixes_again(world):
         assert engine.stats.reused_tokens == 16 * again
 
 
+def test_rank_0_samples_for_sequences_in_flight_on_another_rank(world):
+    """It has none itself by then, and must know all the same which token the other's penalty counts last."""
+    engine = engine_of(world, overlap=True)
+    params = SamplingParams(max_tokens=14, ignore_eos=True, repetition_penalty=1e6)
+    engine.add([9, 9, 9], SamplingParams(max_tokens=2, ignore_eos=True))
+    handle = engine.add([1, 2], params)
+    drain(engine)
+    assert handle.pool == 1
+    alone, _ = Lab.engine(64, 4)
+    again = alone.add([1, 2], params)
+    Lab.drain(alone)
+    assert handle.output == again.output
+    assert len(set(handle.output)) == 14
+
+
 def test_pages_run_short_and_requests_make_room(worlds):
     engine = engine_of(worlds(attention_dp=True, pages=12), overlap=True)
     handles = [engine.add(p, GREEDY) for p in PROMPTS]
