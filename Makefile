@@ -29,6 +29,8 @@ FIND_NOTEBOOKS := find notebooks cookbooks -name '*.ipynb' -not -path '*/.ipynb_
 test pytest nbval test-fast: export OMP_NUM_THREADS := 1
 test pytest nbval test-fast notebooks gpu-notebooks gpu-check: export HF_HUB_OFFLINE := 1
 test pytest nbval test-fast notebooks gpu-notebooks gpu-check: export TOKENIZERS_PARALLELISM := false
+# A progress bar is drawn when something takes over two seconds: recorded and new outputs would differ by chance.
+nbval notebooks gpu-notebooks: export TQDM_DISABLE := 1
 
 .PHONY: help venv graphviz chromium demo test test-fast pytest nbval lint types contracts format lab notebooks screenshots gpu-notebooks gpu-check clean
 
