@@ -12,7 +12,7 @@ from adkit.graph.matching import arg, same_size
 from adkit.ops.registry import info_of
 from adkit.passes.sharding.layout_rules import within
 from adkit.passes.sharding.op_kinds import ATTENTION, IN_PLACE, RMSNORM, adkit_ops, aten, elementwise, name_of
-from adkit.passes.sharding.spread import TERM, Share, Spread, rank_of, shape_of
+from adkit.passes.sharding.spread import STACKED, TERM, Share, Spread, rank_of, shape_of
 
 if TYPE_CHECKING:
     from adkit.passes.sharding.rules import Walk
@@ -69,6 +69,8 @@ def _along(w: Walk, node: Node) -> Spread:
     if dims is None or dims == []:
         raise w.unaccounted(node, f"{name_of(node.target)} goes over every dimension")
     along = {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if s.dim in along and name_of(node.target) == "sum" and s.share is not None and s.share.heads == STACKED:
+        return TERM  # each rank adds up its part; heads and features are not summed so: nobody expects that exchange
     if s.dim in along:
         raise w.unaccounted(node, f"{name_of(node.target)} goes over the dimension that is cut")
     val = node.meta["val"]
@@ -180,6 +182,15 @@ def _matmul(w: Walk, node: Node) -> Spread:
     return _broadcast(w, node, (a, b), out)
 
 
+def _baddbmm(w: Walk, node: Node) -> Spread:
+    out = rank_of(node)
+    for a in node.all_input_nodes:
+        s = w.found.of(a)
+        if s.kind == "cut" and s.dim + out - rank_of(a) != 0:
+            raise w.unaccounted(node, "its matrices are cut, not their batch")
+    return _broadcast(w, node, node.args[:3], out)
+
+
 #: The rule of each op.
 COMPUTE_RULES: dict[Any, Callable[[Walk, Node], Any]] = {
     RMSNORM: _rmsnorm,
@@ -190,6 +201,7 @@ COMPUTE_RULES: dict[Any, Callable[[Walk, Node], Any]] = {
     adkit_ops.torch_swiglu_packed.default: _packed,
     ATTENTION: _attention,
     **dict.fromkeys((aten.matmul.default, aten.bmm.default), _matmul),
+    aten.baddbmm.default: _baddbmm,
 }
 _ALONG_NAMES = {
     "sum", "mean", "amax", "amin", "argmax", "argmin", "softmax", "_softmax", "log_softmax", "cumsum", "cumprod",

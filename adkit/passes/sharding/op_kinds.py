@@ -16,6 +16,7 @@ TOPK = adkit_ops.torch_moe_topk.default
 EMBEDDING = aten.embedding.default
 RMSNORM = adkit_ops.torch_rmsnorm.default
 ATTENTION = adkit_ops.torch_attention.default
+BATCHED = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default}
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default}
 SUMS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}

@@ -12,10 +12,11 @@ from adkit.graph.identity import tag_of
 from adkit.graph.placement import PARTIAL, REPLICATED, Decision, PlanRow, ShardingPlan, cut
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten, stored
+from adkit.passes.sharding.op_kinds import BATCHED, EMBEDDING, LINEAR, MOE, aten, stored
 from adkit.passes.sharding.regions import WEIGHT_DIM, Choice, module_of, parameter
 from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
+from adkit.passes.sharding.stacks import stack_of
 
 _PRODUCTS = {
     aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
@@ -25,6 +26,7 @@ DECISIONS: dict[object, tuple[Decision, ...]] = {
     LINEAR: ("colwise", "rowwise", "gather", "whole"),
     EMBEDDING: ("vocab", "whole"),
     MOE: ("experts", "whole"),
+    **dict.fromkeys(BATCHED, ("batch", "gather", "whole")),
 }
 
 
@@ -89,8 +91,8 @@ def _one_cut_a_weight(decisions: Mapping[Node, Decision], source: str) -> None:
     """A weight that several nodes read is cut along one dimension for all."""
     said: dict[str, tuple[Node, int | None]] = {}
     for node, decision in decisions.items():
-        for name in _weights(node, decision)[0][:1]:
-            dim = WEIGHT_DIM.get(decision)
+        names, dim = _weights(node, decision)
+        for name in names[:1]:
             before = said.setdefault(name, (node, dim))
             if before[1] != dim:
                 raise ShardingError(
@@ -139,6 +141,8 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         why = "its weight goes with what it works on" if extra else "norm over features that are cut"
         choice = Choice("follow", "terms of ranks add up here" if summed else why, kind, region, source)
     weights, dim = _weights(node, choice.decision)
+    if choice.decision in ("batch", "gather"):
+        weights += extra  # a bias that is added with the product
     if choice.decision == "follow" and extra:
         weights, dim = extra, next(c.dim for (n, a), c in found.sliced.items() if n is node and parameter(a))
     tag, info = tag_of(node), info_of(node.target)
@@ -232,6 +236,8 @@ def _weights(node: Node, decision: Decision) -> tuple[tuple[str, ...], int | Non
         given = node.args[:1]
     elif node.target is MOE:
         given = node.args[3:7]
+    elif (stack := stack_of(node)) is not None:
+        return (stack.name,), None if decision == "whole" else stack.dim
     else:
         return (), None
     return tuple(str(w.target) for a in given if (w := stored(a)) is not None), dim
