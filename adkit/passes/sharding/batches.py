@@ -83,9 +83,9 @@ def _try_block(
                 ends[node] = "rowwise"
                 continue
             ends = {}
-            for product in [n for n in products if n in problem.owners] or products:
-                joined = tried[product] == "batch" and product in problem.owners
-                tried[product] = "gather" if joined else "whole"
+            blamed = [n for n in _closest(node, tried) if n in problem.owners and tried[n] != "whole"]
+            for product in blamed or products:
+                tried[product] = "gather" if blamed and tried[product] == "batch" else "whole"
                 why[product] = f"{short(node)} is in the way: {problem.why}"
     made = {n: _choice(layout, n, d, why[n] if d == "whole" else _WHY[d]) for n, d in tried.items()}
     makers = [n for n in products if tried[n] == "batch"]
@@ -93,6 +93,19 @@ def _try_block(
         told = f"reads what {', '.join(map(short, makers))} cut"
         made[end] = replace(made[makers[0]], decision="rowwise", why=told)
     return made
+
+
+def _closest(node: Node, products: Mapping[Node, object]) -> list[Node]:
+    """The products that ``node`` is computed from, or is itself, without what these are computed from."""
+    found, seen, pending = list[Node](), set[Node](), [node]
+    while pending:
+        at = pending.pop()
+        if at in products:
+            found.append(at)
+        elif at not in seen:
+            seen.add(at)
+            pending += at.all_input_nodes
+    return list(dict.fromkeys(found))
 
 
 def _choice(layout: Layout, node: Node, decision: Decision, why: str) -> Choice:
