@@ -74,7 +74,7 @@ class ShardingPlan:
     """What is cut where, and why: a row a node that has a weight or talks to other ranks, in graph order.
 
     Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``:
-    the sizes it was made for.
+    the sizes it was made for. The strategies are those that detection was told, for all sums and joins.
     """
 
     rows: tuple[PlanRow, ...] = ()
@@ -82,6 +82,8 @@ class ShardingPlan:
     moe_ep: int = 1
     moe_tp: int = 1
     attention_dp: bool = False
+    allreduce_strategy: str = "AUTO"
+    allgather_strategy: str = "AUTO"
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)

@@ -79,7 +79,9 @@ class ApplyShardingHints(Pass):
         if dist.pools > 1:
             self._join_logits(gm, dist)
         ctx.report(f"{len(found)} nodes processed")
+        how = self._strategies(gm, dist)
         details = {
+            "strategies": {"all_reduce": how.all_reduce, "all_gather": how.all_gather},
             "nodes processed": len(found), "rank": dist.rank, "world_size": dist.world_size,
             "by hint": dict(counts), "local weights": len(gm.meta.get(LOCAL, {})),
         }  # fmt: skip
@@ -87,11 +89,7 @@ class ApplyShardingHints(Pass):
 
     def _hints(self, gm: GraphModule, dist: DistConfig) -> list[tuple[Hint, DistConfig]]:
         """Every hint in the graph, with the world that counts for it."""
-        reduce = self.config.allreduce_strategy
-        how = Strategies(
-            dist.allreduce_strategy if reduce == "AUTO" else reduce, self.config.allgather_strategy
-        )
-        plan = gm.meta.get(PLAN)
+        plan, how = gm.meta.get(PLAN), self._strategies(gm, dist)
         gathers = not dist.enable_attention_dp or (isinstance(plan, ShardingPlan) and plan.attention_dp)
         found = []
         for node in gm.graph.nodes:
@@ -111,6 +109,14 @@ class ApplyShardingHints(Pass):
                 found.append((hint, dist if active else _WHOLE))
         return found
 
+    def _strategies(self, gm: GraphModule, dist: DistConfig) -> Strategies:
+        """How ranks talk: as this pass was told, else as the plan says, else the world."""
+        plan = gm.meta.get(PLAN)
+        planned = plan if isinstance(plan, ShardingPlan) else ShardingPlan()
+        reduces = (self.config.reduce, planned.allreduce_strategy, dist.allreduce_strategy)
+        gathers = (self.config.allgather_strategy, planned.allgather_strategy)
+        return Strategies(*(next((s for s in told if s != "AUTO"), "AUTO") for told in (reduces, gathers)))
+
     def _join_logits(self, gm: GraphModule, dist: DistConfig) -> None:
         """Each rank has the logits of its own tokens: whoever samples needs those of all. A vocabulary that is cut has
         gathered them already."""
@@ -122,7 +128,7 @@ class ApplyShardingHints(Pass):
             return
         with self.site(gm, [logits], label="join logits", before=output) as s:
             target = ops.torch_dist_all_gather.default
-            joined = s.call(target, (logits, 0, dist.world_size, self.config.allgather_strategy))
+            joined = s.call(target, (logits, 0, dist.world_size, self._strategies(gm, dist).all_gather))
         output.replace_input_with(logits, joined)
 
 

@@ -109,9 +109,13 @@ class DetectSharding(Pass):
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")
         if any(n.op == "call_function" and is_hint(n.target, n.kwargs) for n in gm.graph.nodes):
-            return PassInfo(skipped=True, reason="the model brings its own hints")
+            told = {self.config.reduce, self.config.allgather_strategy} != {"AUTO"}
+            lost = "; strategies of exchanges count in apply_sharding_hints alone" if told else ""
+            return PassInfo(skipped=True, reason=f"the model brings its own hints{lost}")
         plan = plan_sharding(gm, dist, self.config, getattr(ctx.factory, "config", None))
-        gm.meta[PLAN] = plan
+        gm.meta[PLAN] = replace(
+            plan, allreduce_strategy=self.config.reduce, allgather_strategy=self.config.allgather_strategy
+        )
         ctx.report(plan.summary)
         decided = [r for r in plan if r.decision not in ("whole", "follow")]
         sums = sum(r.reduce for r in plan)

@@ -20,7 +20,7 @@ from adkit.passes.registry import register
 from adkit.passes.sharding.layout_rules import PICKS, slice_bounds, slice_dim
 from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, adkit_ops, name_of
 from adkit.passes.sharding.planning import check_sizes, follow, min_local, sizes_of
-from adkit.passes.sharding.settings import ShardingConfig, agreed_world
+from adkit.passes.sharding.settings import WorldConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of
 from adkit.passes.sharding.stacks import stack_of
 
@@ -38,7 +38,7 @@ class ShardingTransformExecutor(Pass):
 
     key = "sharding_transform_executor"
     stage = Stage.SHARDING
-    Config: ClassVar[type[ShardingConfig]] = ShardingConfig
+    Config: ClassVar[type[WorldConfig]] = WorldConfig
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Write every hint; ShardingError where the plan (edited, perhaps) contradicts itself."""
@@ -54,7 +54,7 @@ class ShardingTransformExecutor(Pass):
         return PassInfo(num_matches=count)
 
 
-def _kept(row: PlanRow, config: ShardingConfig) -> PlanRow:
+def _kept(row: PlanRow, config: WorldConfig) -> PlanRow:
     """The row, or whole where ``shard_layers`` leaves it out."""
     if row.decision in ("whole", "follow") or config.cuts(row.layer_type):
         return row

@@ -42,6 +42,18 @@ def ray(repo_root: Path):
 
 
 @pytest.mark.slow
+def test_actors_can_have_sequences_of_their_own(ray):
+    dist = DistConfig.of(tp=2, enable_attention_dp=True)
+    model, device = over_ray.start_actors(TOY, {}, dist, device="cpu")
+    live = LiveModel(model, engine_of((model, device)).config, device=device)
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+    answers = live.generate(prompts, GREEDY, progress=False)
+    assert [list(a.token_ids) for a in answers] == [Lab.greedy_alone(p, 20, ignore_eos=True) for p in prompts]
+    assert [p.capacity for p in live.engine.pools] == [live.engine.capacity // 2] * 2
+    live.close()
+
+
+@pytest.mark.slow
 def test_actors_are_ranks_as_processes_are(ray):
     model, device = over_ray.start_actors(TOY, {}, DistConfig.of(tp=2), device="cpu")
     live = LiveModel(model, engine_of((model, device), overlap=True).config, device=device)
