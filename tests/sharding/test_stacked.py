@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import adkit
 from adkit.sharding.forks import graph_module
+from adkit.sharding.pictures import held_slices
+from tests.forked_ranks import forked
 from tests.reference import hf_greedy
 from tests.sharding.models import bench, mutated
 from tests.sharding.stacked import saved_stacked
@@ -55,6 +57,24 @@ def test_generation_with_stacked_experts_is_hugging_faces(wb: adkit.Workbench) -
     for c, prompt in zip(found, PROMPTS, strict=True):
         tokens, _ = hf_greedy(model.eval(), torch.tensor(prompt), 16)
         assert list(c.token_ids) == tokens[len(prompt) :].tolist()
+
+
+def test_processes_compute_what_one_does(wb: adkit.Workbench) -> None:
+    params = adkit.SamplingParams(max_tokens=8, ignore_eos=True)
+    alone = bench(wb.factory.directory).llm().generate(PROMPTS, params, progress=False)
+    with forked(), wb.llm(tp=2, timeout=60) as together:
+        found = together.generate(PROMPTS, params, progress=False)
+    assert [c.token_ids for c in found] == [c.token_ids for c in alone]
+
+
+def test_pictures_show_who_has_which_matrices(wb: adkit.Workbench) -> None:
+    v = wb.shard(2)
+    (up,) = [tensor for tensor in held_slices(v, 0) if tensor.name == "up"]
+    assert (up.shape, up.note) == ((4, 32, 40), "batch")
+    assert [(s.ranks, s.ranges) for s in up.slices] == [((0,), {0: ((0, 2),)}), ((1,), {0: ((2, 4),)})]
+    details = [b.detail[0] for b in v.layer(0).picture.boxes if b.detail]
+    assert details.count("batch, cut(0)") == 2
+    assert "batch" in v.plan._repr_mimebundle_()["text/html"]
 
 
 def the(gm: GraphModule, target: Any, module: str) -> Any:

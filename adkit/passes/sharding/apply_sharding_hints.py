@@ -19,6 +19,7 @@ from adkit.passes.pipeline import propagate_values
 from adkit.passes.registry import register
 from adkit.passes.sharding.local_calls import LOCAL_CALLS, Hint, Strategies, bind, ops
 from adkit.passes.sharding.local_weights import Rewriter, Wanted, make_local
+from adkit.passes.sharding.op_kinds import stored
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 
 _WHOLE = DistConfig.of()
@@ -102,7 +103,7 @@ class ApplyShardingHints(Pass):
             # A model's own hints gather no tokens of ranks that have their own: only experts do so by themselves.
             active = hinted and self.config.cuts(hint["layer_type"]) and (moe or gathers)
             if linear and (not active or hint["tp_mode"] == "none") and not dist.enable_attention_dp:
-                weight = hint["weight"]
+                weight = stored(hint["weight"])
                 if dist.world_size > 1 and self.config.simple(node.name, str(getattr(weight, "target", ""))):
                     hint, hinted, active = bind(node, how, _SIMPLE), True, True
             if hinted:

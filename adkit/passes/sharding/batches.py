@@ -53,12 +53,9 @@ def choose_batches(
             chosen[node] = replace(wish, decision="whole", why=why)
         else:
             blocks.setdefault(layout.block[node], []).append(node)
+    whole = ((n, c) for n, c in found.items() if n.target is LINEAR and c.decision == "whole")
+    free = {n for n, c in whole if blocks and not refused(n, replace(c, decision="rowwise"))}
     for products in blocks.values():
-        free = {
-            n
-            for n, c in found.items()
-            if n.target is LINEAR and c.decision == "whole" and not refused(n, replace(c, decision="rowwise"))
-        }
         chosen.update(_try_block(layout, products, {**found, **taken}, free))
     return chosen
 

@@ -43,8 +43,8 @@ class DetectShardingConfig(ShardingConfig):
     )
     factory_source: Literal["huggingface", "unknown"] = Field(
         "unknown",
-        description="Whose plan the factory source is: huggingface, the model config's base_model_tp_plan; unknown: "
-        "factory_config alone",
+        description="Whose plan the factory source is where factory_config gives none: huggingface, the model "
+        "config's base_model_tp_plan and its causal LM's; unknown: none",
     )
     factory_config: dict[str, Any] = Field(
         default_factory=dict,

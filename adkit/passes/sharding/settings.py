@@ -30,7 +30,7 @@ class WorldConfig(PassConfig):
     )
     dist_config: DistConfig | None = Field(
         None,
-        description="The world as a whole; what it names must agree with the one that runs, but its "
+        description="The world as a whole; what it names must agree with the one that runs, but for the rank; its "
         "allreduce_strategy counts where the field of that name is AUTO",
     )
 
@@ -81,7 +81,10 @@ class ShardingConfig(WorldConfig):
 
 
 def agreed_world(config: WorldConfig, running: DistConfig) -> DistConfig:
-    """The world that runs; ShardingError where ``dist_config`` or ``dist_mapping`` name another."""
+    """The world that runs; ShardingError where ``dist_config`` or ``dist_mapping`` name another.
+
+    Settings are the same on every rank, so the rank that they name says nothing.
+    """
     named: dict[str, object] = {}
     for key, value in config.dist_mapping.items():
         name = _MAPPING.get(key.removesuffix("_size"))
@@ -89,13 +92,15 @@ def agreed_world(config: WorldConfig, running: DistConfig) -> DistConfig:
             raise ShardingError(f"dist_mapping has no {key!r}{nearest(key, _MAPPING)}")
         named[name] = value
     if config.dist_config is not None:
-        for name in config.dist_config.model_fields_set - {"allreduce_strategy"}:  # no size: see ``reduce``
+        for name in config.dist_config.model_fields_set - {
+            "allreduce_strategy"
+        }:  # that is no size: see ``reduce``
             value = getattr(config.dist_config, name)
             if named.setdefault(name, value) != value:
                 raise ShardingError(
                     f"dist_mapping says {name}={named[name]}, dist_config {value}: say it once, or the same"
                 )
-    differ = {n: v for n, v in named.items() if v != getattr(running, n)}
+    differ = {n: v for n, v in named.items() if n != "rank" and v != getattr(running, n)}
     if differ:
         told = ", ".join(f"{n}={v} (running: {getattr(running, n)})" for n, v in differ.items())
         raise ShardingError(

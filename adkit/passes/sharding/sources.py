@@ -53,13 +53,15 @@ def factory(layout: Layout, plan: Mapping[str, str]) -> dict[Node, Choice]:
     return _choices(layout, plan, "factory", must_match=False)
 
 
-def huggingface_plan(hf_config: Any, module: Any = None) -> dict[str, str]:
-    """The tensor-parallel plan of a Hugging Face config, with what the causal LM adds (``lm_head``); empty when
+def huggingface_plan(hf_config: Any) -> dict[str, str]:
+    """The tensor-parallel plan of a Hugging Face config, with what its causal LM adds (``lm_head``); empty when
     none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     inner = hf_config.get_text_config(decoder=True) if hasattr(hf_config, "get_text_config") else hf_config
     plan = dict(getattr(inner, "base_model_tp_plan", None) or {})
-    if plan:
-        plan.update(getattr(module, "_tp_plan", None) or {})
+    if plan and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        plan.update(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(inner)], "_tp_plan", None) or {})
     return {k: v for k, v in plan.items() if isinstance(v, str)}
 
 

@@ -251,6 +251,9 @@ def test_the_way_out_that_the_error_names_works() -> None:
 def test_a_world_that_contradicts_the_settings() -> None:
     with pytest.raises(ShardingError, match="tp_size=4"):
         planned(canonical("llama"), dist_mapping={"tp": 4})
+    second = DistConfig.of(tp=2).at(1)  # settings are the same on every rank
+    same = {"dist_config": DistConfig.of(tp=2), "dist_mapping": {"tp": 2, "rank": 0}}
+    assert len(planned(canonical("llama"), second, **same)) == 16
     with pytest.raises(ShardingError, match="enable_attention_dp"):
         planned(canonical("llama"), enable_attention_dp=True)
 
