@@ -131,7 +131,8 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
     extra = tuple(str(a.target) for a in node.all_input_nodes if parameter(a) and (node, a) in found.sliced)
     summed = node in found.sums or node in found.merged
     if choice is None:
-        if not (extra or summed or node in found.norms):
+        begins = _begins_term(node, found)
+        if not (extra or summed or begins or node in found.norms):
             if node.target in _PRODUCTS and any(
                 parameter(a) and rank_of(a) > 1 for a in node.all_input_nodes
             ):
@@ -139,7 +140,8 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
             return
         kind, region, source = _beside(node, choices)
         why = "its weight goes with what it works on" if extra else "norm over features that are cut"
-        choice = Choice("follow", "terms of ranks add up here" if summed else why, kind, region, source)
+        why = "each rank adds up its own part" if begins else "terms of ranks add up here" if summed else why
+        choice = Choice("follow", why, kind, region, source)
     weights, dim = _weights(node, choice.decision)
     if choice.decision in ("batch", "gather"):
         weights += extra  # a bias that is added with the product
@@ -161,10 +163,16 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         min_local=_least(node, choice.decision, found),
         sizes=sizes_of(node, found),
         reduce=summed,
-        placement=PARTIAL if summed else found.of(node).placement,
+        placement=PARTIAL if node in found.sums else found.of(node).placement,
         source=choice.source,
         why=choice.why,
     )
+
+
+def _begins_term(node: Node, found: Propagation) -> bool:
+    """True where pieces become a term of a sum over ranks: a product or a sum along what is cut."""
+    term = node in found.sums or found.of(node).kind == "partial"
+    return term and any(found.of(a).kind == "cut" for a in node.all_input_nodes)
 
 
 def _with_tokens(gm: GraphModule, rows: list[PlanRow], found: Propagation) -> list[PlanRow]:
