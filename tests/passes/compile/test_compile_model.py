@@ -130,6 +130,7 @@ def test_captured_sizes_share_the_memory_of_their_logits():
         ids = torch.randperm(64)[:rows]
         fields["input_ids"][0, :rows] = ids.numpy()
         fields["sources"][:] = graphs.num_previous + torch.arange(layout.tokens).numpy()
+        fields["logits_indices"][:] = torch.arange(layout.logits).numpy()
         logits, best = graphs(host, None)
         assert torch.equal(logits, table[ids.cuda()])
         assert torch.equal(best, table[ids.cuda()].argmax(-1))
