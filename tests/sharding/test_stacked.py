@@ -126,9 +126,11 @@ def test_a_rank_that_weighs_its_experts_with_anothers_gates_is_found(wb: adkit.W
     assert found.first_divergence.layer == 0
 
 
-@pytest.mark.parametrize(("kind", "tp", "stacks"), [("inkling_text", 2, 6), ("deepseek_v4", 4, 2)])
+@pytest.mark.parametrize(
+    ("kind", "tp", "stacks"), [("inkling_text", 2, 6), ("deepseek_v4", 4, 2), ("xlnet", 2, 4)]
+)
 def test_stacked_weights_of_real_types(kind: str, tp: int, stacks: int) -> None:
-    """Inkling's shared experts, and DeepSeek V4's output projections of groups of heads."""
+    """Inkling's shared experts, DeepSeek V4's output projections of groups of heads, XLNet's heads (einsum)."""
     wb = adkit.Workbench(tiny_config(kind, vocab_size=144), device="cpu", progress=False, random_weights=True)
     v = wb.shard(tp)
     rows = [r for r in v.plan if r.decision == "batch"]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from adkit.graph.placement import Decision
-from adkit.passes.sharding.op_kinds import LINEAR
+from adkit.passes.sharding.op_kinds import EINSUM, LINEAR, einsum_letters
 from adkit.passes.sharding.regions import (
     Choice,
     Layout,
@@ -110,6 +110,14 @@ def _choice(layout: Layout, node: Node, decision: Decision, why: str) -> Choice:
 
 
 def kind_of_product(layout: Layout, node: Node) -> str:
-    """``mha`` or ``mla`` behind attention; else ``moe``: what is stacked elsewhere are experts."""
+    """``mha`` or ``mla`` behind attention; else ``moe``: what is stacked elsewhere are experts.
+
+    ``unknown`` for an einsum whose other side has no batch: its matrices may be the heads of an unmatched attention.
+    """
     kind = layer_type(layout, node, closest_linears(layout, node))
-    return kind if kind in ("mha", "mla") else "moe"
+    if kind in ("mha", "mla"):
+        return kind
+    inputs, output = einsum_letters(node) or ([], "") if node.target is EINSUM else ([], "")
+    stack = stack_of(node)
+    alone = stack is not None and any(output[stack.product_dim] not in letters for letters in inputs)
+    return "unknown" if alone else "moe"

@@ -18,10 +18,7 @@ from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
 from adkit.passes.sharding.stacks import stack_of
 
-_PRODUCTS = {
-    aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
-    aten.linear.default, aten.conv1d.default,
-}  # fmt: skip
+_PRODUCTS = BATCHED | {aten.addmm.default, aten.mm.default, aten.linear.default, aten.conv1d.default}
 DECISIONS: dict[object, tuple[Decision, ...]] = {
     LINEAR: ("colwise", "rowwise", "gather", "whole"),
     EMBEDDING: ("vocab", "whole"),

@@ -113,6 +113,11 @@ class Spread:
         """All shares along the cut dimension."""
         return tuple(s for _, s in self.blocks) or ((self.share,) if self.share is not None else ())
 
+    @property
+    def stacked(self) -> bool:
+        """True for pieces of a batch of matrices, each of which a rank has as a whole."""
+        return self.share is not None and self.share.heads == STACKED
+
     def at(self, dim: int) -> Spread:
         """The same cut, on another dimension."""
         return Spread("cut", dim, self.share, self.blocks)

@@ -6,12 +6,14 @@ of a plain matrix, so its batch may be any dimension of what is stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch.fx import Node
 
 from adkit.passes.sharding.layout_rules import order_of
-from adkit.passes.sharding.op_kinds import BATCHED, VIEWS, aten
+from adkit.passes.sharding.op_kinds import BATCHED, EINSUM, VIEWS, aten, einsum_letters
 from adkit.passes.sharding.spread import rank_of, regroup, shape_of
 
 _TURNS = {aten.transpose.int, aten.permute.default, aten.t.default}
@@ -42,24 +44,39 @@ def stack_of(node: Node) -> Stack | None:
     """The stack that a product reads; None for other nodes, and where both sides are weights or none is."""
     if node.target not in BATCHED:
         return None
-    sides = node.args[1:3] if node.target is aten.baddbmm.default else node.args[:2]
-    found = [s for x in sides if isinstance(x, Node) and (s := _behind(x, node)) is not None]
+    found = [s for x, dim, at in _batches(node) if (s := _behind(x, dim, node, at)) is not None]
     return found[0] if len(found) == 1 else None
 
 
-def _behind(value: Node, product: Node) -> Stack | None:
+def _batches(node: Node) -> Iterator[tuple[Node, int, int]]:
+    """A product's sides that have a batch: the value, which of its dimensions that is, and which of the product's."""
+    if node.target is EINSUM:
+        inputs, output = einsum_letters(node) or ([], "")
+        for x, mine in zip(cast(Any, node.args[1]), inputs, strict=False):
+            kept = [letter for letter in mine if letter in output]
+            shared = [letter for letter in kept if all(letter in other for other in inputs)]
+            if shared or len(kept) > 1:  # with one letter of its own it is one matrix, however it is stored
+                letter = (shared or kept)[0]
+                yield x, mine.index(letter), output.index(letter)
+        return
+    for x in node.args[1:3] if node.target is aten.baddbmm.default else node.args[:2]:
+        shape = shape_of(x)
+        dim = next((d for d, size in enumerate(shape[:-2]) if size != 1), None)
+        if isinstance(x, Node) and dim is not None:
+            yield x, dim, dim + rank_of(node) - len(shape)
+
+
+def _behind(value: Node, dim: int, product: Node, product_dim: int) -> Stack | None:
     """The stack that ``value`` shows: the way back to where it is stored, and which dimension is the batch there."""
-    shape, first = shape_of(value), product
-    dim: int | None = next((d for d, size in enumerate(shape[:-2]) if size != 1), None)
-    if dim is None or not isinstance(shape[dim], int):
+    first, count = product, shape_of(value)[dim]
+    if not isinstance(count, int):
         return None
-    count, product_dim = shape[dim], dim + rank_of(product) - len(shape)
     while value.op == "call_function":
         source = value.args[0]
-        dim = _before(value, source, dim) if isinstance(source, Node) else None
-        if dim is None:
+        before = _before(value, source, dim) if isinstance(source, Node) else None
+        if before is None:
             return None
-        value, first = source, value  # type: ignore[assignment]
+        value, first, dim = source, value, before  # type: ignore[assignment]
     if value.op != "get_attr" or value.meta.get("adkit_constant", False):
         return None
     return Stack(value, first, dim, count, product_dim)

@@ -130,6 +130,50 @@ def test_the_other_side_is_a_ranks_part_where_it_has_the_batch() -> None:
     assert calls(ranks[0], aten.slice.Tensor) == 1
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_einsums_are_read_by_their_letters(tp: int) -> None:
+    def weighed(m: Any, x: Tensor) -> Tensor:
+        h = torch.einsum("td, edf -> tef", x, m.up).relu()
+        gates = torch.softmax(x[:, :E], -1)
+        return torch.einsum("te,ted->td", gates, torch.einsum("tef,efd->ted", h, m.down))
+
+    plan, ranks = proved(weighed, tp, **STACKS)
+    assert decisions(plan) == {"up": "batch", "down": "batch"}
+    assert [r.reduce for r in plan] == [False, False, True]
+    assert ranks[0].down.shape == (E // tp, F, D)
+    assert calls(ranks[0], ops.torch_dist_all_gather.default) == 0
+
+
+def test_einsums_over_heads() -> None:
+    def heads(m: Any, x: Tensor) -> Tensor:
+        return torch.einsum("tnh,nhd->td", torch.einsum("td,dnh->tnh", x, m.q).tanh(), m.o).softmax(-1)
+
+    plan, ranks = proved(heads, 2, q=(D, 4, 3), o=(4, 3, D))
+    assert [(r.weights, r.decision, r.dim) for r in plan if r.weights] == [
+        (("q",), "batch", 1), (("o",), "follow", 0),
+    ]  # fmt: skip
+    assert plan.rows[0].layer_type == "unknown"  # nothing tells that these are heads
+    assert ranks[1].q.shape == (D, 2, 3)
+    assert ranks[1].o.shape == (2, 3, D)
+
+
+@pytest.mark.parametrize("equation", ["...d,edf->...ef", "td,edf", "td,edd->te"])
+def test_einsums_that_leave_letters_open_stay_whole(equation: str) -> None:
+    gm = graph_of(lambda m, x: torch.einsum(equation, x, m.up), up=(E, D, D))
+    (row,) = planned(gm, 2)
+    assert (row.decision, row.weights) == ("whole", ("up",))
+
+
+def test_a_weighted_sum_as_a_product_takes_a_ranks_weights() -> None:
+    def weighed(m: Any, x: Tensor) -> Tensor:
+        y = torch.matmul(x, m.up).transpose(0, 1)
+        return torch.matmul(torch.softmax(x[:, :E], -1).unsqueeze(1), y).squeeze(1)
+
+    plan, ranks = proved(weighed, 4, up=(E, D, F))
+    assert decisions(plan) == {"up": "batch"}
+    assert calls(ranks[0], ops.torch_dist_all_reduce.default) == 1
+
+
 def test_a_linear_that_reads_the_pieces_becomes_rowwise() -> None:
     def grouped(m: Any, x: Tensor) -> Tensor:
         y = torch.bmm(x.reshape(-1, 2, D // 2).transpose(0, 1), m.up).transpose(0, 1)
