@@ -33,7 +33,8 @@ def writer(wb: Workbench) -> RecordWriter:
     """A record of ``wb`` in its light form: heads, rows, graphs; the rest is made when asked for."""
     import adkit
 
-    made = RecordWriter(wb.steps, {p.key: found for p in wb._passes if (found := pass_source(p)) is not None})
+    sources = {p.key: found for p in wb._passes if (found := pass_source(p)) is not None}
+    made = RecordWriter(wb.steps, sources, wb.growing.walked)
     record = made.record
     record.name = portable(wb.name)
     record.about = {
