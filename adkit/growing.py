@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adkit.viz.record import Walked
 
 #: Of a walk's time, the part that may go into telling it to who may never look.
-SHARE = 0.03
+SHARE = 0.04
 #: What telling a whole walk takes at most (llama-3.1-405b: 0.4 s for 8,481 nodes).
 SECONDS_A_NODE = 5e-5
 
