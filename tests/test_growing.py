@@ -68,8 +68,13 @@ def same(
 
 
 def run(wb: adkit.Workbench, n: int) -> None:
+    """Some steps; where a pass fails it is switched off."""
     for _ in range(min(n, len(wb.steps) - wb.position)):
-        wb.step()
+        try:
+            wb.step()
+        except PassError:
+            same(wb)
+            wb.disable(Failing.key)
 
 
 def rewind(wb: adkit.Workbench, n: int) -> None:
@@ -82,15 +87,10 @@ def insert(wb: adkit.Workbench, n: int) -> None:
 
 
 def fail(wb: adkit.Workbench, n: int) -> None:
-    """A pass that fails: the run goes on without it, or ends there and the pass is switched off."""
-    if Failing.key in wb.steps:
-        return
-    wb.insert(Failing({"skip_on_error": n % 2 == 0}), after=PLACES[n % len(PLACES)])
-    try:
+    """A pass that fails: the run goes on without it, or ends there."""
+    if Failing.key not in wb.steps:
+        wb.insert(Failing({"skip_on_error": n % 2 == 0}), after=PLACES[n % len(PLACES)])
         run(wb, n)
-    except PassError:
-        same(wb)
-        wb.disable(Failing.key)
 
 
 def switch(wb: adkit.Workbench, n: int) -> None:
