@@ -53,8 +53,32 @@ def test_every_branch_adds_its_share_to_a_stream_of_size_one(model_type):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "routers"), [("qwen3_moe", 2), ("gpt_oss", 2), ("deepseek_v3", 0)])
+def test_routers_tell_their_experts_apart(model_type, routers):
+    """Of those whose scores go through a softmax; the spread is measured at the router's own module."""
+    config = tiny_config(model_type)
+    model, stream, tokens, found = _conditioned(config)
+    assert len(stream.routers) == routers
+    conditioning.scale(dict(model.named_parameters(remove_duplicate=False)), found)
+    spreads = []
+
+    def measure(router, inputs):
+        bias = getattr(router, "bias", None)
+        scores = torch.nn.functional.linear(inputs[0], router.weight, bias)
+        spreads.append(float(scores.std(-1, unbiased=False).square().mean().sqrt()))
+
+    for term in stream.routers:
+        model.get_submodule(term.names[0].rpartition(".")[0]).register_forward_pre_hook(measure)
+    with torch.no_grad():
+        model(tokens[None], use_cache=False)
+    assert len(spreads) == routers
+    for spread in spreads:
+        assert 2**-0.51 < spread / conditioning.ROUTER_SPREAD < 2**0.51
+
+
+@pytest.mark.slow
 def test_factors_are_powers_of_two_and_the_model_stays_as_it_is():
-    factory, stream = _stream(tiny_config("llama", tie_word_embeddings=True))
+    factory, stream = _stream(tiny_config("mixtral", tie_word_embeddings=True))
     model = peers.load_model(factory, torch.device("cpu"), torch.float32)
     before = {n: t.clone() for n, t in model.named_parameters(remove_duplicate=False)}
     found = conditioning.factors(model, stream, torch.arange(20), factory.tied)

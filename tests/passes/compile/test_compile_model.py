@@ -112,10 +112,11 @@ def test_captured_sizes_share_the_memory_of_their_logits():
     table = torch.randn(64, 1 << 20, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     sizes = [4, 8, 16, 24, 32, 40, 48, 56, 64]
 
-    def forward(input_ids):
-        return table[input_ids[0] % 64][None]  # idle steps feed back what they find
+    def forward(input_ids, logits_indices):  # gathers by itself, as compiled graphs do: no second copy
+        return table[input_ids[0, logits_indices] % 64][None]  # idle steps feed back what they find
 
-    graphs = StepGraphs(forward, ("input_ids",), CachePool((), 4), decode_layouts(sizes, 1), 64, table.device)
+    inputs = ("input_ids", "logits_indices")
+    graphs = StepGraphs(forward, inputs, CachePool((), 4), decode_layouts(sizes, 1), 64, table.device)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     graphs.warm_up()
@@ -129,6 +130,7 @@ def test_captured_sizes_share_the_memory_of_their_logits():
         ids = torch.randperm(64)[:rows]
         fields["input_ids"][0, :rows] = ids.numpy()
         fields["sources"][:] = graphs.num_previous + torch.arange(layout.tokens).numpy()
+        fields["logits_indices"][:] = torch.arange(layout.logits).numpy()
         logits, best = graphs(host, None)
         assert torch.equal(logits, table[ids.cuda()])
         assert torch.equal(best, table[ids.cuda()].argmax(-1))
