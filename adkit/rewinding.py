@@ -12,8 +12,9 @@ from adkit.contract import CachePool
 from adkit.graph.snapshot import take
 from adkit.models.export import retarget_device
 from adkit.models.loading import graph_tensor_names, load_graph_tensors
-from adkit.passes.pipeline import State, pending_step, rebuild, records_of
+from adkit.passes.pipeline import State, pending_step, rebuild
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
+from adkit.passes.records import records_of
 from adkit.passes.tensors import lost, restore, take_stamps, tensor_at
 
 if TYPE_CHECKING:

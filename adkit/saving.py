@@ -1,22 +1,26 @@
-"""A run on disk: one JSON file with the config, every step, and the graphs; no weights, no pickle."""
+"""A run on disk: one JSON file with the config, every step, the graphs, and how weights were fused and cut; no weights,
+no pickle."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from adkit.contract import AdkitError
+from adkit.contract import AdkitError, LocalWeight
 from adkit.graph.edit import SiteRecord
+from adkit.graph.placement import PLAN, ShardingPlan
 from adkit.graph.serialize import SnapshotReader, SnapshotWriter, portable
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import PassInfo, Step, Steps
+from adkit.models.loading import FUSED, LOCAL
+from adkit.passes.records import as_data, from_data
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -26,17 +30,25 @@ FORMAT = 1
 
 @dataclass
 class SavedRun:
-    """What was saved of a Workbench: look at steps, diffs and graphs; nothing in it can be run."""
+    """What was saved of a Workbench: look at steps, diffs and graphs; nothing in it can be run.
+
+    Of a rank's Workbench also how the model was cut: ``plan``, which ``wb.shard(plan=...)`` takes, and ``local``, which
+    part of the checkpoint's weight stands under each name. ``fused``: weight -> the names that it was made of.
+    """
 
     name: str
     config: str
     versions: dict[str, str]
     steps: Steps
     graph: Snapshot
+    plan: ShardingPlan | None = None
+    local: dict[str, LocalWeight] = field(default_factory=dict)
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-        return f"SavedRun of {self.name!r} ({versions})\n{self.steps!r}"
+        cut = "" if self.plan is None else f"\n{self.plan.summary}"
+        return f"SavedRun of {self.name!r} ({versions}){cut}\n{self.steps!r}"
 
 
 def save(wb: Workbench, path: str | Path) -> Path:
@@ -84,6 +96,7 @@ def save(wb: Workbench, path: str | Path) -> Path:
         },
         "graphs": writer.payload(),
         "steps": steps,
+        "records": as_data(wb._state.records),
     }
     return write_text(path, json.dumps(data, separators=(",", ":")))
 
@@ -102,7 +115,13 @@ def load(path: str | Path) -> SavedRun:
         version = data["adkit_run"]
         reader = SnapshotReader(data["graphs"]) if version == FORMAT else None
         steps = [] if reader is None else [_step(s, reader) for s in data["steps"]]
-        run = SavedRun(data["name"], data["config"], data["versions"], Steps(steps), Snapshot())
+        records = (
+            from_data(data["records"]) if "records" in data else {}
+        )  # runs of earlier versions have none
+        run = SavedRun(
+            data["name"], data["config"], data["versions"], Steps(steps), Snapshot(), records.get(PLAN),
+            records.get(LOCAL, {}), records.get(FUSED, {}),
+        )  # fmt: skip
     except Exception as error:  # a damaged file can fail in any way
         raise AdkitError(
             f"{path.name} is not a run that this version of adkit can read ({type(error).__name__}: "

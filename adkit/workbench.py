@@ -506,7 +506,7 @@ class Workbench:
 
     @staticmethod
     def load(path: str | Path) -> Any:
-        """A saved record, to look at: its steps, diffs, graphs (see :class:`adkit.saving.SavedRun`)."""
+        """A saved record, to look at: its steps, diffs, graphs, how it was cut (see :class:`adkit.saving.SavedRun`)."""
         from adkit.saving import load
 
         return load(path)

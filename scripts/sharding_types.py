@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 PAGE = ROOT / "docs" / "sharding-types.md"
 #: Reasons that every model has: they are no news.
 ROUTINE = ("router", "latent", "not a table", "one output")
+_NO_REGION = "no linear before it whose cut it could read, and none after it in its region"
 _SIZES = {"vocab_size": 144, "max_position_embeddings": 64}
 
 
@@ -65,7 +66,7 @@ def line_of(kind: str, plan: list[Any], checked: str) -> str:
     counts = Counter(r.decision for r in layers)
     decisions = ", ".join(f"{n} {what}" for what, n in counts.most_common())
     why = {
-        re.sub(r"(_\d+)? is in the way", "", r.why)
+        re.sub(r"(_\d+)? is in the way", "", r.why).replace(_NO_REGION, "no region")
         for r in layers
         if r.decision == "whole" and not r.why.startswith(ROUTINE)
     }

@@ -150,3 +150,31 @@ def test_a_function_of_the_notebook_cannot_be_saved_and_the_error_says_what_to_d
     with pytest.raises(AdkitError, match=r"'inserts' cannot be saved.*torch\.library"):
         wb.save(tmp_path / "run.json")
     assert os.listdir(tmp_path) == []
+
+
+def test_how_a_rank_was_cut_comes_back_and_cuts_again(exported, tmp_path):
+    v = exported().shard(2, manual_config={"model.embed_tokens": "whole", "lm_head": "whole"})
+    rank = v.ranks[1].wb
+    saved = adkit.Workbench.load(rank.save(tmp_path / "rank.json"))
+    assert saved.plan == v.plan
+    assert saved.local == v.ranks[1].local
+    assert saved.local["model.layers.0.self_attn.o_proj.weight"].cuts[0].dim == 1
+    assert v.plan.summary in repr(saved)
+    again = exported().shard(2, plan=saved.plan)
+    assert again.plan == v.plan
+    assert again.ranks[1].local == saved.local
+
+
+def test_a_run_on_one_device_has_no_plan_and_names_what_was_fused(exported, tmp_path):
+    wb = exported().enable("fuse_gemms").run()
+    saved = adkit.Workbench.load(wb.save(tmp_path / "one.json"))
+    assert (saved.plan, saved.local) == (None, {})
+    qkv = [f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv"]
+    assert tuple(qkv) in saved.fused.values()
+
+
+def test_runs_that_were_saved_without_records_are_read(saved):
+    data = json.loads(saved.read_text())
+    del data["records"]
+    saved.write_text(json.dumps(data))
+    assert adkit.Workbench.load(saved).plan is None

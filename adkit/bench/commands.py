@@ -30,6 +30,10 @@ Ranks = Annotated[
     int | None,
     typer.Option(help="Ranks to cut the model over, a process each; torchrun's, where it started this"),
 ]
+OwnSequences = Annotated[
+    bool,
+    typer.Option("--attention-dp", help="Each rank attends to sequences of its own, with a cache of its own"),
+]
 Out = Annotated[Path | None, typer.Option(help="Write the figures as JSON")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the figures: a .svg, .png or .pdf file")]
 PeerSeconds = Annotated[float, typer.Option(help="Stop a peer's run after this long")]
@@ -48,6 +52,7 @@ def latency(
     config: Config = [],  # noqa: B006
     random_weights: Random = False,
     tp: Ranks = None,
+    attention_dp: OwnSequences = False,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -59,7 +64,7 @@ def latency(
         measure(
             model, batches=batch, prompt=prompt, new=new, vs=_names(vs), seed=seed, peer_seconds=peer_seconds,
             overrides=overrides, config=config, random_weights=random_weights,
-            tp=tp, command=_command(model), keep=_keep(out),
+            tp=tp, attention_dp=attention_dp, command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip
@@ -78,6 +83,7 @@ def throughput(
     config: Config = [],  # noqa: B006
     random_weights: Random = False,
     tp: Ranks = None,
+    attention_dp: OwnSequences = False,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -89,7 +95,7 @@ def throughput(
         measure(
             model, requests=requests, prompt=prompt, new=new, vs=_names(vs), seed=seed,
             peer_seconds=peer_seconds, overrides=overrides, config=config, random_weights=random_weights,
-            tp=tp, command=_command(model), keep=_keep(out),
+            tp=tp, attention_dp=attention_dp, command=_command(model), keep=_keep(out),
         ),
         out, plot,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from adkit.bench import peers
 from adkit.bench.machine import peak_bytes
 from adkit.bench.results import Result, Row, line, result_of
-from adkit.bench.subject import Subject
+from adkit.bench.subject import Subject, ranks_of
 from adkit.bench.timeline import latency_figures
 from adkit.bench.workload import Lengths, Workload, check_positions, make_workload
 from adkit.config import Fragment
@@ -34,6 +34,7 @@ def measure(
     overrides: Sequence[str] = (),
     random_weights: bool = False,
     tp: int | None = None,
+    attention_dp: bool = False,
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
@@ -41,7 +42,8 @@ def measure(
 ) -> Result:
     """Figures of ``model`` at each batch size, medians of three runs.
 
-    Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
+    Weights are random where it has none or ``random_weights`` asks for them. ``tp`` and ``attention_dp``: see
+    ``subject``.
     The batch goes in as one step of prompts unless settings say otherwise. ``keep`` is given
     the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers that
     cannot be.
@@ -52,14 +54,18 @@ def measure(
     if prompt < 1 or new < 2:
         raise ConfigError(f"prompt is {prompt} and new is {new}; a rate needs 1 and 2 tokens at least")
     most = max(batches)
+    ranks = (
+        ranks_of(tp) if attention_dp else 1
+    )  # each takes a share of these sizes, and may get a sequence more
     defaults = {
         "max_batch_size": most,
         "max_seq_len": prompt + new,
-        "max_num_tokens": max(prompt * most, 512),
+        "max_num_tokens": max(prompt * -(-most // ranks) * ranks, 512),
     }
     subject = Subject(
-        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
-    )
+        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp,
+        attention_dp=attention_dp,
+    )  # fmt: skip
     check_positions(subject.factory.config, prompt, new, subject.factory.name)
     subject.build()
     whole = make_workload(most, Lengths(prompt, prompt), Lengths(new, new), subject.vocab, seed)
@@ -86,7 +92,7 @@ def measure(
         return row
 
     for load in loads:
-        row: Row = {"engine": "adkit", "requests": len(load)}
+        row: Row = {**subject.name, "requests": len(load)}
         row |= figures(lambda load: subject.run(load, progress=progress)[0], load)
         row["peak_bytes"] = peak_bytes(subject.device)
         add(row)

@@ -30,6 +30,7 @@ def result_of(subject: Subject, kind: str, what: str, workload: dict[str, Any], 
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(subject.device),
         "ranks": subject.ranks,
+        "attention_dp": subject.attention_dp,
         "versions": machine.versions(),
         "model": subject.factory.name,
         "weights": subject.factory.weights,
@@ -54,7 +55,7 @@ def line(row: Row) -> str:
     head = f"{row['engine']:<18} {row['requests']:>5} x"
     if "error" in row:
         return f"{head} failed: {row['error']}"
-    parts = []
+    parts = ["attention dp"] if row.get("attention_dp") else []
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:>10,.1f} tokens/s")
     if "output_tokens_per_second" in row:

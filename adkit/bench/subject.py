@@ -20,8 +20,14 @@ from adkit.config import Fragment
 from adkit.contract import ConfigError, EngineError, SamplingParams
 from adkit.models import ModelFactory
 from adkit.ranks import place
+from adkit.runtime.ranks import launched_ranks
 from adkit.runtime.stats import EngineStats
 from adkit.workbench import Workbench
+
+
+def ranks_of(tp: int | None) -> int:
+    """How many ranks a benchmark runs on: those asked for, or torchrun's, or one."""
+    return tp if tp is not None else launched_ranks() or 1
 
 
 class Subject:
@@ -30,7 +36,8 @@ class Subject:
     ``defaults`` are the engine settings that the benchmark would choose; ``config`` and ``overrides`` go over them. A
     bundled config gets seeded random weights, and so does any model with ``random_weights``. The machine's
     ceilings are measured before anything is loaded. ``tp``: on so many ranks, of which this process is rank 0;
-    a process that torchrun started as another rank serves, and exits here.
+    a process that torchrun started as another rank serves, and exits here. ``attention_dp``: each rank attends to
+    sequences of its own (docs/sharding.md), and has its share of the engine's sizes.
     """
 
     def __init__(
@@ -42,17 +49,19 @@ class Subject:
         overrides: Sequence[str] = (),
         random_weights: bool = False,
         tp: int | None = None,
+        attention_dp: bool = False,
     ) -> None:
         what: dict[str, Any] = {"model": model, "config": [defaults, *config], "overrides": overrides}
         if not random_weights:
             random_weights = Workbench(**what).factory.weights == "none"
         what["random_weights"] = random_weights
         self._ranks = ExitStack()
-        here = self._ranks.enter_context(place(tp, what))
+        here = self._ranks.enter_context(place(tp, what, attention_dp))
         if here.follows:  # rank 0 has measured with its help
             self._ranks.close()
             raise SystemExit(0)
         self.ranks = here.dist.world_size
+        self.attention_dp = here.dist.pools > 1
         wb = Workbench(**{**what, **here.settings})
         self.factory: ModelFactory = wb.factory
         self.device: torch.device = wb.device
@@ -72,6 +81,13 @@ class Subject:
         }
         self.settings |= {"cache_tokens": self.llm.engine.capacity}
         self.settings |= {"compile": self._wb.steps["compile_model"].info.details}
+        if self.ranks > 1:
+            self.settings |= {"strategies": self._wb.steps["apply_sharding_hints"].info.details["strategies"]}
+
+    @property
+    def name(self) -> dict[str, Any]:
+        """What a row says of who was measured."""
+        return {"engine": "adkit"} | ({"attention_dp": True} if self.attention_dp else {})
 
     @property
     def vocab(self) -> int:

@@ -37,6 +37,7 @@ def measure(
     overrides: Sequence[str] = (),
     random_weights: bool = False,
     tp: int | None = None,
+    attention_dp: bool = False,
     command: str = "",
     progress: bool = True,
     show: Callable[[str], None] = print,
@@ -44,7 +45,8 @@ def measure(
 ) -> Result:
     """Figures of ``model`` over ``requests`` of these lengths.
 
-    Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
+    Weights are random where it has none or ``random_weights`` asks for them. ``tp`` and ``attention_dp``: see
+    ``subject``.
     ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``. ``keep`` is
     given the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers
     that cannot be.
@@ -60,8 +62,9 @@ def measure(
         "max_num_tokens": MAX_TOKENS,
     }
     subject = Subject(
-        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
-    )
+        model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp,
+        attention_dp=attention_dp,
+    )  # fmt: skip
     check_positions(subject.factory.config, prompts.high, news.high, subject.factory.name)
     subject.build()
     load = make_workload(requests, prompts, news, subject.vocab, seed)
@@ -86,7 +89,7 @@ def measure(
     warm = load.first(subject.settings["max_batch_size"], _WARM_TOKENS)
     subject.run(warm, progress=progress)
     run, stats = subject.run(load, progress=progress)
-    row: Row = {"engine": "adkit", "requests": requests, **throughput_figures(run, lengths)}
+    row: Row = {**subject.name, "requests": requests, **throughput_figures(run, lengths)}
     row |= {
         "batch_occupancy": round(stats.batch_occupancy, 1),
         "steps": stats.steps,

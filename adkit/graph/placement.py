@@ -13,9 +13,10 @@ from adkit.graph.provenance import without_layer
 PLAN = "adkit_plan"  # gm.meta[PLAN]: the ShardingPlan that was made for a graph
 
 #: What is done at a node. ``colwise``/``rowwise``: a linear's output or input features are cut; ``gather``: output
-#: features cut and joined again at once; ``vocab``: an embedding's rows; ``experts``: a mixture of experts by expert
-#: and by hidden feature; ``follow``: works on pieces because its inputs are pieces; ``whole``: the same on every rank.
-Decision = Literal["colwise", "rowwise", "gather", "vocab", "experts", "follow", "whole"]
+#: features cut, or a product's batch, and joined again at once; ``vocab``: an embedding's rows; ``experts``: a mixture
+#: of experts by expert and by hidden feature; ``batch``: the stacked matrices of a batched product; ``follow``: works
+#: on pieces because its inputs are pieces; ``whole``: the same on every rank.
+Decision = Literal["colwise", "rowwise", "gather", "vocab", "experts", "batch", "follow", "whole"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ShardingPlan:
     """What is cut where, and why: a row a node that has a weight or talks to other ranks, in graph order.
 
     Frozen: :meth:`edit` returns another plan, which is checked when it is applied. ``tp``, ``moe_ep``, ``moe_tp``:
-    the sizes it was made for.
+    the sizes it was made for. The strategies are those that detection was told, for all sums and joins.
     """
 
     rows: tuple[PlanRow, ...] = ()
@@ -81,6 +82,8 @@ class ShardingPlan:
     moe_ep: int = 1
     moe_tp: int = 1
     attention_dp: bool = False
+    allreduce_strategy: str = "AUTO"
+    allgather_strategy: str = "AUTO"
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)
@@ -113,13 +116,22 @@ class ShardingPlan:
         return replace(self, rows=rows)
 
     def to_manual(self) -> dict[str, str]:
-        """The decisions as ``manual_config`` of detect_sharding: module path -> decision, layers alike as one."""
+        """The decisions as ``manual_config`` of detect_sharding: module path -> decision, layers alike as one.
+
+        Where one module has several weights, decided differently, their own names stand for it.
+        """
         decided = [r for r in self.rows if r.decision != "follow"]
         found: dict[str, str] = {}
         for row in decided:
-            pattern = without_layer(row.module)
-            alike = {r.decision for r in decided if fnmatch.fnmatchcase(r.module, pattern)} == {row.decision}
-            found[pattern if alike else row.module] = row.decision
+            here = {r.decision for r in decided if r.module == row.module}
+            name = row.module if len(here) == 1 or not row.weights else row.weights[0]
+            pattern = without_layer(name)
+            alike = {
+                r.decision
+                for r in decided
+                if any(fnmatch.fnmatchcase(n, pattern) for n in (r.module, *r.weights))
+            }
+            found[pattern if alike == {row.decision} else name] = row.decision
         return found
 
     def table(self) -> Any:

@@ -16,15 +16,12 @@ from torch.fx import GraphModule, Node
 from adkit.contract import AdkitError, CachePool, CompiledModel, PassError
 from adkit.graph.edit import SiteRecord, clean, fake_value, journal
 from adkit.graph.identity import identities, node_id
-from adkit.graph.placement import PLAN
 from adkit.graph.snapshot import Snapshot, take, unchanged
 from adkit.graph.step import PassInfo, Step
-from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.base import BuildPass, Context, Pass
+from adkit.passes.records import RECORDS, records_of
 from adkit.passes.tensors import Stamps, altered, put_tensor, take_stamps, tensor_at
 
-#: Keys of a module's ``meta`` that belong to a place in the pipeline: going back brings back what they said there.
-RECORDS = (FUSED, LOCAL, PLAN)
 #: Device memory may change by this much (bytes) without being mentioned: allocator rounding, scratch.
 _MEMORY_NOISE = 1 << 20
 
@@ -255,12 +252,6 @@ def _undo(state: State) -> None:
     gm = state.module
     if isinstance(gm, GraphModule) and len(state.snapshot):
         state.module = rebuild(state.snapshot, gm, state.records)
-
-
-def records_of(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module's ``meta`` says of its weights and its plan; passes may go on changing the original."""
-    meta = getattr(module, "meta", {})
-    return {k: dict(meta[k]) if isinstance(meta[k], dict) else meta[k] for k in RECORDS if k in meta}
 
 
 def rebuild(

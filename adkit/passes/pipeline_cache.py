@@ -8,23 +8,22 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch.fx import GraphModule
 
 from adkit.contract import CachePool, CacheSpec, LocalWeight
-from adkit.graph.placement import PLAN, ShardingPlan
 from adkit.graph.serialize import SnapshotReader, SnapshotWriter
 from adkit.graph.snapshot import Snapshot, take
 from adkit.graph.step import PassInfo
 from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.base import Context, Pass, PassConfig, Stage
+from adkit.passes.records import as_data, from_data, records_of
 from adkit.passes.registry import register
 from adkit.passes.tensors import put_tensor, tensor_at
 
@@ -159,7 +158,8 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     rows = writer.add(snapshot)
     local: dict[str, LocalWeight] = gm.meta.get(LOCAL, {})
     owned = {*ctx.factory.tensors, *local}
-    recipes: dict[str, Any] = gm.meta.get(FUSED, {})
+    records = records_of(gm)
+    recipes = records.get(FUSED, {})
     constants = {
         n.target: _tensor(gm, n.target).detach().cpu().contiguous()
         for n in snapshot
@@ -170,9 +170,7 @@ def write_entry(folder: Path, gm: GraphModule, ctx: Context) -> None:
     )
     pages = 0 if ctx.caches is None else ctx.caches.num_pages
     data = {
-        "graphs": writer.payload(), "rows": rows, "recipes": {k: list(v) for k, v in recipes.items()},
-        "local": {k: asdict(v) for k, v in local.items()},
-        "plan": asdict(gm.meta[PLAN]) if PLAN in gm.meta else None, "specs": specs, "pages": pages,
+        "graphs": writer.payload(), "rows": rows, **as_data(records), "specs": specs, "pages": pages,
     }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
@@ -196,17 +194,14 @@ def read_entry(folder: Path, ctx: Context) -> tuple[Snapshot, torch.nn.Module, C
     constants = load_file(str(folder / "constants.safetensors"))
     for name, tensor in constants.items():
         put_tensor(holder, name, tensor)
-    local = TypeAdapter(dict[str, LocalWeight]).validate_python(data["local"])
-    owned = {*ctx.factory.tensors, *local}
+    records = from_data(data)
+    owned = {*ctx.factory.tensors, *records.get(LOCAL, {})}
     for n in snapshot:
         if n.op == "get_attr":
             n.meta[CONSTANT] = n.target in constants
             if not (n.target in constants or n.target in owned or n.target in data["recipes"]):
                 raise ValueError(f"the graph reads {n.target}, which neither the entry nor the model has")
-    records: dict[str, Any] = {FUSED: {k: tuple(v) for k, v in data["recipes"].items()}, LOCAL: local}
-    if data["plan"] is not None:
-        records[PLAN] = TypeAdapter(ShardingPlan).validate_python(data["plan"])
-    holder.meta = {k: v for k, v in records.items() if v}  # type: ignore[assignment]
+    holder.meta = records  # type: ignore[assignment]
     specs = tuple(
         CacheSpec(n, tuple(s), getattr(torch, d.removeprefix("torch."))) for n, s, d in data["specs"]
     )

@@ -127,7 +127,7 @@ def weight_kinds(whole: Snapshot, plan: ShardingPlan) -> dict[str, str]:
 
 def _of_row(row: PlanRow) -> str:
     """What a row's weights are for; linears beside experts are routers (whole) or shared experts."""
-    if row.layer_type != "moe" or "moe" in row.op:
+    if row.layer_type != "moe" or "linear" not in row.op:
         return KINDS[row.layer_type]
     return "router" if row.decision == "whole" else "mlp"
 

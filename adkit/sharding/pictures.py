@@ -187,7 +187,7 @@ def overlay(v: VirtualRanks, graph: Snapshot) -> Mapping[int, str]:
 
 def _terms(plan: ShardingPlan, hinted: Snapshot) -> set[int]:
     """Ids of the nodes where terms of a sum begin, in the uncut and in the hinted graph."""
-    terms = {r.node for r in plan if r.placement == PARTIAL and r.decision != "follow"}
+    terms = {r.node for r in plan if r.placement == PARTIAL}
     return terms | {n.id for n in hinted if any(o in terms for o in n.origins) and not over_ranks(n.target)}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -136,3 +138,33 @@ def test_bad_input_is_one_clear_error(args, why):
 def test_settings_that_cut_answers_short_are_refused():
     with pytest.raises(ConfigError, match="16 new tokens were asked for and 8 came"):
         throughput.measure("demo", requests=2, prompt=4, new=12, overrides=["max_seq_len=8"], **QUIET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("latency", ["--batch", "3", "--prompt", "8", "--new", "4"]),
+        ("throughput", ["--requests", "5", "--prompt", "4-9", "--new", "2-6"]),
+    ],
+)
+def test_ranks_that_have_sequences_of_their_own_are_measured(repo_root, tmp_path, kind, sizes):
+    out = tmp_path / "x.json"
+    command = ["adkit", "bench", kind, "demo", "--tp", "2", "--attention-dp", *sizes, "--set", "device=cpu"]
+    strategy = ["--set", "transforms.apply_sharding_hints.allreduce_strategy=NCCL", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *strategy],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert (result["ranks"], result["attention_dp"], row["attention_dp"]) == (2, True, True)
+    assert result["settings"]["strategies"] == {"all_reduce": "NCCL", "all_gather": "AUTO"}
+    assert "attention dp" in done.stdout
+    made = row["output_tokens"] if kind == "throughput" else row["batch"]
+    assert made == (result["workload"]["new_tokens"] if kind == "throughput" else 3)
+    assert row["first_token_seconds"]["p50"] > 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from adkit.contract import ConfigError
 from adkit.graph.placement import PARTIAL, REPLICATED
 from adkit.sharding.agreement import Agreement
 from adkit.sharding.pictures import held_slices, placements
+from tests.sharding.models import bench
+from tests.sharding.stacked import saved_stacked
 
 
 @pytest.mark.parametrize(("kind", "tp", "moe_ep"), [("llama", 4, None), ("gpt_oss", 4, 2), ("phi3", 2, None)])
@@ -45,7 +49,14 @@ def test_slices_of_all_ranks_are_the_whole_weight(models, kind, tp, moe_ep) -> N
     ],
 )
 def test_placements_read_off_shapes_are_those_that_numbers_prove(models, monkeypatch, kind, options) -> None:
-    v = models.shard(kind, 4, **options)
+    proves(models.shard(kind, 4, **options), monkeypatch)
+
+
+def test_placements_of_stacked_matrices_are_those_that_numbers_prove(tmp_path, monkeypatch) -> None:
+    proves(bench(saved_stacked(tmp_path)).shard(2), monkeypatch)
+
+
+def proves(v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Agreement] = []
     init = Agreement.__init__
 

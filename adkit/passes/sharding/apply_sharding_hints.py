@@ -19,6 +19,7 @@ from adkit.passes.pipeline import propagate_values
 from adkit.passes.registry import register
 from adkit.passes.sharding.local_calls import LOCAL_CALLS, Hint, Strategies, bind, ops
 from adkit.passes.sharding.local_weights import Rewriter, Wanted, make_local
+from adkit.passes.sharding.op_kinds import stored
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 
 _WHOLE = DistConfig.of()
@@ -79,7 +80,9 @@ class ApplyShardingHints(Pass):
         if dist.pools > 1:
             self._join_logits(gm, dist)
         ctx.report(f"{len(found)} nodes processed")
+        how = self._strategies(gm, dist)
         details = {
+            "strategies": {"all_reduce": how.all_reduce, "all_gather": how.all_gather},
             "nodes processed": len(found), "rank": dist.rank, "world_size": dist.world_size,
             "by hint": dict(counts), "local weights": len(gm.meta.get(LOCAL, {})),
         }  # fmt: skip
@@ -87,11 +90,7 @@ class ApplyShardingHints(Pass):
 
     def _hints(self, gm: GraphModule, dist: DistConfig) -> list[tuple[Hint, DistConfig]]:
         """Every hint in the graph, with the world that counts for it."""
-        reduce = self.config.allreduce_strategy
-        how = Strategies(
-            dist.allreduce_strategy if reduce == "AUTO" else reduce, self.config.allgather_strategy
-        )
-        plan = gm.meta.get(PLAN)
+        plan, how = gm.meta.get(PLAN), self._strategies(gm, dist)
         gathers = not dist.enable_attention_dp or (isinstance(plan, ShardingPlan) and plan.attention_dp)
         found = []
         for node in gm.graph.nodes:
@@ -104,12 +103,20 @@ class ApplyShardingHints(Pass):
             # A model's own hints gather no tokens of ranks that have their own: only experts do so by themselves.
             active = hinted and self.config.cuts(hint["layer_type"]) and (moe or gathers)
             if linear and (not active or hint["tp_mode"] == "none") and not dist.enable_attention_dp:
-                weight = hint["weight"]
+                weight = stored(hint["weight"])
                 if dist.world_size > 1 and self.config.simple(node.name, str(getattr(weight, "target", ""))):
                     hint, hinted, active = bind(node, how, _SIMPLE), True, True
             if hinted:
                 found.append((hint, dist if active else _WHOLE))
         return found
+
+    def _strategies(self, gm: GraphModule, dist: DistConfig) -> Strategies:
+        """How ranks talk: as this pass was told, else as the plan says, else the world."""
+        plan = gm.meta.get(PLAN)
+        planned = plan if isinstance(plan, ShardingPlan) else ShardingPlan()
+        reduces = (self.config.reduce, planned.allreduce_strategy, dist.allreduce_strategy)
+        gathers = (self.config.allgather_strategy, planned.allgather_strategy)
+        return Strategies(*(next((s for s in told if s != "AUTO"), "AUTO") for told in (reduces, gathers)))
 
     def _join_logits(self, gm: GraphModule, dist: DistConfig) -> None:
         """Each rank has the logits of its own tokens: whoever samples needs those of all. A vocabulary that is cut has
@@ -122,7 +129,7 @@ class ApplyShardingHints(Pass):
             return
         with self.site(gm, [logits], label="join logits", before=output) as s:
             target = ops.torch_dist_all_gather.default
-            joined = s.call(target, (logits, 0, dist.world_size, self.config.allgather_strategy))
+            joined = s.call(target, (logits, 0, dist.world_size, self._strategies(gm, dist).all_gather))
         output.replace_input_with(logits, joined)
 
 

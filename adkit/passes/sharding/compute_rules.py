@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import Node
@@ -11,7 +11,17 @@ from torch.fx import Node
 from adkit.graph.matching import arg, same_size
 from adkit.ops.registry import info_of
 from adkit.passes.sharding.layout_rules import within
-from adkit.passes.sharding.op_kinds import ATTENTION, IN_PLACE, RMSNORM, adkit_ops, aten, elementwise, name_of
+from adkit.passes.sharding.op_kinds import (
+    ATTENTION,
+    EINSUM,
+    IN_PLACE,
+    RMSNORM,
+    adkit_ops,
+    aten,
+    einsum_letters,
+    elementwise,
+    name_of,
+)
 from adkit.passes.sharding.spread import TERM, Share, Spread, rank_of, shape_of
 
 if TYPE_CHECKING:
@@ -69,6 +79,8 @@ def _along(w: Walk, node: Node) -> Spread:
     if dims is None or dims == []:
         raise w.unaccounted(node, f"{name_of(node.target)} goes over every dimension")
     along = {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if s.dim in along and name_of(node.target) == "sum" and s.stacked:
+        return TERM  # each rank adds up its part; heads and features are not summed so: nobody expects that exchange
     if s.dim in along:
         raise w.unaccounted(node, f"{name_of(node.target)} goes over the dimension that is cut")
     val = node.meta["val"]
@@ -169,6 +181,11 @@ def _matmul(w: Walk, node: Node) -> Spread:
         sa.share.join(sb.share)
         sa.share.need(exact=True)
         return TERM
+    if inner_a != inner_b and min(ra, rb) > 1 and (sa if inner_a else sb).stacked:
+        other, dim, lead = (b, rb - 2, sa) if inner_a else (a, ra - 1, sb)
+        if w.found.of(other).kind != "cut":  # weights of experts, say: a rank takes those of its own
+            w.slice(node, other, dim, lead)  # type: ignore[arg-type]
+            return TERM
     if inner_a or inner_b or min(ra, rb) < 2:
         raise w.unaccounted(node, "sums over a dimension of which only one side is cut")
     if sa.kind == "cut" and sa.dim == ra - 2 and sb.kind != "cut":
@@ -178,6 +195,45 @@ def _matmul(w: Walk, node: Node) -> Spread:
     if any(s.kind == "cut" and s.dim >= r - 2 for s, r in ((sa, ra), (sb, rb))):
         raise w.unaccounted(node, "its sides are cut on different dimensions")
     return _broadcast(w, node, (a, b), out)
+
+
+def _baddbmm(w: Walk, node: Node) -> Spread:
+    out = rank_of(node)
+    for a in node.all_input_nodes:
+        s = w.found.of(a)
+        if s.kind == "cut" and s.dim + out - rank_of(a) != 0:
+            raise w.unaccounted(node, "its matrices are cut, not their batch")
+    return _broadcast(w, node, node.args[:3], out)
+
+
+def _einsum(w: Walk, node: Node) -> Spread:
+    """By letters: one that is cut is cut in every operand that has it; one that is summed leaves a term."""
+    found = einsum_letters(node)
+    if found is None:
+        raise w.unaccounted(node, "its equation leaves letters open")
+    inputs, output = found
+    operands = list(zip(cast(Any, node.args[1]), inputs, strict=True))
+    spreads = [(w.found.of(a), letters) for a, letters in operands if w.found.of(a).kind == "cut"]
+    lead, first = spreads[0]
+    letter = first[lead.dim]
+    if any(letters[s.dim] != letter for s, letters in spreads):
+        raise w.unaccounted(node, "its operands are cut on different letters")
+    whole = [
+        (a, letters.index(letter))
+        for a, letters in operands
+        if letter in letters and w.found.of(a).kind != "cut"
+    ]
+    if letter not in output and (lead.share is None or (whole and not lead.stacked)):
+        raise w.unaccounted(node, "sums over a dimension of which only one side is cut")
+    for s, _ in spreads[1:]:
+        w.join(node, lead, s)
+    for a, dim in whole:
+        w.slice(node, a, dim, lead)
+    if letter in output:
+        return lead.at(output.index(letter))
+    for share in lead.shares:
+        share.need(exact=True)
+    return TERM
 
 
 #: The rule of each op.
@@ -190,6 +246,8 @@ COMPUTE_RULES: dict[Any, Callable[[Walk, Node], Any]] = {
     adkit_ops.torch_swiglu_packed.default: _packed,
     ATTENTION: _attention,
     **dict.fromkeys((aten.matmul.default, aten.bmm.default), _matmul),
+    aten.baddbmm.default: _baddbmm,
+    EINSUM: _einsum,
 }
 _ALONG_NAMES = {
     "sum", "mean", "amax", "amin", "argmax", "argmin", "softmax", "_softmax", "log_softmax", "cumsum", "cumprod",

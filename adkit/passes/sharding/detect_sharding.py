@@ -16,11 +16,13 @@ from adkit.ops.hints import is_hint
 from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 from adkit.passes.sharding import sources
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE
+from adkit.passes.sharding.batches import choose_batches
+from adkit.passes.sharding.op_kinds import BATCHED, EMBEDDING, LINEAR, MOE
 from adkit.passes.sharding.planning import check_sizes, make_plan, settled
 from adkit.passes.sharding.regions import Choice, Layout, choose, kind_of_rest, module_of
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, shape_of
+from adkit.passes.sharding.stacks import stack_of
 
 Source = Literal["manual", "factory", "heuristic"]
 Dim = Literal["tp", "ep", "bmm"]
@@ -36,13 +38,13 @@ class DetectShardingConfig(ShardingConfig):
     )
     sharding_dims: list[Dim] = Field(
         ["tp", "ep", "bmm"],
-        description="What may be cut: features and heads of dense layers (tp), experts (ep), batches of products (bmm: "
-        "these follow what they read, so the word changes nothing)",
+        description="What may be cut: features and heads of dense layers (tp), experts (ep), the batch of products "
+        "with stacked matrices that are no experts' op (bmm)",
     )
     factory_source: Literal["huggingface", "unknown"] = Field(
         "unknown",
-        description="Whose plan the factory source is: huggingface, the model config's base_model_tp_plan; unknown: "
-        "factory_config alone",
+        description="Whose plan the factory source is where factory_config gives none: huggingface, the model "
+        "config's base_model_tp_plan and its causal LM's; unknown: none",
     )
     factory_config: dict[str, Any] = Field(
         default_factory=dict,
@@ -107,9 +109,13 @@ class DetectSharding(Pass):
         if dist.world_size == 1:
             return PassInfo(skipped=True, reason="one rank: nothing to cut")
         if any(n.op == "call_function" and is_hint(n.target, n.kwargs) for n in gm.graph.nodes):
-            return PassInfo(skipped=True, reason="the model brings its own hints")
+            told = {self.config.reduce, self.config.allgather_strategy} != {"AUTO"}
+            lost = "; strategies of exchanges count in apply_sharding_hints alone" if told else ""
+            return PassInfo(skipped=True, reason=f"the model brings its own hints{lost}")
         plan = plan_sharding(gm, dist, self.config, getattr(ctx.factory, "config", None))
-        gm.meta[PLAN] = plan
+        gm.meta[PLAN] = replace(
+            plan, allreduce_strategy=self.config.reduce, allgather_strategy=self.config.allgather_strategy
+        )
         ctx.report(plan.summary)
         decided = [r for r in plan if r.decision not in ("whole", "follow")]
         sums = sum(r.reduce for r in plan)
@@ -122,7 +128,7 @@ def plan_sharding(
     """The plan for a canonical graph and a world, without changing either; raises as the pass does."""
     config = config or DetectShardingConfig.model_validate({"stage": Stage.SHARDING})
     layout = Layout.of(gm)
-    choices = _decide(layout, config, hf_config)
+    choices = _decide(layout, config, hf_config, dist)
     choices = {n: _allowed(n, c, config, dist) for n, c in choices.items()}
     if config.shard_all_unprocessed or config.simple_shard_only:
         choices |= _simple(layout, choices, config, dist)
@@ -133,12 +139,12 @@ def plan_sharding(
     return make_plan(gm, choices, found, dist)
 
 
-def _decide(layout: Layout, config: DetectShardingConfig, hf_config: Any) -> Choices:
-    """Choices of the sources in order; each linear, table and op of experts gets one."""
+def _decide(layout: Layout, config: DetectShardingConfig, hf_config: Any, dist: DistConfig) -> Choices:
+    """Choices of the sources in order; each linear, table, op of experts and product with stacked matrices gets one."""
     makers: dict[str, Callable[[Choices], Choices]] = {
         "manual": lambda taken: sources.manual(layout, config.manual_config),
         "factory": lambda taken: sources.factory(layout, _factory_plan(config, hf_config)),
-        "heuristic": lambda taken: choose(layout, taken),
+        "heuristic": lambda taken: _heuristic(layout, taken, config, dist),
     }
     choices: Choices = {}
     for source in config.sharding_source:
@@ -149,9 +155,22 @@ def _decide(layout: Layout, config: DetectShardingConfig, hf_config: Any) -> Cho
         choices |= {n: c for n, c in makers[source](choices).items() if n not in choices}
     why = "no plan names it" if choices else "no source of decisions names it"
     for node in layout.nodes:
-        if node.target in (LINEAR, EMBEDDING, MOE) and node not in choices:
+        if node not in choices and (node.target in (LINEAR, EMBEDDING, MOE) or stack_of(node) is not None):
             choices[node] = Choice("whole", why, *kind_of_rest(layout, node))
     return choices
+
+
+def _heuristic(layout: Layout, taken: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:
+    """What the graph itself says: regions of linears, then batched products beside them."""
+
+    def refused(node: Node, choice: Choice) -> str:
+        stack = stack_of(node)
+        if stack is not None and stack.count % dist.tp_size:
+            return f"{stack.count} stacked matrices are not shared equally by {dist.tp_size} ranks"
+        return _refused(node, choice, config, dist)
+
+    found = choose(layout, taken)
+    return found | choose_batches(layout, taken, found, refused)
 
 
 def _factory_plan(config: DetectShardingConfig, hf_config: Any) -> dict[str, str]:
@@ -163,20 +182,21 @@ def _factory_plan(config: DetectShardingConfig, hf_config: Any) -> dict[str, str
 
 def _allowed(node: Node, choice: Choice, config: DetectShardingConfig, dist: DistConfig) -> Choice:
     """The choice, or whole where the settings keep such layers whole."""
-    if choice.decision == "whole":
-        return choice
-    why = ""
-    if dist.enable_attention_dp and choice.layer_type in ("mha", "mla"):
-        why = "attention data parallelism: every rank has sequences of its own"
-    elif dist.enable_attention_dp and choice.decision != "experts" and config.shard_layers is None:
-        why = "attention data parallelism: every rank has sequences of its own, and shard_layers names no such layers"
-    elif not config.cuts(choice.layer_type):
-        why = f"shard_layers leaves {choice.layer_type} layers whole"
-    elif choice.decision == "experts" and "ep" not in config.sharding_dims:
-        why = "sharding_dims has no ep"
-    elif choice.decision != "experts" and "tp" not in config.sharding_dims:
-        why = "sharding_dims has no tp"
+    why = "" if choice.decision == "whole" else _refused(node, choice, config, dist)
     return replace(choice, decision="whole", why=why) if why else choice
+
+
+def _refused(node: Node, choice: Choice, config: DetectShardingConfig, dist: DistConfig) -> str:
+    """Why the settings keep such a layer whole; empty where they do not."""
+    product = node.target in BATCHED
+    dim = "ep" if choice.decision == "experts" else "bmm" if product else "tp"
+    if dist.enable_attention_dp and (product or choice.layer_type in ("mha", "mla")):
+        return "attention data parallelism: every rank has sequences of its own"
+    if dist.enable_attention_dp and dim != "ep" and config.shard_layers is None:
+        return "attention data parallelism: every rank has sequences of its own, and shard_layers names no such layers"
+    if not config.cuts(choice.layer_type):
+        return f"shard_layers leaves {choice.layer_type} layers whole"
+    return "" if dim in config.sharding_dims else f"sharding_dims has no {dim}"
 
 
 def _simple(layout: Layout, choices: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:

@@ -79,8 +79,9 @@ def _literals(node: Node, rank: int) -> tuple[Any, ...] | None:
     return None
 
 
-def _transpose(w: Walk, node: Node) -> Spread:
-    s, rank = w.found.of(node.args[0]), rank_of(node.args[0])
+def order_of(node: Node) -> list[int]:
+    """Which dimension of its input each dimension of a transpose, permutation or ``t`` is."""
+    rank = rank_of(node.args[0])
     order = list(range(rank))
     if node.target is aten.permute.default:
         order = [int(d) % rank for d in cast(Any, node.args[1])]
@@ -89,7 +90,12 @@ def _transpose(w: Walk, node: Node) -> Spread:
         if len(node.args) == 3:
             a, b = int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
         order[a % rank], order[b % rank] = order[b % rank], order[a % rank]
-    return s.at(order.index(s.dim))
+    return order
+
+
+def _transpose(w: Walk, node: Node) -> Spread:
+    s = w.found.of(node.args[0])
+    return s.at(order_of(node).index(s.dim))
 
 
 def _unsqueeze(w: Walk, node: Node) -> Spread:

@@ -16,6 +16,8 @@ TOPK = adkit_ops.torch_moe_topk.default
 EMBEDDING = aten.embedding.default
 RMSNORM = adkit_ops.torch_rmsnorm.default
 ATTENTION = adkit_ops.torch_attention.default
+EINSUM = aten.einsum.default
+BATCHED = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default, EINSUM}
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default}
 SUMS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
@@ -42,6 +44,15 @@ def stored(weight: Any) -> Node | None:
     if isinstance(weight, Node) and weight.target is aten.t.default:
         weight = weight.args[0]
     return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def einsum_letters(node: Node) -> tuple[list[str], str] | None:
+    """The letters of an einsum's operands and of its result; None for equations that leave something open."""
+    equation = str(node.args[0]).replace(" ", "")
+    inputs, arrow, output = equation.partition("->")
+    parts = inputs.split(",")
+    plain = arrow and "." not in equation and all(len(set(p)) == len(p) for p in (*parts, output))
+    return (parts, output) if plain else None
 
 
 def name_of(target: Any) -> str:

@@ -12,19 +12,18 @@ from adkit.graph.identity import tag_of
 from adkit.graph.placement import PARTIAL, REPLICATED, Decision, PlanRow, ShardingPlan, cut
 from adkit.graph.provenance import layer_of
 from adkit.ops.registry import info_of
-from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, aten, stored
+from adkit.passes.sharding.op_kinds import BATCHED, EMBEDDING, LINEAR, MOE, aten, stored
 from adkit.passes.sharding.regions import WEIGHT_DIM, Choice, module_of, parameter
 from adkit.passes.sharding.rules import Unaccounted, propagate
 from adkit.passes.sharding.spread import Propagation, Share, rank_of, shape_of
+from adkit.passes.sharding.stacks import stack_of
 
-_PRODUCTS = {
-    aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
-    aten.linear.default, aten.conv1d.default,
-}  # fmt: skip
+_PRODUCTS = BATCHED | {aten.addmm.default, aten.mm.default, aten.linear.default, aten.conv1d.default}
 DECISIONS: dict[object, tuple[Decision, ...]] = {
     LINEAR: ("colwise", "rowwise", "gather", "whole"),
     EMBEDDING: ("vocab", "whole"),
     MOE: ("experts", "whole"),
+    **dict.fromkeys(BATCHED, ("batch", "gather", "whole")),
 }
 
 
@@ -89,8 +88,8 @@ def _one_cut_a_weight(decisions: Mapping[Node, Decision], source: str) -> None:
     """A weight that several nodes read is cut along one dimension for all."""
     said: dict[str, tuple[Node, int | None]] = {}
     for node, decision in decisions.items():
-        for name in _weights(node, decision)[0][:1]:
-            dim = WEIGHT_DIM.get(decision)
+        names, dim = _weights(node, decision)
+        for name in names[:1]:
             before = said.setdefault(name, (node, dim))
             if before[1] != dim:
                 raise ShardingError(
@@ -129,7 +128,8 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
     extra = tuple(str(a.target) for a in node.all_input_nodes if parameter(a) and (node, a) in found.sliced)
     summed = node in found.sums or node in found.merged
     if choice is None:
-        if not (extra or summed or node in found.norms):
+        begins = _begins_term(node, found)
+        if not (extra or summed or begins or node in found.norms):
             if node.target in _PRODUCTS and any(
                 parameter(a) and rank_of(a) > 1 for a in node.all_input_nodes
             ):
@@ -137,8 +137,11 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
             return
         kind, region, source = _beside(node, choices)
         why = "its weight goes with what it works on" if extra else "norm over features that are cut"
-        choice = Choice("follow", "terms of ranks add up here" if summed else why, kind, region, source)
+        why = "each rank adds up its own part" if begins else "terms of ranks add up here" if summed else why
+        choice = Choice("follow", why, kind, region, source)
     weights, dim = _weights(node, choice.decision)
+    if choice.decision in ("batch", "gather"):
+        weights += extra  # a bias that is added with the product
     if choice.decision == "follow" and extra:
         weights, dim = extra, next(c.dim for (n, a), c in found.sliced.items() if n is node and parameter(a))
     tag, info = tag_of(node), info_of(node.target)
@@ -157,10 +160,16 @@ def _row(node: Node, choices: Mapping[Node, Choice], found: Propagation) -> Iter
         min_local=_least(node, choice.decision, found),
         sizes=sizes_of(node, found),
         reduce=summed,
-        placement=PARTIAL if summed else found.of(node).placement,
+        placement=PARTIAL if node in found.sums else found.of(node).placement,
         source=choice.source,
         why=choice.why,
     )
+
+
+def _begins_term(node: Node, found: Propagation) -> bool:
+    """True where pieces become a term of a sum over ranks: a product or a sum along what is cut."""
+    term = node in found.sums or found.of(node).kind == "partial"
+    return term and any(found.of(a).kind == "cut" for a in node.all_input_nodes)
 
 
 def _with_tokens(gm: GraphModule, rows: list[PlanRow], found: Propagation) -> list[PlanRow]:
@@ -232,6 +241,8 @@ def _weights(node: Node, decision: Decision) -> tuple[tuple[str, ...], int | Non
         given = node.args[:1]
     elif node.target is MOE:
         given = node.args[3:7]
+    elif (stack := stack_of(node)) is not None:
+        return (stack.name,), None if decision == "whole" else stack.dim
     else:
         return (), None
     return tuple(str(w.target) for a in given if (w := stored(a)) is not None), dim

@@ -19,6 +19,7 @@ from adkit.graph.provenance import module_path_of
 from adkit.passes.sharding.op_kinds import ATTENTION, EMBEDDING, LINEAR, MOE, TOPK, aten, carries, stored
 from adkit.passes.sharding.rules import Unaccounted, Walk
 from adkit.passes.sharding.spread import Propagation, shape_of
+from adkit.passes.sharding.stacks import stack_of
 
 _SAME_IDS = {aten.to.dtype, aten.clone.default, aten.view.default, aten.reshape.default, aten.clamp.default}
 #: Which dimension of its weight a decision cuts.
@@ -120,6 +121,9 @@ def module_of(node: Node) -> str:
     The graph may call a tied weight by its other reader's name: then the module that called counts.
     """
     caller = module_path_of(node)[0]
+    if (stack := stack_of(node)) is not None:
+        owner = stack.name.rpartition(".")[0]
+        return owner if owner.startswith(caller) else caller
     if node.target in (LINEAR, EMBEDDING, MOE):
         owners = [
             str(w.target).rpartition(".")[0] for a in node.all_input_nodes if (w := stored(a)) is not None
@@ -147,7 +151,7 @@ def closest_linears(layout: Layout, end: Node) -> list[Node]:
 def _behind(layout: Layout, end: Node) -> set[Node]:
     """What the input of ``end`` is computed from, back to the closest linears and the residual stream."""
     seen: set[Node] = set()
-    pending = [end.args[0]]
+    pending: list[object] = [end.args[0]] if end.target is LINEAR else list(end.all_input_nodes)
     while pending:
         node = pending.pop()
         if not isinstance(node, Node) or node in seen or node.op != "call_function" or node in layout.stream:
@@ -217,9 +221,9 @@ def _cut_region(
     kind, name = layer_type(layout, end, first), module_of(end)
     found = {n: Choice("whole", why, kind, name) for n, why in outcome.whole.items()}
     for node in outcome.first:
-        found[node] = Choice("colwise", f"makes what {_short(end)} reads", kind, name)
+        found[node] = Choice("colwise", f"makes what {short(end)} reads", kind, name)
     for node in outcome.ends:
-        makers = ", ".join(_short(n) for n in outcome.first)
+        makers = ", ".join(short(n) for n in outcome.first)
         found[node] = Choice("rowwise", f"reads what {makers} cut", kind, name)
     return found
 
@@ -246,7 +250,7 @@ def try_region(layout: Layout, end: Node, first: list[Node], known: Mapping[Node
             if problem.rowwise and problem.node not in known and problem.node not in tried:
                 ends.append(problem.node)  # two linears read the same cut: both end the region
                 continue
-            why = f"{_short(problem.node)} is in the way: {problem.why}"
+            why = f"{short(problem.node)} is in the way: {problem.why}"
             dropped = [n for n in tried if n in problem.owners]
             whole.update(dict.fromkeys(dropped, why))
             tried = [n for n in tried if n not in problem.owners] if dropped else []
@@ -254,7 +258,7 @@ def try_region(layout: Layout, end: Node, first: list[Node], known: Mapping[Node
             continue
         if all(found.of(e.args[0]).kind == "cut" for e in ends):
             return Outcome(tried, ends, whole)
-        why = why or f"{_short(end)} would not read pieces"
+        why = why or f"{short(end)} would not read pieces"
         break
     return Outcome(whole={**dict.fromkeys((*first, end), why or "nothing is left to cut"), **whole})
 
@@ -327,8 +331,10 @@ def kind_of_rest(layout: Layout, node: Node) -> tuple[str, str]:
     return ("moe" if layout.block[node] in layout.expert_blocks else "unknown"), module_of(node)
 
 
-def _short(node: Node) -> str:
-    """The last words of a node's module: ``self_attn.o_proj``."""
+def short(node: Node) -> str:
+    """The last words of a node's module: ``self_attn.o_proj``; of a product's weight, one module may read several."""
+    if (stack := stack_of(node)) is not None:
+        return ".".join(stack.name.removesuffix(".weight").split(".")[-2:])
     if node.target not in (LINEAR, MOE, EMBEDDING):
         return node.name
     return ".".join(module_of(node).split(".")[-2:])

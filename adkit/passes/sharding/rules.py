@@ -20,6 +20,7 @@ from adkit.graph.placement import Decision
 from adkit.passes.sharding.compute_rules import COMPUTE_RULES, rule_by_name
 from adkit.passes.sharding.layout_rules import LAYOUT_RULES, blocks_wanted
 from adkit.passes.sharding.op_kinds import (
+    BATCHED,
     DIVISIONS,
     EMBEDDING,
     LINEAR,
@@ -32,7 +33,18 @@ from adkit.passes.sharding.op_kinds import (
     name_of,
     stored,
 )
-from adkit.passes.sharding.spread import TERM, WHOLE, Propagation, Share, Slices, Spread, rank_of, shape_of
+from adkit.passes.sharding.spread import (
+    STACKED,
+    TERM,
+    WHOLE,
+    Propagation,
+    Share,
+    Slices,
+    Spread,
+    rank_of,
+    shape_of,
+)
+from adkit.passes.sharding.stacks import Stack, stack_of
 
 
 class Unaccounted(Exception):
@@ -50,7 +62,7 @@ class Unaccounted(Exception):
 def propagate(
     gm: GraphModule, decisions: Mapping[Node, Decision], *, attention_dp: bool = False
 ) -> Propagation:
-    """Follow ``decisions`` (colwise, rowwise, gather, vocab, experts; others are whole) through the graph.
+    """Follow ``decisions`` (colwise, rowwise, gather, vocab, experts, batch; others are whole) through the graph.
 
     ``attention_dp``: every rank has tokens of its own, and what experts give back is whole. Raises Unaccounted at the
     first node without a rule.
@@ -68,6 +80,10 @@ class Walk:
         self.decisions, self.attention_dp = decisions, attention_dp
         self.found = Propagation()
         self._own: set[Node] = set()  # with attention_dp: computed from a rank's own tokens
+        self._stacks: dict[Node, list[tuple[Node, Stack]]] = {}  # weights of which ranks have some matrices
+        for node, decision in decisions.items():
+            if decision in ("batch", "gather") and (stack := stack_of(node)) is not None:
+                self._stacks.setdefault(stack.weight, []).append((node, stack))
 
     def visit(self, node: Node) -> None:
         """Find the spread of ``node``, whose inputs were visited."""
@@ -82,14 +98,31 @@ class Walk:
             return
         decision = self.decisions.get(node, "whole")
         spreads = self.found.spreads
+        for weight in node.all_input_nodes:
+            if weight in self._stacks and weight not in spreads:
+                self._cut_stack(weight)
         if decision in ("whole", "follow") and not any(a in spreads for a in node.all_input_nodes):
             return
         result = self._apply(node, decision)
+        if decision in ("batch", "gather") and node.target in BATCHED:
+            result = self._product(node, decision, result)
         if result == TERM and (len(node.users) > 1 or self.attention_dp):
             # one sum serves all readers, and the residual stream is whole; a rank's own tokens meet no one else's
             self.found.sums[node] = list(node.users)
         elif result != WHOLE:
             spreads[node] = result
+
+    def _cut_stack(self, weight: Node) -> None:
+        """A stack is cut where it is read, so that views of it are of a rank's own matrices."""
+        products = [product for product, _ in self._stacks[weight]]
+        stack = self._stacks[weight][0][1]
+        size = int(shape_of(weight)[stack.dim])
+        share = Share(size, tuple(products))
+        share.whole_pieces(stack.count)
+        share.need(exact=True, heads=STACKED)
+        self.found.spreads[weight] = Spread("cut", stack.dim, share)
+        self.found.made[weight] = Slices(stack.dim, share, size)
+        self.found.cuts.update(dict.fromkeys(products, ((size, share),)))
 
     def _apply(self, node: Node, decision: str) -> Spread | tuple[Spread, ...]:
         if self.attention_dp:
@@ -113,6 +146,18 @@ class Walk:
         if rule is None:
             raise self.unaccounted(node, f"no rule for {name_of(node.target)} on pieces")
         return rule(self, node)
+
+    def _product(self, node: Node, decision: str, result: Spread | tuple[Spread, ...]) -> Spread:
+        """A product of a rank's own matrices: in pieces along the batch, or joined."""
+        stack = stack_of(node)
+        if stack is None:
+            raise self.unaccounted(node, "it reads no weight of stacked matrices")
+        if not isinstance(result, Spread) or result.kind != "cut" or result.dim != stack.product_dim:
+            raise self.unaccounted(node, "its other side is cut on another dimension than the batch")
+        if decision == "batch":
+            return result
+        self.found.joined[node] = result.dim
+        return WHOLE
 
     def _same_tokens(self, node: Node) -> None:
         """What works on the tokens of all ranks reads nothing that is of a rank's own, numbers of tokens included."""

@@ -20,8 +20,9 @@ from adkit.passes.registry import register
 from adkit.passes.sharding.layout_rules import PICKS, slice_bounds, slice_dim
 from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, adkit_ops, name_of
 from adkit.passes.sharding.planning import check_sizes, follow, min_local, sizes_of
-from adkit.passes.sharding.settings import ShardingConfig, agreed_world
+from adkit.passes.sharding.settings import WorldConfig, agreed_world
 from adkit.passes.sharding.spread import Propagation, Share, Slices, rank_of
+from adkit.passes.sharding.stacks import stack_of
 
 
 @register
@@ -37,7 +38,7 @@ class ShardingTransformExecutor(Pass):
 
     key = "sharding_transform_executor"
     stage = Stage.SHARDING
-    Config: ClassVar[type[ShardingConfig]] = ShardingConfig
+    Config: ClassVar[type[WorldConfig]] = WorldConfig
 
     def apply(self, gm: GraphModule, ctx: Context) -> PassInfo:
         """Write every hint; ShardingError where the plan (edited, perhaps) contradicts itself."""
@@ -53,7 +54,7 @@ class ShardingTransformExecutor(Pass):
         return PassInfo(num_matches=count)
 
 
-def _kept(row: PlanRow, config: ShardingConfig) -> PlanRow:
+def _kept(row: PlanRow, config: WorldConfig) -> PlanRow:
     """The row, or whole where ``shard_layers`` leaves it out."""
     if row.decision in ("whole", "follow") or config.cuts(row.layer_type):
         return row
@@ -100,6 +101,9 @@ class _Writer:
         self.summed: dict[Node, Node] = {}
         self.parts: dict[tuple[Node, tuple[int, ...]], Node] = {}
         self.kinds: dict[Node, str] = {n: r.layer_type for n, r in rows.items()}
+        for node, row in rows.items():
+            if row.decision in ("batch", "gather") and (stack := stack_of(node)) is not None:
+                self.kinds[stack.weight] = row.layer_type
         for node in gm.graph.nodes:
             self.kinds.setdefault(node, self._kind_behind(node))
         self.needs: dict[Node, list[Node]] = {}
@@ -128,6 +132,8 @@ class _Writer:
                 self._split(node)
             else:
                 self._hint(node)
+            if node in self.found.joined:
+                self._join(node)
             if node in self.found.sums:
                 self._sum(node)
         return self.count
@@ -178,6 +184,15 @@ class _Writer:
                 self.summed[node] = s.call(adkit_ops.reduce_scatter.default, (now, 0), kwargs, like=now)
             else:
                 self.summed[node] = s.call(adkit_ops.all_reduce.default, (now,), kwargs, like=now)
+        self.count += 1
+
+    def _join(self, node: Node) -> None:
+        readers = list(node.users)
+        with self.of.site(self.gm, [node], label="all_gather", before=node.next) as s:
+            args, kwargs = (node, self.found.joined[node]), {"layer_type": self.kinds[node]}
+            self.now[node] = s.call(adkit_ops.all_gather.default, args, kwargs, like=node)
+        for reader in readers:
+            reader.replace_input_with(node, self.now[node])
         self.count += 1
 
     def _merge(self, node: Node) -> None:

@@ -15,8 +15,10 @@ from torch.fx import Node
 
 from adkit.contract import ShardingError, nearest
 from adkit.graph.placement import Decision
+from adkit.passes.sharding.batches import kind_of_product
 from adkit.passes.sharding.op_kinds import EMBEDDING, LINEAR, MOE, stored
 from adkit.passes.sharding.regions import Choice, Layout, closest_linears, kind_of_rest, layer_type, module_of
+from adkit.passes.sharding.stacks import stack_of
 
 #: Styles of transformers and AutoDeploy, and our own words, as decisions for a linear.
 STYLES: dict[str, Decision] = {
@@ -25,6 +27,7 @@ STYLES: dict[str, Decision] = {
     "rowwise_rep": "rowwise", "local_packed_rowwise": "rowwise",
     "colwise_rep": "gather", "colwise_gather_output": "gather", "gather": "gather",
     "vocab": "vocab", "embedding_rowwise": "vocab", "embedding_colwise": "whole",
+    "batch": "batch",
     "experts": "experts", "moe_tp_experts": "experts", "ep_dispatch_experts": "experts", "grouped_gemm": "experts",
     "moe_experts_allreduce": "experts", "moe_identity_expert": "experts",
     "whole": "whole", "none": "whole", "replicate": "whole", "replicated": "whole", "mla_kv_a_proj": "whole",
@@ -50,13 +53,15 @@ def factory(layout: Layout, plan: Mapping[str, str]) -> dict[Node, Choice]:
     return _choices(layout, plan, "factory", must_match=False)
 
 
-def huggingface_plan(hf_config: Any, module: Any = None) -> dict[str, str]:
-    """The tensor-parallel plan of a Hugging Face config, with what the causal LM adds (``lm_head``); empty when
+def huggingface_plan(hf_config: Any) -> dict[str, str]:
+    """The tensor-parallel plan of a Hugging Face config, with what its causal LM adds (``lm_head``); empty when
     none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     inner = hf_config.get_text_config(decoder=True) if hasattr(hf_config, "get_text_config") else hf_config
     plan = dict(getattr(inner, "base_model_tp_plan", None) or {})
-    if plan:
-        plan.update(getattr(module, "_tp_plan", None) or {})
+    if plan and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        plan.update(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(inner)], "_tp_plan", None) or {})
     return {k: v for k, v in plan.items() if isinstance(v, str)}
 
 
@@ -74,7 +79,11 @@ def plan_of(config: Mapping[str, Any], name: str) -> dict[str, str]:
 
 
 def _choices(layout: Layout, plan: Mapping[str, str], source: str, must_match: bool) -> dict[Node, Choice]:
-    targets = {n: names_of(n) for n in layout.nodes if n.target in (LINEAR, EMBEDDING, MOE)}
+    targets = {
+        n: names_of(n)
+        for n in layout.nodes
+        if n.target in (LINEAR, EMBEDDING, MOE) or stack_of(n) is not None
+    }
     every = {name for names in targets.values() for name in names}
     said: dict[Node, tuple[str, Decision]] = {}
     for pattern, style in plan.items():
@@ -88,6 +97,8 @@ def _choices(layout: Layout, plan: Mapping[str, str], source: str, must_match: b
             )
         for node in named:
             fitting = _fitting(node, decision)
+            if fitting is None and not must_match and stack_of(node) is not None:
+                continue  # Hugging Face's words for such weights cut their features
             if fitting is None:
                 raise ShardingError(
                     f"{source} plan: {pattern!r} makes {module_of(node)} {style!r}, which does not fit "
@@ -113,6 +124,8 @@ def _choice(
     kind, region = "vocab" if node is layout.head or node in layout.tokens else "", module_of(node)
     if node.target is MOE:
         kind = "moe"
+    elif stack_of(node) is not None:
+        kind = kind_of_product(layout, node)
     elif node.target is LINEAR and not kind:
         kind, region = _region(layout, node, said)
     return Choice(decision, why, kind or "unknown", region, source)
@@ -134,18 +147,30 @@ def _fitting(node: Node, decision: Decision) -> Decision | None:
         return "whole" if decision == "whole" else "experts"
     if node.target is EMBEDDING:
         return decision if decision in ("vocab", "whole") else None
+    if node.target is not LINEAR:
+        return (
+            "batch"
+            if decision == "experts"
+            else decision
+            if decision in ("batch", "gather", "whole")
+            else None
+        )
     return decision if decision in ("colwise", "rowwise", "gather", "whole") else None
 
 
 def _what(node: Node) -> str:
     if node.target is EMBEDDING:
         return "an embedding: 'vocab' or 'whole'"
+    if node.target is not LINEAR:
+        return "a product with stacked matrices: 'batch', 'gather' or 'whole'"
     return "a linear: 'colwise', 'rowwise', 'gather' or 'whole'"
 
 
 def names_of(node: Node) -> tuple[str, ...]:
     """What a pattern may call a node: its module, its weights, its own name."""
     weights = [str(w.target) for a in node.all_input_nodes if (w := stored(a)) is not None]
+    if (stack := stack_of(node)) is not None:
+        weights.append(stack.name)
     return tuple(dict.fromkeys((module_of(node), *weights, node.name)))
 
 

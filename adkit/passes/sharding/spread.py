@@ -18,6 +18,9 @@ from torch.fx import Node
 
 from adkit.graph.placement import PARTIAL, REPLICATED, Placement, cut
 
+#: What a piece is where stacked matrices are shared out.
+STACKED = "stacked matrices"
+
 
 class Share:
     """One cut of features into ``pieces`` parts that may not be taken apart (features, heads, kv heads).
@@ -57,7 +60,7 @@ class Share:
 
     @property
     def heads(self) -> str:
-        """What a piece is: ``query heads``, ``key/value heads``, or empty for features."""
+        """What a piece is: ``query heads``, ``key/value heads``, :data:`STACKED`, or empty for features."""
         return self.top()._heads
 
     def whole_pieces(self, count: int) -> None:
@@ -110,6 +113,11 @@ class Spread:
         """All shares along the cut dimension."""
         return tuple(s for _, s in self.blocks) or ((self.share,) if self.share is not None else ())
 
+    @property
+    def stacked(self) -> bool:
+        """True for pieces of a batch of matrices, each of which a rank has as a whole."""
+        return self.share is not None and self.share.heads == STACKED
+
     def at(self, dim: int) -> Spread:
         """The same cut, on another dimension."""
         return Spread("cut", dim, self.share, self.blocks)
@@ -135,10 +143,11 @@ class Propagation:
     ``spreads``: of every node reached by a cut or a partial sum (others are replicated; several outputs: a tuple).
     ``cuts``: blocks of each cut linear. ``scaled``: views, and the dimension whose literal counts what is cut, its
     size and shares. ``blocks``: splits and slices along a cut, as block sizes. ``sliced``: (reader, operand) -> what
-    a rank takes of it. ``made``: values without content that are cut as they are made. ``norms`` over a cut
-    dimension. ``sums``: partial value -> its readers that need the sum. ``merged``: node -> (terms, rest), a sum put
-    in another order so that it takes one exchange. ``gathered``: value -> its readers that need the tokens of all
-    ranks, where each has its own.
+    a rank takes of it. ``made``: values that are cut as they are made, for all their readers: such as have no
+    content, and stacks of matrices. ``joined``: batched products whose pieces are joined at once, and along which
+    dimension. ``norms`` over a cut dimension. ``sums``: partial value -> its readers that need the sum. ``merged``:
+    node -> (terms, rest), a sum put in another order so that it takes one exchange. ``gathered``: value -> its
+    readers that need the tokens of all ranks, where each has its own.
     """
 
     spreads: dict[Node, Spread | tuple[Spread, ...]] = field(default_factory=dict)
@@ -149,6 +158,7 @@ class Propagation:
     blocks: dict[Node, tuple[tuple[int, Share], ...]] = field(default_factory=dict)
     sliced: dict[tuple[Node, Node], Slices] = field(default_factory=dict)
     made: dict[Node, Slices] = field(default_factory=dict)
+    joined: dict[Node, int] = field(default_factory=dict)
     norms: set[Node] = field(default_factory=set)
     sums: dict[Node, list[Node]] = field(default_factory=dict)
     merged: dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]] = field(default_factory=dict)

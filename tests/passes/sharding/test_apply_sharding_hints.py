@@ -254,6 +254,17 @@ def test_only_layers_that_are_named_are_cut(tp: int) -> None:
         whole_and_cut(net, x(3, 8), dist, {"shard_layers": ["mpl"]}, **shapes)
 
 
+def test_the_filter_knows_weights_that_are_stored_turned_around() -> None:
+    def net(n: Any, x: torch.Tensor) -> torch.Tensor:
+        return ops.torch_linear_simple(x, n.head.t())
+
+    whole, ranks, graphs, _ = whole_and_cut(
+        net, x(3, 8), DistConfig.of(2), {"simple_shard_filter": "head"}, head=(8, 24)
+    )
+    same(whole, ranks)
+    assert graphs[1].head.shape == (8, 12)
+
+
 def test_a_graph_without_hints_is_left() -> None:
     gm = exported(Net(lambda n, x: ops.torch_linear_simple(x, n.w), w=(4, 6)), x(3, 6))
     before = [(n, n.args, n.meta.get("val")) for n in gm.graph.nodes]

@@ -251,6 +251,9 @@ def test_the_way_out_that_the_error_names_works() -> None:
 def test_a_world_that_contradicts_the_settings() -> None:
     with pytest.raises(ShardingError, match="tp_size=4"):
         planned(canonical("llama"), dist_mapping={"tp": 4})
+    second = DistConfig.of(tp=2).at(1)  # settings are the same on every rank
+    same = {"dist_config": DistConfig.of(tp=2), "dist_mapping": {"tp": 2, "rank": 0}}
+    assert len(planned(canonical("llama"), second, **same)) == 16
     with pytest.raises(ShardingError, match="enable_attention_dp"):
         planned(canonical("llama"), enable_attention_dp=True)
 
@@ -285,3 +288,23 @@ def test_a_plan_of_another_graph() -> None:
     gm.meta[PLAN] = planned(canonical("phi3")).edit("lm_head", "whole")
     with pytest.raises(ShardingError, match=r"made for another one|cannot be"):
         run(gm, "sharding_transform_executor", DistConfig.of(tp=2))
+
+
+def test_the_pass_that_cuts_is_asked_first_how_ranks_talk_then_the_plan_then_the_world() -> None:
+    def talk(world: str = "AUTO", detect: Any = None, cut: Any = None) -> set[str]:
+        dist = DistConfig.of(tp=2, allreduce_strategy=world)
+        gm = canonical("llama")
+        run(gm, "detect_sharding", dist, **(detect or {}))
+        run(gm, "sharding_transform_executor", dist)
+        run(gm, "apply_sharding_hints", dist, **(cut or {}))
+        return {n.args[-1] for n in gm.graph.nodes if "torch_dist" in str(n.target)}
+
+    one, two = {"allreduce_strategy": "ONESHOT"}, {"allreduce_strategy": "TWOSHOT"}
+    named = {"dist_config": DistConfig.of(tp=2, allreduce_strategy="LOWPRECISION")}
+    assert talk() == {"AUTO"}
+    assert talk("NCCL") == {"NCCL", "AUTO"}
+    assert talk("NCCL", one) == {"ONESHOT", "AUTO"}
+    assert talk("NCCL", one, two) == {"TWOSHOT", "AUTO"}
+    assert talk("AUTO", named) == {"LOWPRECISION", "AUTO"}
+    assert talk("AUTO", one, named) == {"LOWPRECISION", "AUTO"}
+    assert talk("AUTO", {"allgather_strategy": "SYMM_MEM"}) == {"AUTO", "SYMM_MEM"}

@@ -69,6 +69,7 @@ def test_hugging_faces_own_plan_is_followed(kind: str) -> None:
     fields = {"stage": Stage.SHARDING, "factory_source": "huggingface"}
     plan = plan_sharding(gm, dist, DetectShardingConfig.model_validate(fields), tiny_config(kind))
     assert "factory" in {r.source for r in plan.find("*.self_attn.*")}
+    assert [(r.decision, r.source) for r in plan.find("lm_head")] == [("gather", "factory")]
     decided = {r.decision for r in plan.find("*.self_attn.*") if r.weights}
     assert ("gather" in decided) == (kind in ("olmo2", "phi3")), "as its config says"
     gm.meta[PLAN] = plan
@@ -78,7 +79,9 @@ def test_hugging_faces_own_plan_is_followed(kind: str) -> None:
 
 
 def test_a_factory_plan_is_only_asked_for() -> None:
-    assert huggingface_plan(tiny_config("llama"))["layers.*.mlp.down_proj"] == "rowwise"
+    theirs = huggingface_plan(tiny_config("llama"))
+    assert theirs["layers.*.mlp.down_proj"] == "rowwise"
+    assert theirs["lm_head"] == "colwise_gather_output"
     plan = planned(
         canonical("llama"), factory_config={"layers.*.mlp.*": "whole", "layers.*.not_there": "colwise"}
     )
