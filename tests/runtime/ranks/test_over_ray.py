@@ -42,7 +42,8 @@ def ray(repo_root: Path):
 
 
 @pytest.mark.slow
-def test_actors_can_have_sequences_of_their_own(ray):
+def test_actors_are_ranks_as_processes_are(ray):
+    """All in one test: a cluster takes longer to come up than all that is asked of it."""
     dist = DistConfig.of(tp=2, enable_attention_dp=True)
     model, device = over_ray.start_actors(TOY, {}, dist, device="cpu")
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
@@ -51,9 +52,6 @@ def test_actors_can_have_sequences_of_their_own(ray):
         answers = live.generate(prompts, GREEDY, progress=False)
     assert [list(a.token_ids) for a in answers] == [Lab.greedy_alone(p, 20, ignore_eos=True) for p in prompts]
 
-
-@pytest.mark.slow
-def test_actors_are_ranks_as_processes_are(ray):
     model, device = over_ray.start_actors(TOY, {}, DistConfig.of(tp=2), device="cpu")
     live = LiveModel(model, engine_of((model, device), overlap=True).config, device=device)
     prompts = [[1, 2, 3], [4, 5]]
