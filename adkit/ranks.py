@@ -80,7 +80,7 @@ def start(
     engine = wb.config.engine
     spelled = {"workbench": {**wb._made_of, **engine.model_dump()}, "passes": [_spell(p) for p in wb._passes]}
     dist = world(tp, moe_ep, attention_dp)
-    with wb.bars:
+    with wb.bars.busy(f"starting {tp} ranks"):
         model, device = starters[executor](
             _BUILDER, spelled, dist, device=engine.device, progress=wb.bars.show, **options
         )

@@ -197,7 +197,7 @@ class Workbench:
         before = self._state
         self.watching.starts(p.key)
         try:
-            with self.bars:
+            with self.bars.busy(p.key):
                 state, step = run_pass(p, before, self._context)
         except BaseException as error:
             self.watching.failed(p.key, error)
@@ -381,25 +381,28 @@ class Workbench:
         """
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
-            return check_step(self, one, **options)
-        return Checks(
-            [
-                check_step(self, s, **options)
-                for s in self._done()
-                if len(s.before) and (s.changed or s.altered)
-            ]
-        )
+            with self.bars.busy(f"checking {one.name}"):
+                return check_step(self, one, **options)
+        steps = [s for s in self._done() if len(s.before) and (s.changed or s.altered)]
+        with self.bars:
+            results = Checks()
+            for s in steps:
+                self.bars.show(len(results), len(steps), "checking steps")
+                results.append(check_step(self, s, **options))
+        return results
 
     def errors(self, step: str | int | Step | None = None, **options: Any) -> Overlay:
         """Each node's numerical error against a wider dtype, to lay over the explorer; see adkit.numerics."""
         from adkit.numerics import node_errors
 
-        return node_errors(self, step, **options)
+        with self.bars.busy("errors"):
+            return node_errors(self, step, **options)
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all
         agree."""
-        return first_bad_step(self, **options)
+        with self.bars.busy("bisecting"):
+            return first_bad_step(self, **options)
 
     # --- using
 
@@ -477,7 +480,8 @@ class Workbench:
         """
         from adkit.sharding import shard
 
-        return shard(self, tp, moe_ep, attention_dp, plan, **config)
+        with self.bars.busy("sharding"):
+            return shard(self, tp, moe_ep, attention_dp, plan, **config)
 
     def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
         """Write the explorer with this walk as one standalone HTML file; returns its path."""
