@@ -73,6 +73,10 @@ class Workbench:
         overrides = [overrides] if isinstance(overrides, str) else list(overrides)
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
+        if dist is not None and not isinstance(dist, DistConfig):
+            raise ConfigError(
+                f"dist is {dist!r}; expected a DistConfig, as adkit.contract.DistConfig.of(tp=2)"
+            )
         settings = load_config(fragments, overrides, **engine)
         self._made_of = {"model": model, "random_weights": random_weights, "seed": seed,
                          "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
