@@ -76,7 +76,17 @@ class Piece:
 def pieces(options: argparse.Namespace) -> list[Piece]:
     """All pieces in order; the quick ones that tell most come first."""
     tiny, out, prefix = options.tiny, options.out, options.prefix
-    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--tb=short", *workers(tiny))
+    pytest = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *workers(tiny),
+    )
     found = []
     for suite in SUITES:
         picked = ("-k", QUICK[suite]) if tiny else ()

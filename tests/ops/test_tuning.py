@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,33 @@ def test_the_fastest_is_measured_once(machine: Machine) -> None:
     assert len(machine.runs) == measured
     machine.best(128, "bfloat16")
     assert len(machine.runs) == 2 * measured
+
+
+def test_candidates_compile_side_by_side(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 3)
+    all_there = threading.Barrier(3)
+    first: set[int] = set()
+
+    def run(settings: dict[str, Any]) -> None:
+        machine.run(settings)
+        if settings["BLOCK"] not in first:
+            first.add(settings["BLOCK"])
+            all_there.wait(timeout=60)
+
+    assert tuning.best("kernel", (64,), WAYS, run) == {"BLOCK": 64}
+    assert not all_there.broken
+
+
+def test_nothing_is_measured_where_a_quick_start_is_asked_for(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADKIT_TUNE", "0")
+    assert machine.best(64) == WAYS[0]
+    assert machine.runs == []
+    monkeypatch.delenv("ADKIT_TUNE")
+    assert machine.best(64) == {"BLOCK": 64}
+    monkeypatch.setenv("ADKIT_TUNE", "0")
+    assert machine.best(64) == {"BLOCK": 64}, "what is known is used"
 
 
 def test_a_new_process_reads_what_the_last_one_found(

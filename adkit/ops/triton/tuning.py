@@ -1,10 +1,10 @@
 """Which launch settings of a kernel are fastest here: measured once a machine, remembered on disk.
 
 Settings are plain dicts, block sizes with ``num_warps`` and ``num_stages``. Where nothing can be measured (the
-interpreter, a CUDA graph being captured) and nothing is remembered, the first candidate runs: put the one
-that is best in general there. Results measured on some devices come with adkit (``tuned/``); what is measured
-here is kept in ``$ADKIT_CACHE_DIR`` (default ``~/.cache/adkit``) and goes before them. To ship what one machine has
-found, copy its file from there to ``tuned/``.
+interpreter, a CUDA graph being captured, ``ADKIT_TUNE=0`` for a quick start) and nothing is remembered, the first
+candidate runs: put the one that is best in general there. Results measured on some devices come with adkit
+(``tuned/``); what is measured here is kept in ``$ADKIT_CACHE_DIR`` (default ``~/.cache/adkit``) and goes before them.
+To ship what one machine has found, copy its file from there to ``tuned/``.
 
 Kernels of a few microseconds cannot be timed one launch at a time, and not with their data in cache: many
 launches are captured in a CUDA graph, over copies of what would come from memory (``streamed``).
@@ -17,6 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _find(
     for remembered in (_read(_local_file()), _read(_packaged_file())):
         if remembered.get(name) in candidates:
             return _found.setdefault((kernel, key), remembered[name])
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() or os.environ.get("ADKIT_TUNE") == "0":
         return candidates[0]
     times = measure(candidates, run, streamed)
     chosen = next(c for c, t in zip(candidates, times, strict=True) if t <= _TIE * min(times))
@@ -94,6 +95,7 @@ def measure(
 
     Raises the last one's error when none does.
     """
+    _compile(candidates, run, streamed)
     copies = _copies(streamed)
     times: list[float] = []
     failure: Exception | None = None
@@ -107,6 +109,22 @@ def measure(
     if failure is not None and min(times) == math.inf:
         raise failure
     return times
+
+
+def _compile(candidates: Sequence[Settings], run: Callable[..., Any], streamed: Sequence[Tensor]) -> None:
+    """Launch each of the settings once, side by side: most of what compiling takes leaves the interpreter to others.
+
+    All on the stream that is current here, whose order keeps launches apart.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+    def launch(settings: Settings) -> None:
+        with torch.cuda.stream(stream), torch.inference_mode():
+            run(settings, *streamed)
+
+    with ThreadPoolExecutor(max(1, min(len(candidates), os.cpu_count() or 1))) as threads:
+        for done in [threads.submit(launch, settings) for settings in candidates]:
+            done.exception()  # what fails here fails again where it is measured, and is told there
 
 
 def _copies(streamed: Sequence[Tensor]) -> list[list[Tensor]]:
