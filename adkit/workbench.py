@@ -494,8 +494,10 @@ class Workbench:
         return write_report(self, path, completions, **options)
 
     def save(self, path: str | Path) -> Path:
-        """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON
-        file."""
+        """Save the run (config, every step, graphs as text and data; no weights, no pickle) as a JSON file.
+
+        ``Workbench.load`` reads it back as Python objects; what pictures are drawn from is ``.record``.
+        """
         from adkit.saving import save
 
         return save(self, path)
@@ -511,7 +513,7 @@ class Workbench:
 
     @staticmethod
     def load(path: str | Path) -> Any:
-        """A saved record, to look at: its steps, diffs, graphs (see :class:`adkit.saving.SavedRun`)."""
+        """A saved run, to look at: its steps, diffs, graphs (see :class:`adkit.saving.SavedRun`)."""
         from adkit.saving import load
 
         return load(path)
