@@ -453,6 +453,11 @@ class Workbench:
             step = next((s for s in self._steps if s.name == "compile_model"), None)
             why = f" ({step.info.reason or step.status})" if step is not None else ""
             raise AdkitError(f"the pipeline ended without a compiled model: compile_model did not run{why}")
+        for done, key in ((self.loaded, "load_weights"), (compiled.caches.tensors, "initialize_cache")):
+            if not done and key in (p.key for p in self._passes if not p.config.enabled):
+                raise AdkitError(
+                    f"the model cannot run: {key} is disabled; wb.enable({key!r}) switches it on again"
+                )
         return compiled
 
     def play(self, **options: Any) -> Playground:
