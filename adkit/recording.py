@@ -4,8 +4,10 @@ to what its steps tell. The format and everything that draws it live in :mod:`ad
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,8 @@ def writer(wb: Workbench) -> RecordWriter:
     """A record of ``wb`` in its light form: heads, rows, graphs; the rest is made when asked for."""
     import adkit
 
-    made = RecordWriter(wb.steps, {p.key: found for p in wb._passes if (found := pass_source(p)) is not None})
+    sources = {p.key: found for p in wb._passes if (found := pass_source(p)) is not None}
+    made = RecordWriter(wb.steps, sources, wb.growing.walked)
     record = made.record
     record.name = portable(wb.name)
     record.about = {
@@ -103,22 +106,37 @@ def explore(
     It opens with what is light; folding, programs, rewrites and costs are made when they are looked at.
     ConfigError for an unknown device or overlays that are none.
     """
-    from adkit.viz.explorer import Explorer
 
     def light() -> RecordWriter:
         made = writer(wb)
         made.device = on
         return made
 
-    try:
-        on = device_named(device)
-        first = light()
-        first.record.overlays = as_overlays(overlays)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    explorer = Explorer(first, again=light)
+    with _heap_left_alone():
+        from adkit.viz.explorer import Explorer
+
+        try:
+            on = device_named(device)
+            first = light()
+            first.record.overlays = as_overlays(overlays)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        explorer = Explorer(first, again=light)
     wb.watching.add(explorer)
     return explorer
+
+
+@contextmanager
+def _heap_left_alone() -> Iterator[None]:
+    """Garbage is looked for among new objects alone: after a large walk one look at all takes 0.4 s, which can wait."""
+    if gc.get_freeze_count():  # somebody wants it so for longer
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def pass_source(p: Pass) -> PassSource | None:

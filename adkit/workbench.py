@@ -18,6 +18,7 @@ from adkit.editing import a_pass, beside, with_config
 from adkit.graph.history import Trace, descendants
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step, Steps
+from adkit.growing import Growing
 from adkit.models import ModelFactory, resolve
 from adkit.models.loading import LOCAL, graph_memory
 from adkit.models.memory import MemoryEstimate
@@ -98,6 +99,7 @@ class Workbench:
             dist=dist or DistConfig.of(),
         )  # fmt: skip
         self.watching = Watching(self)
+        self.growing = Growing()
         self._context.progress, self._context.overheard = self._progress, self.watching.log
         self._passes: list[Pass] = ordered(get_pass(k)(c) for k, c in settings.transforms.items())
         self._state = State()
@@ -213,6 +215,7 @@ class Workbench:
         self._history, self._state = [*self._history, replace(before, module=None)], state
         if step.status == "failed":
             self._mend()
+        self.growing.ran(self._done())
         return step
 
     def rewind(self, to: str | int = 0) -> Workbench:
@@ -532,6 +535,7 @@ class Workbench:
             ]
         for s in self._steps:
             s._checker, s._profiler = self.check, self.profile
+        self.growing.keep(self._steps)
         self.watching.changed()
 
     def _progress(self, done: int, total: int, what: str) -> None:

@@ -59,6 +59,7 @@ def recording_bytes(name: str, cache: str) -> int:
     """Bytes that the whole record holds on to: what is freed when only the last graph is kept."""
     tracemalloc.start()
     wb = bench(name, cache).run()
+    wb.growing.keep([])
     gc.collect()
     full = tracemalloc.get_traced_memory()[0]
     wb._steps, wb._history = [], []
@@ -67,6 +68,27 @@ def recording_bytes(name: str, cache: str) -> int:
     rest = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return full - rest
+
+
+def telling(name: str, cache: str) -> dict[str, float]:
+    """Seconds and bytes of telling a walk for the explorer, which a Workbench does while it runs if it exports."""
+    wb = bench(name, cache).run()
+    for traced in (False, True):
+        wb.growing.keep([])
+        for s in wb.steps:
+            s._diff = None
+        gc.collect()
+        if traced:
+            tracemalloc.start()
+        start = time.perf_counter()
+        wb.growing.walked.follow(wb.steps)
+        _ = repr(wb.steps)
+        if not traced:
+            seconds = time.perf_counter() - start
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return {"telling": round(seconds, 3), "telling_megabytes": round(held / 1e6, 1)}
 
 
 def seeing(name: str, cache: str) -> dict[str, object]:
@@ -173,6 +195,7 @@ def main() -> None:
             timed[name] = {k: round(statistics.median(r[k] for r in runs), 3) for k in runs[0]}
             timed[name]["recording_share"] = round(timed[name]["recording"] / timed[name]["passes"], 3)
             timed[name]["recording_megabytes"] = round(recording_bytes(name, cache) / 1e6, 1)
+            timed[name] |= telling(name, cache)
             print(f"{name}: {timed[name]}", flush=True)
         looked = seen(names, cache)
     result |= {

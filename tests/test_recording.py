@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from adkit.contract import AdkitError, ConfigError
@@ -59,6 +61,20 @@ def test_explore_starts_at_the_last_change(wb):
     explorer = wb.explore()
     assert explorer.step_name == [s.name for s in wb.steps if s.changed][-1]
     assert explorer.goto("fuse_gemms").step == wb.steps.keys().index("fuse_gemms")
+
+
+def test_the_garbage_collector_gets_the_heap_back(wb):
+    gc.unfreeze()
+    wb.explore()
+    with pytest.raises(ConfigError):
+        wb.explore(device="abacus")
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        wb.explore()
+        assert gc.get_freeze_count() > 0, "somebody else froze it"
+    finally:
+        gc.unfreeze()
 
 
 def test_the_report_is_a_page_with_the_completions(wb, tmp_path):

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from adkit.contract import AdkitError, DistConfig
 from adkit.graph.snapshot import take
+from adkit.growing import Growing
 from adkit.models import ModelFactory
 from adkit.passes.pipeline import State, rebuild
 from adkit.passes.tensors import put_tensor, take_stamps, tensor_at
@@ -41,7 +42,7 @@ def fork(
     else:
         start, new._state = 0, State()
     new._passes, new._engine, new._served = list(wb._passes), None, []
-    new.watching = Watching(new)
+    new.watching, new.growing = Watching(new), Growing()
     new._history = wb._history[:start]
     new._steps = [replace(s) for s in wb._steps[:start]]
     new._bind()

@@ -1,14 +1,16 @@
 """Rows of a record: every version of every node stored once, and the tables that rows index.
 
-:class:`Rows` is what :mod:`adkit.viz.record.write` asks; it is written for speed, since a walk has 20,000 rows and an
-explorer shows nothing before them: a column at a time, and nothing worked out twice.
+:class:`Rows` is what :mod:`adkit.viz.record.walked` asks; it is written for speed, since a walk has 20,000 rows and an
+explorer shows nothing before them: a column at a time, and nothing worked out twice. Everything is appended, so it can
+also be cut back to what it was.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,31 +23,48 @@ from adkit.viz.record import format as f
 _PARAMETER = re.compile(r"\.[^.]+$")
 #: Stands for an input in a call's text, where repr() would not leave it.
 _INPUT = "\0"
+_Part = TypeVar("_Part", bound=f.Part)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How many there were of everything that :class:`Rows` appends to."""
+
+    nodes: int
+    modules: int
+    sources: int
+    values: int
+    seen: int
+    targets: int
+    calls: int
+    texts: int
+    types: int
 
 
 class Rows:
-    """The rows of ``record``, which :meth:`of` adds to; ``nodes`` is the node of each."""
+    """Rows and the tables they index, which :meth:`of` adds to; ``nodes`` is the node of each row."""
 
-    def __init__(self, record: f.Record) -> None:
-        self.record = record
+    def __init__(self) -> None:
         self.nodes: list[NodeRecord] = []
         self.modules: dict[str, int] = {}
-        self._rows: dict[int, int] = {}
+        self._rows, self._module_table, self._source_table = f.Rows(), f.Modules(), f.Sources()
+        self._value_table: list[f.Value] = []
+        self._target_table: list[f.Target] = []
+        self._known: dict[int, int] = {}
         self._texts: dict[str, int] = {}
         self._types: dict[str, int] = {}
-        self._sources: dict[Source | None, int] = {None: -1}
+        self._sources: dict[Source, int] = {}
         self._values: dict[Any, int] = {}
         self._seen: dict[int, int] = {}
         self._targets: dict[tuple[str, str], int] = {}
         self._calls: dict[str, int] = {}
-        record.categories = [f.Category(name=n, fill=a, border=b) for n, (a, b) in COLOURS.items()]
         self._category = {name: k for k, name in enumerate(COLOURS)}
         self.text("")
         self._module("")
 
     def of(self, s: Snapshot) -> list[int]:
         """The row of every node of ``s``, in order; most are known from the graph before."""
-        known = self._rows
+        known = self._known
         new = [n for n in s if id(n) not in known]
         for n in new:
             known[id(n)] = len(known)
@@ -53,8 +72,47 @@ class Rows:
         self._add(new)
         return [known[id(n)] for n in s]
 
+    def unknown(self, s: Snapshot) -> int:
+        """How many rows ``s`` would add."""
+        return sum(id(n) not in self._known for n in s)
+
+    def mark(self) -> Mark:
+        """How much there is, for :meth:`cut`."""
+        return Mark(
+            len(self.nodes), len(self.modules), len(self._sources), len(self._values), len(self._seen),
+            len(self._targets), len(self._calls), len(self._texts), len(self._types),
+        )  # fmt: skip
+
+    def cut(self, to: Mark) -> None:
+        """Drop all that was added since ``to``."""
+        del self.nodes[to.nodes :], self._value_table[to.values :], self._target_table[to.targets :]
+        _cut(self._rows, to.nodes)
+        _cut(self._module_table, to.modules)
+        _cut(self._source_table, to.sources)
+        for known, size in (
+            (self._known, to.nodes), (self.modules, to.modules), (self._sources, to.sources),
+            (self._values, to.values), (self._seen, to.seen), (self._targets, to.targets),
+            (self._calls, to.calls), (self._texts, to.texts), (self._types, to.types),
+        ):  # fmt: skip
+            while len(known) > size:
+                known.popitem()
+
+    def write(self, record: f.Record) -> None:
+        """Put all there is so far into ``record``, which stays as it is when more is added.
+
+        Class names: a module that no node named is told by the same place in another layer.
+        """
+        general = {without_layer(path): kind for path, kind in self._types.items()}
+        record.rows, record.sources = _copy(self._rows), _copy(self._source_table)
+        record.modules = _copy(self._module_table)
+        record.modules.type = [self._types.get(p, general.get(without_layer(p), 0)) for p in self.modules]
+        record.values, record.targets = list(self._value_table), list(self._target_table)
+        record.calls = [text.split(_INPUT) for text in self._calls]
+        record.texts = list(self._texts)
+        record.categories = [f.Category(name=n, fill=a, border=b) for n, (a, b) in COLOURS.items()]
+
     def _add(self, nodes: list[NodeRecord]) -> None:
-        rows = self.record.rows
+        rows = self._rows
         rows.node += [n.id for n in nodes]
         rows.name += [self.text(n.name) for n in nodes]
         rows.op += [f.OPS.index(n.op) for n in nodes]
@@ -67,18 +125,6 @@ class Rows:
         for n in nodes:
             rows.inputs.items += n.inputs()
             rows.inputs.starts.append(len(rows.inputs.items))
-
-    def finish(self) -> None:
-        """Write down what was collected beside the rows.
-
-        Class names: a module that no node named is told by the same place in another layer.
-        """
-        general = {without_layer(path): kind for path, kind in self._types.items()}
-        self.record.modules.type = [
-            self._types.get(p, general.get(without_layer(p), 0)) for p in self.modules
-        ]
-        self.record.calls = [text.split(_INPUT) for text in self._calls]
-        self.record.texts = list(self._texts)
 
     def text(self, text: str) -> int:
         """The index of a text."""
@@ -99,7 +145,7 @@ class Rows:
         above, _, name = path.rpartition(".")
         parent = self._module(above) if path else -1
         made = self.modules[path] = len(self.modules)
-        table = self.record.modules
+        table = self._module_table
         table.parent.append(parent)
         table.name.append(self.text(name))
         table.path.append(self.text(path))
@@ -108,12 +154,13 @@ class Rows:
         return made
 
     def _source(self, source: Source | None) -> int:
+        if source is None:
+            return -1
         known = self._sources.get(source)
         if known is not None:
             return known
-        assert source is not None
-        made = self._sources[source] = len(self._sources) - 1
-        table = self.record.sources
+        made = self._sources[source] = len(self._sources)
+        table = self._source_table
         table.file.append(self.text(source.file))
         table.line.append(source.line)
         table.function.append(self.text(source.function))
@@ -138,7 +185,7 @@ class Rows:
         value = f.Value(text=value_text(n.val))
         if tensor:
             value.shape, value.dtype = list(n.shape or ()), dtype_text(n.dtype)
-        self.record.values.append(value)
+        self._value_table.append(value)
         made = self._values[key] = len(self._values)
         return made
 
@@ -150,9 +197,28 @@ class Rows:
         name = n.target_name
         signature = str(n.target._schema) if isinstance(n.target, torch._ops.OpOverload) else ""
         short = op_text(n) if n.op == "call_function" else name
-        self.record.targets.append(f.Target(name=name, short=short, signature=signature))
+        self._target_table.append(f.Target(name=name, short=short, signature=signature))
         made = self._targets[key] = len(self._targets)
         return made
+
+
+def _cut(table: f.Rows | f.Modules | f.Sources, size: int) -> None:
+    """Keep the first ``size`` entries of each column."""
+    for _, column in table:
+        if isinstance(column, f.Ragged):
+            del column.starts[size + 1 :], column.items[column.starts[size] :]
+        else:
+            del column[size:]
+
+
+def _copy(part: _Part) -> _Part:
+    """A part with lists of its own."""
+    own: dict[str, Any] = {k: _own(v) if isinstance(v, f.Ragged) else list(v) for k, v in part}
+    return type(part).model_construct(None, **own)
+
+
+def _own(lists: f.Ragged) -> f.Ragged:
+    return f.Ragged.model_construct(starts=list(lists.starts), items=list(lists.items))
 
 
 def value_text(v: Any) -> str:
@@ -197,4 +263,4 @@ def _each(values: Iterable[Any]) -> str:
     return ", ".join(map(_told, values))
 
 
-__all__ = ["Rows", "call_text", "value_text"]
+__all__ = ["Mark", "Rows", "call_text", "value_text"]

@@ -1,4 +1,4 @@
-"""From steps to a record: rows stored once (:mod:`~adkit.viz.record.rows`), each graph as splices of the one before.
+"""From steps to a record: what :mod:`~adkit.viz.record.walked` tells of the graphs, and what the steps say themselves.
 
 :class:`RecordWriter` makes the light part first (rows, graphs, steps); the dear parts (folding, program,
 rewrite classes with pictures) are made a graph or a step at a time, so that a live explorer opens at once.
@@ -11,16 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adkit.graph.code import Symbols, lines
+from adkit.graph.code import lines
 from adkit.graph.cost import Device, NodeCost, device_named, node_costs
 from adkit.graph.diff import Diff, RewriteClass
 from adkit.graph.serialize import portable
-from adkit.graph.snapshot import NodeRecord, Snapshot
+from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.viz.picture import rewrite_picture
 from adkit.viz.record import format as f
-from adkit.viz.record.rows import Rows
-from adkit.viz.record.splice import moved, ragged, runs, splices
+from adkit.viz.record.splice import ragged, runs
+from adkit.viz.record.walked import Told, Walked
 
 #: What costs are counted for unless told otherwise: one prompt of this many tokens, then one token after it.
 CONTEXT = 2048
@@ -51,106 +51,32 @@ WORKLOADS = (
 class RecordWriter:
     """Builds a :class:`~adkit.viz.record.format.Record` of ``steps``.
 
-    ``sources`` gives the code of a pass by step name. The record grows: :meth:`view` and :meth:`rewrites`
+    ``sources`` gives the code of a pass by step name; ``walked`` what was told of these or other steps before, which
+    saves telling it again and is told the rest. The record grows: :meth:`view` and :meth:`rewrites`
     fill in one graph or one step, :meth:`complete` all of them, :meth:`costs` the costs.
     """
 
-    def __init__(self, steps: Iterable[Step], sources: Mapping[str, f.PassSource] | None = None) -> None:
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        sources: Mapping[str, f.PassSource] | None = None,
+        walked: Walked | None = None,
+    ) -> None:
         self.steps = list(steps)
-        self.sources = sources or {}
         #: What costs are told for when they are asked for later (:meth:`costed`).
         self.device: Device | str = "H100 SXM"
-        self.snapshots: list[Snapshot] = []
         self.record = f.Record(name="")
-        self.rows = Rows(self.record)
-        self._lists: list[list[int]] = []
-        self._walk()
-
-    # --- the light part
-
-    def _walk(self) -> None:
-        graphs: dict[int, int] = {}
-
-        def graph(s: Snapshot, base: int) -> int:
-            if not len(s):
-                return -1
-            if id(s) not in graphs:
-                graphs[id(s)] = self._graph(s, base)
-            return graphs[id(s)]
-
-        born: dict[int, int] = {}
-        gone: dict[int, int] = {}
-        last, told = -1, 0
-        for k, s in enumerate(self.steps):
-            before = graph(s.before, last)
-            after = before if not s.changed else graph(s.after, before)
-            if not s.changed and len(s.after):
-                graphs[id(s.after)] = after = before if before >= 0 else graph(s.after, last)
-            for n in self.rows.nodes[told:]:
-                born.setdefault(n.id, k)
-            told = len(self.rows.nodes)
-            step = self._step(s, before, after)
-            if after != before:
-                gone.update(dict.fromkeys(s.diff.erased, k))
-            self.record.steps.append(step)
-            last = after if after >= 0 else last
-        self._nodes(born, gone)
-        self.rows.finish()
-
-    def _step(self, s: Step, before: int, after: int) -> f.Step:
-        same = before == after or before < 0 or after < 0
-        changed = set() if same else set(s.diff.changed)
-        old = s.before.by_id
-        fresh = [] if same else [(o, n) for n in s.after if (o := old.get(n.id)) is not n and o is not None]
-        rewired = [n.id for o, n in fresh if n.id not in changed and _differs(o, n)]
-        return f.Step(
-            name=s.name,
-            stage=str(s.stage),
-            status=s.status,
-            doc=s.doc,
-            config=_plain(s.config),
-            reason=portable(s.info.reason),
-            summary=portable(s.summary()),
-            matches=s.info.num_matches,
-            details=_plain(s.info.details),
-            log=[portable(str(x)) for x in s.log],
-            seconds=s.seconds,
-            record_seconds=s.record_seconds,
-            memory_bytes=s.memory_bytes,
-            altered=list(s.altered),
-            before=before,
-            after=after,
-            created=0 if before == after else len(s.diff.created),
-            erased=0 if before == after else len(s.diff.erased),
-            changed=sorted(changed),
-            rewired=rewired,
-            moved=[] if same else moved(s.before, s.after),
-            rewrites=[] if same else None,
-            source=self.sources.get(s.name),
-        )
-
-    def _graph(self, s: Snapshot, base: int) -> int:
-        symbols = Symbols(s)
-        new = self.rows.of(s)
-        edits = splices(self._lists[base] if base >= 0 else [], new)
-        self.snapshots.append(s)
-        self._lists.append(new)
-        self.record.graphs.append(
-            f.Graph.model_construct(
-                size=len(s), base=base, splices=edits, symbols=dict(symbols.names), view=None
-            )
-        )
-        return len(self.snapshots) - 1
-
-    def _nodes(self, born: dict[int, int], gone: dict[int, int]) -> None:
-        origins = {n.id: n.origins for n in self.rows.nodes}
-        nodes = self.record.nodes
-        for i in sorted(origins):
-            nodes.id.append(i)
-            nodes.born.append(born[i])
-            nodes.gone.append(gone.get(i, -1))
-            nodes.origins.items.extend(origins[i])
-            nodes.origins.starts.append(len(nodes.origins.items))
+        walked = walked or Walked()
+        with walked.lock:
+            walked.follow(self.steps)
+            self.snapshots = list(walked.snapshots)
+            self._lists = list(walked.lists)
+            self._modules = dict(walked.rows.modules)
+            walked.rows.write(self.record)
+            self.record.nodes = walked.nodes()
+            self.record.graphs = [g.model_copy() for g in walked.graphs]
+            told = list(walked.told)
+        self.record.steps = [_step(s, t, sources or {}) for s, t in zip(self.steps, told, strict=True)]
 
     # --- the dear parts
 
@@ -197,7 +123,7 @@ class RecordWriter:
         step = self.record.steps[k]
         if step.rewrites is None:
             s = self.steps[k]
-            step.rewrites = [rewrite_of(s, r, self.rows.modules) for r in s.rewrites]
+            step.rewrites = [rewrite_of(s, r, self._modules) for r in s.rewrites]
         return step.rewrites
 
     def complete(self) -> f.Record:
@@ -219,7 +145,7 @@ class RecordWriter:
         on = device_named(device)
         for w in workloads:
             table: dict[tuple[float, float, float, str], int] = {}
-            found = [-1] * len(self.rows.nodes)
+            found = [-1] * len(self.record.rows.node)
             sizes: Mapping[str, int] = {}
             for s, rows in zip(self.snapshots, self._lists, strict=True):
                 packed = any(n.op == "placeholder" and n.target == "page_table" for n in s)
@@ -275,8 +201,33 @@ def rewrite_of(s: Step | Diff, r: RewriteClass, modules: Mapping[str, int]) -> f
     return made
 
 
-def _differs(a: NodeRecord, b: NodeRecord) -> bool:
-    return bool(a.target != b.target or a.args != b.args or a.kwargs != b.kwargs)
+def _step(s: Step, told: Told, sources: Mapping[str, f.PassSource]) -> f.Step:
+    same = told.before == told.after or told.before < 0 or told.after < 0
+    return f.Step(
+        name=s.name,
+        stage=str(s.stage),
+        status=s.status,
+        doc=s.doc,
+        config=_plain(s.config),
+        reason=portable(s.info.reason),
+        summary=portable(s.summary()),
+        matches=s.info.num_matches,
+        details=_plain(s.info.details),
+        log=[portable(str(x)) for x in s.log],
+        seconds=s.seconds,
+        record_seconds=s.record_seconds,
+        memory_bytes=s.memory_bytes,
+        altered=list(s.altered),
+        before=told.before,
+        after=told.after,
+        created=told.created,
+        erased=len(told.erased),
+        changed=list(told.changed),
+        rewired=list(told.rewired),
+        moved=list(told.moved),
+        rewrites=[] if same else None,
+        source=sources.get(s.name),
+    )
 
 
 def _cost_row(c: NodeCost) -> tuple[float, float, float, str]:
