@@ -23,6 +23,7 @@ from adkit.contract import (
     CachePool,
     CompiledModel,
     ConfigError,
+    MemoryLimitError,
     SequenceBatch,
     nearest,
 )
@@ -30,6 +31,7 @@ from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.models.export import retarget_device
 from adkit.models.loading import FUSED, graph_tensor_names, load_graph_tensors
+from adkit.models.memory import free_bytes, human
 from adkit.passes.pipeline import rebuild
 from adkit.passes.tensors import Stamps, put_tensor, tensor_at
 from adkit.site_checking import CannotRun, SiteChecker
@@ -339,8 +341,15 @@ def runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, see
     gm = rebuild(snapshot, holder)
     missing = [n for n in graph_tensor_names(gm) if cast(Tensor, tensor_at(gm, n)).is_meta]
     if missing:
+        size = sum({n: cast(Tensor, tensor_at(gm, n)).nbytes for n in missing}.values())
+        if size > (free := free_bytes(wb.device)):
+            raise MemoryLimitError(
+                f"to run this graph of {wb.name!r} takes {human(size)} of {source} weights, and {wb.device} has "
+                f"{human(free)} free: use a smaller dtype, another device, or a config with fewer layers"
+            )
         factory = wb.factory.with_random_weights(seed) if source == "random" else wb.factory
-        load_graph_tensors(gm, factory, missing, wb.device)
+        with wb.bars as bars:
+            load_graph_tensors(gm, factory, missing, wb.device, bars.loading)
     retarget_device(gm, wb.device)
     gm.recompile()
     return gm

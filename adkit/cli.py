@@ -14,7 +14,12 @@ from adkit.bench.commands import app as bench
 from adkit.contract import AdkitError, Completion, ConfigError
 from adkit.graph.step import Step
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Turn a Hugging Face model into an inference engine, one inspectable step at a time.",
+    pretty_exceptions_enable=False,
+)
 
 app.add_typer(bench, name="bench")
 
@@ -59,8 +64,12 @@ def run(
     from adkit.ranks import place
 
     start = time.perf_counter()
+    # What would only fail once everything has run is said before.
+    params = SamplingParams(max_tokens=max_tokens)
     if prompt and until is not None:
         raise ConfigError("--prompt needs the whole pipeline: leave out --until")
+    if not all(prompt):
+        raise ConfigError("--prompt is empty; give at least one character")
     what: dict[str, Any] = {
         "model": model, "config": list(config), "overrides": overrides, "random_weights": random_weights,
         "trust_remote_code": trust_remote_code,
@@ -73,7 +82,7 @@ def run(
                 "ranks need the whole pipeline: leave out --until (wb.shard(tp=...) shows one step by step)"
             )
         wb = Workbench(**{**what, **here.settings})
-        _walk(wb, until, prompt, SamplingParams(max_tokens=max_tokens), report, save, record)
+        _walk(wb, until, prompt, params, report, save, record)
     print(f"\n{time.perf_counter() - start:.1f} s")
 
 
@@ -90,6 +99,10 @@ def _walk(
         f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: "
         f"{wb.factory.weights}"
     )
+    if prompt and wb.factory.weights == "none":
+        raise ConfigError(
+            f"--prompt needs weights, and {wb.name!r} has none: {wb.factory.why_no_weights} (here: --random-weights)"
+        )
     stages = _StageLines()
     wb.run(until, on_step=stages.add)
     stages.flush()
@@ -213,6 +226,10 @@ def view(
     data = _record(record)
     stem = record.name.removesuffix(".gz").removesuffix(".json")
     target = out if out is not None else record.with_name(f"{stem}.html")
+    if target.exists() and target.samefile(record):
+        raise ConfigError(
+            f"--out {str(out)!r} is the record itself, which an export would replace; name another file"
+        )
     try:
         made = write_page(data, target) if target.suffix == ".html" else export(data, target)
     except (RecordError, OSError) as error:

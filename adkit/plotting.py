@@ -34,7 +34,7 @@ class Plots:
         return plots.time_by_pass(self._wb.steps)
 
     def memory(self) -> Plot:
-        """Tensor memory on the device, step by step, in GiB."""
+        """Tensor memory on the device after each step that changed it, in GiB; a CPU's is not measured."""
         return plots.memory(self._wb.steps)
 
     def cost(

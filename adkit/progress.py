@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-_QUIET_SECONDS = 2
+_QUIET_SECONDS = 2.0
+_TICK_SECONDS = 0.5
 
 
 class Bars:
@@ -13,6 +17,46 @@ class Bars:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._bars: dict[str, Any] = {}
+        self._at_work: list[str] = []
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Around work that may not say how far it is: then its name and the seconds it takes are shown.
+
+        A thread tells them, because the work itself has no moment to. Within other such work it is named after that.
+        """
+        over = threading.Event()
+        self._at_work.append(what)
+        clock = None
+        if self.enabled and len(self._at_work) == 1:
+            clock = threading.Thread(target=self._tick, args=(over,), name="adkit-progress", daemon=True)
+            clock.start()
+        try:
+            with self:
+                yield
+        finally:
+            over.set()
+            if clock is not None:
+                clock.join()
+            self._at_work.pop()
+
+    def _tick(self, over: threading.Event) -> None:
+        if over.wait(_QUIET_SECONDS):
+            return
+        from tqdm.auto import tqdm
+
+        bar: Any = None
+        while not over.wait(_TICK_SECONDS):
+            if bar is None and not self._bars:  # a bar that tells more makes this one needless
+                # Not drawn before it is told what it stands for.
+                bar = tqdm(bar_format="{desc}: {elapsed}", leave=False, delay=1e-9)
+                if bar.disable:  # TQDM_DISABLE
+                    return
+                bar.start_t -= _QUIET_SECONDS + _TICK_SECONDS
+            if bar is not None:
+                bar.set_description_str(" / ".join(self._at_work))
+        if bar is not None:
+            bar.close()
 
     def show(self, done: int, total: int, what: str) -> None:
         """So much of ``what`` is done; counts over a million are bytes."""

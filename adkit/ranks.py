@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +47,8 @@ def build(
 
 def world(tp: int, moe_ep: int | None = None, attention_dp: bool = False) -> DistConfig:
     """A world of ``tp`` ranks; ShardingError for a number that cannot be."""
-    if tp < 1:
-        raise ShardingError(f"tp is {tp}; give the number of ranks, 1 or more")
+    if not isinstance(tp, int) or tp < 1:
+        raise ShardingError(f"tp is {tp!r}; give the number of ranks, 1 or more")
     return DistConfig.of(tp, moe_ep, enable_attention_dp=attention_dp)
 
 
@@ -69,6 +70,7 @@ def start(
     one). Raises ShardingError for ranks that cannot be had, the error of a rank that cannot be built, RankError where a
     rank ended.
     """
+    dist = world(tp, moe_ep, attention_dp)
     starters: dict[str, Any] = {"processes": start_processes, "ray": start_actors}
     if executor not in starters:
         raise ConfigError(f"executor is {executor!r}; expected one of: {', '.join(starters)}")
@@ -77,10 +79,14 @@ def start(
         raise ConfigError(
             f"unknown option {min(unknown)!r} of llm(tp=...); known: {', '.join(sorted(known))}"
         )
+    if "port" in options and options["port"] not in range(1 << 16):
+        raise ConfigError(f"port is {options['port']!r}; expected a number up to 65535 (0: a free one)")
+    seconds = options.get("timeout", 1)
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ConfigError(f"timeout is {seconds!r}; expected seconds, more than 0")
     engine = wb.config.engine
     spelled = {"workbench": {**wb._made_of, **engine.model_dump()}, "passes": [_spell(p) for p in wb._passes]}
-    dist = world(tp, moe_ep, attention_dp)
-    with wb.bars:
+    with wb.bars.busy(f"starting {tp} ranks"):
         model, device = starters[executor](
             _BUILDER, spelled, dist, device=engine.device, progress=wb.bars.show, **options
         )

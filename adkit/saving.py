@@ -52,7 +52,7 @@ class SavedRun:
 
 
 def save(wb: Workbench, path: str | Path) -> Path:
-    """Write ``wb``'s record to ``path``, whole or not at all."""
+    """Write ``wb``'s run to ``path``, whole or not at all."""
     import adkit
 
     writer = SnapshotWriter()
@@ -102,7 +102,7 @@ def save(wb: Workbench, path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> SavedRun:
-    """Read a record; AdkitError when the file is not one."""
+    """Read a saved run; AdkitError when the file is not one."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -112,16 +112,22 @@ def load(path: str | Path) -> SavedRun:
         raise AdkitError(f"{str(path)!r} cannot be read as a saved run: {error}") from None
     try:
         data = json.loads(text)
+        if "adkit_record" in data:
+            raise AdkitError(
+                f"{path.name} is a record, which wb.record writes for pictures: adkit.viz.load_record and `adkit view` "
+                "read it; what Workbench.load reads is written by wb.save"
+            )
         version = data["adkit_run"]
         reader = SnapshotReader(data["graphs"]) if version == FORMAT else None
         steps = [] if reader is None else [_step(s, reader) for s in data["steps"]]
-        records = (
-            from_data(data["records"]) if "records" in data else {}
-        )  # runs of earlier versions have none
+        # Runs of earlier versions have no records.
+        records = from_data(data["records"]) if "records" in data else {}
         run = SavedRun(
             data["name"], data["config"], data["versions"], Steps(steps), Snapshot(), records.get(PLAN),
             records.get(LOCAL, {}), records.get(FUSED, {}),
         )  # fmt: skip
+    except AdkitError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         raise AdkitError(
             f"{path.name} is not a run that this version of adkit can read ({type(error).__name__}: "

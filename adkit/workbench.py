@@ -74,6 +74,10 @@ class Workbench:
         overrides = [overrides] if isinstance(overrides, str) else list(overrides)
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
+        if dist is not None and not isinstance(dist, DistConfig):
+            raise ConfigError(
+                f"dist is {dist!r}; expected a DistConfig, as adkit.contract.DistConfig.of(tp=2)"
+            )
         settings = load_config(fragments, overrides, **engine)
         self._made_of = {"model": model, "random_weights": random_weights, "seed": seed,
                          "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
@@ -199,7 +203,7 @@ class Workbench:
         before = self._state
         self.watching.starts(p.key)
         try:
-            with self.bars:
+            with self.bars.busy(p.key):
                 state, step = run_pass(p, before, self._context)
         except BaseException as error:
             self.watching.failed(p.key, error)
@@ -384,25 +388,28 @@ class Workbench:
         """
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
-            return check_step(self, one, **options)
-        return Checks(
-            [
-                check_step(self, s, **options)
-                for s in self._done()
-                if len(s.before) and (s.changed or s.altered)
-            ]
-        )
+            with self.bars.busy(f"checking {one.name}"):
+                return check_step(self, one, **options)
+        steps = [s for s in self._done() if len(s.before) and (s.changed or s.altered)]
+        with self.bars:
+            results = Checks()
+            for s in steps:
+                self.bars.show(len(results), len(steps), "checking steps")
+                results.append(check_step(self, s, **options))
+        return results
 
     def errors(self, step: str | int | Step | None = None, **options: Any) -> Overlay:
         """Each node's numerical error against a wider dtype, to lay over the explorer; see adkit.numerics."""
         from adkit.numerics import node_errors
 
-        return node_errors(self, step, **options)
+        with self.bars.busy("errors"):
+            return node_errors(self, step, **options)
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all
         agree."""
-        return first_bad_step(self, **options)
+        with self.bars.busy("bisecting"):
+            return first_bad_step(self, **options)
 
     # --- using
 
@@ -449,6 +456,11 @@ class Workbench:
             step = next((s for s in self._steps if s.name == "compile_model"), None)
             why = f" ({step.info.reason or step.status})" if step is not None else ""
             raise AdkitError(f"the pipeline ended without a compiled model: compile_model did not run{why}")
+        for done, key in ((self.loaded, "load_weights"), (compiled.caches.tensors, "initialize_cache")):
+            if not done and key in (p.key for p in self._passes if not p.config.enabled):
+                raise AdkitError(
+                    f"the model cannot run: {key} is disabled; wb.enable({key!r}) switches it on again"
+                )
         return compiled
 
     def play(self, **options: Any) -> Playground:
@@ -480,7 +492,8 @@ class Workbench:
         """
         from adkit.sharding import shard
 
-        return shard(self, tp, moe_ep, attention_dp, plan, **config)
+        with self.bars.busy("sharding"):
+            return shard(self, tp, moe_ep, attention_dp, plan, **config)
 
     def report(self, path: str | Path, completions: Iterable[Any] = (), **options: Any) -> Path:
         """Write the explorer with this walk as one standalone HTML file; returns its path."""
@@ -489,8 +502,10 @@ class Workbench:
         return write_report(self, path, completions, **options)
 
     def save(self, path: str | Path) -> Path:
-        """Write the record (config, every step, graphs as text and data; no weights, no pickle) to a JSON
-        file."""
+        """Save the run (config, every step, graphs as text and data; no weights, no pickle) as a JSON file.
+
+        ``Workbench.load`` reads it back as Python objects; what pictures are drawn from is ``.record``.
+        """
         from adkit.saving import save
 
         return save(self, path)
@@ -506,7 +521,7 @@ class Workbench:
 
     @staticmethod
     def load(path: str | Path) -> Any:
-        """A saved record, to look at: its steps, diffs, graphs, how it was cut (see :class:`adkit.saving.SavedRun`)."""
+        """A saved run, to look at: its steps, diffs, graphs, how it was cut (see :class:`adkit.saving.SavedRun`)."""
         from adkit.saving import load
 
         return load(path)

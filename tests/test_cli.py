@@ -97,6 +97,8 @@ def test_config_prints_what_can_be_given_back(tmp_path):
         (["run", "demo", "--config", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
         (["run", "llama-3.2-1b", "--until", "factory", "--save", "/no/such/folder/x.json"], "does not exist"),
         (["config", "qwen3-8c"], "did you mean 'qwen3-8b'"),
+        (["run", "demo", "--prompt", ""], "--prompt is empty"),
+        (["run", "demo", "--prompt", "x", "--max-tokens", "0"], "max_tokens is 0"),
     ],
 )
 def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, args, message):
@@ -106,6 +108,14 @@ def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, args, message):
     assert message in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_a_prompt_without_weights_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(adkit.Workbench, "run", None)
+    code, err = main(monkeypatch, capsys, "run", "llama-3.1-405b", "--prompt", "x")
+    assert code == 1
+    assert "has none" in err
+    assert "--random-weights" in err
 
 
 @pytest.mark.slow
@@ -145,3 +155,9 @@ def test_records_are_written_compared_and_viewed(monkeypatch, capsys, llama_dir,
     assert page.read_text().startswith("<!")
     assert call("view", one, "--out", graphs).exit_code == 0
     assert '"graphs"' in graphs.read_text()
+    # An export never takes the place of what it is made from.
+    kept = two.read_bytes()
+    code, err = main(monkeypatch, capsys, "view", two, "--out", tmp_path / "." / "two.json")
+    assert code == 1
+    assert "is the record itself" in err
+    assert two.read_bytes() == kept

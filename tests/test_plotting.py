@@ -7,7 +7,7 @@ import pytest
 
 from adkit.contract import AdkitError, ConfigError
 from adkit.graph.step import Step
-from adkit.viz.plots import before_after, roofline, time_by_pass
+from adkit.viz.plots import before_after, memory, roofline, time_by_pass
 
 
 def test_every_figure_shows_itself(exported):
@@ -29,6 +29,20 @@ def test_a_figure_of_an_earlier_step(exported):
     bars = wb.plots.cost("bytes", "match_linear").axes[0].patches
     assert sum(bar.get_width() for bar in bars) == pytest.approx(total.bytes * 1e-6)
     assert repr(wb.plots).splitlines()[0] == "wb.plots.nodes()         Nodes in the graph after each stage."
+
+
+def test_memory_is_told_after_each_step_that_changed_it():
+    def step(name: str, count: int) -> Step:
+        return Step(name, "weight_load", {}, "", "done", memory_bytes=count)
+
+    figure = memory(
+        [step("load", 3 * 2**30), step("look", 500), step("fuse", -(2**30)), step("cache", 2**32)]
+    )
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["load", "fuse", "cache"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([3, 2, 6], abs=1e-6)
+    assert "(-1)" in figure.svg()
+    assert "or the device is a CPU" in memory([step("load", 0)]).svg()
 
 
 def test_large_costs_are_told_in_large_units():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adkit
-from adkit.contract import AdkitError, ConfigError
+from adkit.contract import AdkitError, ConfigError, MemoryLimitError
 from adkit.graph.cost import DEVICES, node_costs
 from adkit.graph.display import html_of
 from adkit.graph.step import Step
@@ -95,6 +95,14 @@ def test_a_step_is_profiled_as_it_left_the_graph(wb):
     assert "after match_linear" in repr(p)
     cached = wb.profile("insert_cached_attention", context=7, repeats=1)
     assert cached.batch == "decode of 1 sequence, context 7"
+
+
+def test_weights_that_do_not_fit_are_not_made(exported, monkeypatch):
+    monkeypatch.setattr("adkit.checking.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("adkit.checking.load_graph_tensors", None)
+    wb = exported().run(until="pattern_matcher")
+    with pytest.raises(MemoryLimitError, match=r"weights, and cpu has .* free"):
+        wb.profile()
 
 
 def test_profiling_leaves_the_engine_as_it_was(wb):

@@ -151,6 +151,19 @@ def test_what_cannot_be(demo):
     wb = demo()
     with pytest.raises(ShardingError, match="tp is 0"):
         wb.llm(tp=0)
+    for tp in ("2", 2.5):
+        with pytest.raises(ShardingError, match=f"tp is {tp!r}"):
+            wb.llm(tp=tp)
+    with pytest.raises(ShardingError, match="moe_ep='2' does not divide"):
+        wb.llm(tp=2, moe_ep="2")
+    for port in (-1, 80_000, "29500"):
+        with pytest.raises(ConfigError, match="port is"):
+            wb.llm(tp=2, port=port)
+    for timeout in (0, -1, float("inf"), "60"):
+        with pytest.raises(ConfigError, match="timeout is"):
+            wb.llm(tp=2, timeout=timeout)
+    with pytest.raises(ConfigError, match="expected a DistConfig"):
+        demo(dist={"tp": 2})
     with pytest.raises(ConfigError, match="executor is 'threads'; expected one of: processes, ray"):
         wb.llm(tp=2, executor="threads")
     with pytest.raises(ConfigError, match="unknown option 'timeouts' of llm"):

@@ -113,6 +113,11 @@ def test_a_missing_file_is_named(tmp_path):
         adkit.Workbench.load(tmp_path)
 
 
+def test_a_record_is_not_taken_for_a_damaged_run(exported, tmp_path):
+    with pytest.raises(AdkitError, match=r"walk\.json is a record.*written by wb\.save"):
+        adkit.Workbench.load(exported().record(tmp_path / "walk.json"))
+
+
 def test_nothing_half_written_stays(wb, tmp_path, monkeypatch):
     target = tmp_path / "run.json"
     target.write_text("old")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import adkit
-from adkit.contract import ConfigError, MemoryLimitError, ModelError, PassError
+from adkit.contract import AdkitError, ConfigError, MemoryLimitError, ModelError, PassError
 from adkit.models.factory import ModelFactory
 
 PROMPTS = ([5, 6, 7, 8, 9], [11, 12])
@@ -464,3 +464,11 @@ def test_a_model_that_does_not_fit_is_refused_unless_forced(exported, monkeypatc
     assert exported(force=True).run(until="load_weights").loaded
     monkeypatch.undo()
     assert wb.run().loaded
+
+
+@pytest.mark.parametrize("key", ["load_weights", "initialize_cache"])
+def test_what_generating_needs_and_is_disabled_is_named(exported, key):
+    wb = exported().disable(key)
+    with pytest.raises(AdkitError, match=f"{key} is disabled; wb.enable"):
+        wb.llm()
+    assert wb.enable(key).llm().generate(PROMPTS[0], progress=False).token_ids

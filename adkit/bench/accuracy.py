@@ -101,7 +101,8 @@ def measure(
     else:
         tokens, prompts = _random_tokens(factory, sequences, prompt + new, seed), [prompt] * sequences
     experts = any(n.target_name.endswith("moe") or "_moe" in n.target_name for n in wb.graph)
-    subject = _Subject(wb, tokens, prompts, EXPERTS if experts else DENSE)
+    with wb.bars.busy("Hugging Face in float32"):
+        subject = _Subject(wb, tokens, prompts, EXPERTS if experts else DENSE)
     row: Row = {
         "what": f"{factory.name} in {dtype} against Hugging Face in float32",
         "command": command,
@@ -118,16 +119,21 @@ def measure(
     }
     llm = wb.llm()
     row["compile"] = wb.steps["compile_model"].info.details.get("backend")
-    logits = subject.engine_logits(wb, llm)
-    scores = _task_scores(llm, tasks) if demo else {}
+    bars = wb.bars
+    with bars.busy("the engine's logits"):
+        logits = subject.engine_logits(wb, llm)
+    with bars.busy("tasks"):
+        scores = _task_scores(llm, tasks) if demo else {}
     del wb, llm
     machine.free(device)
-    row |= subject.figures(logits, factory.dtype)
+    with bars.busy(f"Hugging Face in {dtype}"):
+        row |= subject.figures(logits, factory.dtype)
     judged = row[row["judged"]]
     row["ok"] = judged["rmse_ratio"] < subject.limit and judged["top1_agreement"]["decided"] >= AGREEMENT
     if demo:
         row |= scores
-        row["greedy_float32"] = _greedy_like_cpu(device, overrides)
+        with bars.busy("greedy texts in float32"):
+            row["greedy_float32"] = _greedy_like_cpu(device, overrides)
         # A story may go on in many ways that are equally likely; an answer to a task may not.
         row["tasks_top1_agreement"] = subject.agreement("raw", logits["raw"], factory.dtype, len(_STORIES))
         row["ok"] &= row["tasks_top1_agreement"]["all"] >= AGREEMENT and row["greedy_float32"]["equal"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,15 @@ class MixerDescriptor:
     refuse: Callable[[dict[str, Any]], str | None] = lambda values: None
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU they are pages that the system fills in when they are first written: torch would write them all
+    now, a minute for the cache of a small model at full length, of which a short answer uses next to nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
+
+
 @dataclass
 class CachePool:
     """The memory behind every cache of a graph: one tensor a spec, shape [P, *page_shape].
@@ -77,7 +87,7 @@ class CachePool:
         self.tensors = {}
         self.num_pages = num_pages
         self.tensors = {
-            s.name: torch.zeros((num_pages, *s.page_shape), dtype=s.dtype, device=device) for s in self.specs
+            s.name: _zeros((num_pages, *s.page_shape), s.dtype, torch.device(device)) for s in self.specs
         }
 
     def wipe(self, pages: Sequence[int]) -> None:

@@ -66,9 +66,9 @@ class DistConfig(BaseModel):
     def of(cls, tp: int = 1, moe_ep: int | None = None, rank: int = 0, **fields: Any) -> DistConfig:
         """``tp`` ranks; experts dealt to ``moe_ep`` of them (default: all), each expert cut over the rest."""
         ep = tp if moe_ep is None else moe_ep
-        if ep < 1 or tp % ep:
+        if not isinstance(ep, int) or ep < 1 or tp % ep:
             raise ShardingError(
-                f"moe_ep={ep} does not divide tp={tp}: experts are dealt to groups of equal size"
+                f"moe_ep={ep!r} does not divide tp={tp}: experts are dealt to groups of equal size"
             )
         return cls(world_size=tp, tp_size=tp, rank=rank, moe_ep_size=ep, moe_tp_size=tp // ep, **fields)
 

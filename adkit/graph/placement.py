@@ -108,7 +108,7 @@ class ShardingPlan:
             modules = sorted({without_layer(r.module) for r in self.rows if r.decision != "follow"})
             raise KeyError(f"no row of the plan matches {pattern!r}; modules: {', '.join(modules[:12])}")
         rows = tuple(
-            replace(r, decision=decision, source="user", why=why)
+            replace(_bare(r) if decision == "whole" else r, decision=decision, source="user", why=why)
             if r.decision != "follow" and _matches(r, pattern)
             else r
             for r in self.rows
@@ -191,6 +191,11 @@ class ShardingPlan:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
+
+
+def _bare(row: PlanRow) -> PlanRow:
+    """A row that says nothing of pieces: there are none once its node stays whole."""
+    return replace(row, dim=None, min_local=1, sizes=(), reduce=False, tokens="", placement=REPLICATED)
 
 
 def _matches(row: PlanRow, pattern: str) -> bool:

@@ -87,6 +87,7 @@ class LiveModel:
     ) -> Completion | Completions:
         """Complete one prompt or many; a bar shows tokens/s when it takes longer than two seconds.
 
+        ``params``: ``adkit.SamplingParams(max_tokens=64, temperature=0.7)``, or a list with one a prompt.
         Raises RequestError for a request that cannot be served as given.
         """
         texts, single = self._one_or_many(prompts)

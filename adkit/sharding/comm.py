@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adkit.contract import ConfigError
 from adkit.graph.cost import Sizes
 from adkit.graph.display import mimebundle
 from adkit.graph.snapshot import NodeRecord, Ref, Snapshot
@@ -92,7 +93,15 @@ class Comm:
         return self.collectives[index]
 
     def on(self, bandwidth: float, latency: float, name: str = "given", source: str = "given") -> Comm:
-        """The same over another link: bytes/s each rank can send, seconds of latency a collective."""
+        """The same over another link: bytes/s each rank can send, seconds of latency a collective.
+
+        Raises ConfigError for a link that sends nothing or takes less than no time.
+        """
+        if not bandwidth > 0 or not latency >= 0:
+            raise ConfigError(
+                f"a link of {bandwidth!r} bytes/s and {latency!r} s of latency; "
+                "expected more than 0 bytes/s, and 0 s or more"
+            )
         return Comm(self.collectives, self.world, Link(name, bandwidth, latency, source))
 
     def sent(self, tokens: int = 1, sequences: int = 1) -> float:

@@ -161,24 +161,25 @@ class VirtualRanks:
             if tolerance is None
             else tolerance
         )
-        source, whole, ranks = self._modules(weights, seed)
-        agreement = Agreement(self.whole, [self.hinted], self.ranks[0].graph, self.plan, limit)
-        rows = self._feeds.prompts(prompts, tokens, seed)
-        if cached:
-            return result_of(agreement, *self._cached(rows, whole, *source), source[0], self.dist)
-        expected, found = [], []
-        for ids in rows:
-            agreement.values.clear()
-            feed = self._feeds.feed(ids)
-            with torch.inference_mode():
-                expected.append(whole.run([feed], on_call=agreement.keep)[0][0])
-                try:
-                    outs = ranks.run(self._feeds.split(feed), on_call=agreement.look)
-                except RankFails as error:
-                    agreement.failed(error)
-                    break
-            found.append([out[0] for out in outs])
-        return result_of(agreement, expected, found, source[0], self.dist)
+        with self.wb.bars.busy("checking ranks"):
+            source, whole, ranks = self._modules(weights, seed)
+            agreement = Agreement(self.whole, [self.hinted], self.ranks[0].graph, self.plan, limit)
+            rows = self._feeds.prompts(prompts, tokens, seed)
+            if cached:
+                return result_of(agreement, *self._cached(rows, whole, *source), source[0], self.dist)
+            expected, found = [], []
+            for ids in rows:
+                agreement.values.clear()
+                feed = self._feeds.feed(ids)
+                with torch.inference_mode():
+                    expected.append(whole.run([feed], on_call=agreement.keep)[0][0])
+                    try:
+                        outs = ranks.run(self._feeds.split(feed), on_call=agreement.look)
+                    except RankFails as error:
+                        agreement.failed(error)
+                        break
+                found.append([out[0] for out in outs])
+            return result_of(agreement, expected, found, source[0], self.dist)
 
     def run(self, *, weights: str = "auto", seed: int = 0, **inputs: Tensor) -> Tensor:
         """Logits [B, S, V] of all ranks together for ``input_ids`` [B, S] (other inputs are made where not given)."""
@@ -221,16 +222,17 @@ class VirtualRanks:
         """Estimated decode speed of this model over so many ranks, as a pandas DataFrame; see
         :func:`adkit.sharding.scaling.scaling`."""
         detects: Any = self._hinted._passes[self._hinted._index("detect_sharding")].config
-        return scaling(
-            self.wb,
-            tps,
-            device,
-            batch=batch,
-            context=context,
-            link=link,
-            dist=self.dist,
-            shard_layers=detects.shard_layers,
-        )
+        with self.wb.bars.busy("scaling"):
+            return scaling(
+                self.wb,
+                tps,
+                device,
+                batch=batch,
+                context=context,
+                link=link,
+                dist=self.dist,
+                shard_layers=detects.shard_layers,
+            )
 
     # --- inside
 

@@ -3,18 +3,25 @@
 Nodes of a foreign graph have no identity, so which node of one graph is which of another is a best effort, and
 every result says so: equal structure above or below a node first, then equal calls at the same place of the
 same module in execution order, then equal calls on matched inputs.
+
+What a node calls is part of what it is: a call of a module is told by that module's type and settings, a graph
+within the graph (a branch, a part) by its size and a digest of its calls.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from difflib import SequenceMatcher
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from adkit.graph.diff import Diff
 from adkit.graph.provenance import module_path_of
@@ -62,8 +69,11 @@ def _record(n: Node, ids: dict[Node, int], named: dict[str, str], module: GraphM
     op, target = n.op, n.target
     if op == "placeholder" and n.name in named:
         op, target = "get_attr", named[n.name]
-    if op == "call_module" and isinstance(target, str) and not path:
-        path, kind = target, type(module.get_submodule(target)).__name__
+    elif op == "call_module":
+        called = module.get_submodule(str(target))
+        path, kind, target = str(target), type(called).__name__, _told(called)
+    elif op == "get_attr" and isinstance(part := _attribute(module, str(target)), GraphModule):
+        target = f"{target}: {_told(part)}"
     val = _value(n)
     return NodeRecord(
         id=ids[n],
@@ -80,6 +90,22 @@ def _record(n: Node, ids: dict[Node, int], named: dict[str, str], module: GraphM
         key=(None,) * 5,
         meta={"val": val},
     )
+
+
+def _told(module: torch.nn.Module) -> str:
+    """A module's type and settings; of a graph its size and a digest of its calls."""
+    if not isinstance(module, GraphModule):
+        return f"{type(module).__name__}({module.extra_repr()})"
+    calls = [(n.op, n.target_name, n.args, n.kwargs) for n in snapshot_of(module)]
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(calls))
+    return f"{len(calls)} nodes #{hashlib.sha1(text.encode()).hexdigest()[:6]}"
+
+
+def _attribute(module: Any, path: str) -> Any:
+    """What a dotted name leads to, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def _value(n: Node) -> Any:
@@ -204,11 +230,10 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         args = _map(n.args, lambda r: Ref(ids[r.id]), Ref)
         kwargs = _map(n.kwargs, lambda r: Ref(ids[r.id]), Ref)
         old = a.by_id.get(ids[n.id]) if n.id in found else None
-        if old is not None and (old.target, old.args, old.kwargs, old.name) == (
-            n.target,
-            args,
-            kwargs,
-            n.name,
+        if (
+            old is not None
+            and (old.target, old.args, old.kwargs, old.name) == (n.target, args, kwargs, n.name)
+            and _form(old) == _form(n)
         ):
             rows.append(old)
             continue
@@ -222,10 +247,27 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
     return Snapshot(tuple(rows))
 
 
+def _form(n: NodeRecord) -> Hashable:
+    """Shapes (None an open size, whose name differs from export to export) and dtypes of what a node gives."""
+    return tuple(
+        (tuple(d if isinstance(d, int) else None for d in t.shape), t.dtype)
+        for t in tree_leaves(n.val)
+        if isinstance(t, torch.Tensor)
+    )
+
+
+def _spelled(n: NodeRecord) -> str:
+    return ", ".join(
+        f"[{', '.join(map(str, t.shape))}] {str(t.dtype).removeprefix('torch.')}"
+        for t in tree_leaves(n.val)
+        if isinstance(t, torch.Tensor)
+    )
+
+
 class GraphDiff(Diff):
     """The difference of two graphs matched as best they could be: a :class:`~adkit.graph.diff.Diff` with a view.
 
-    ``matched`` counts the nodes taken for the same.
+    ``matched`` counts the nodes taken for the same. ``changed`` has those that give another shape or dtype, too.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot, names: tuple[str, str]) -> None:
@@ -233,10 +275,24 @@ class GraphDiff(Diff):
         self.names = names
         self.matched = sum(n.id in before.by_id for n in after)
 
+    @cached_property
+    def changed(self) -> tuple[int, ...]:
+        """Ids in both that call something else, or with other arguments, or give another shape or dtype."""
+        told = {*super().changed, *self.reshaped}
+        return tuple(n.id for n in self.after if n.id in told)
+
+    @cached_property
+    def reshaped(self) -> tuple[int, ...]:
+        """Ids in both that give another shape or dtype, where both graphs tell theirs."""
+        old = self.before.by_id
+        pairs = [(_form(old[n.id]), _form(n), n.id) for n in self.after if n.id in old]
+        return tuple(i for was, now, i in pairs if was and now and was != now)
+
     def record(self) -> Record:
         """Both graphs as a record of two steps."""
         first = Step(self.names[0], "graphs", {}, "", "done", after=self.before)
         second = Step(self.names[1], "graphs", {}, BEST_EFFORT, "done", self.before, self.after)
+        second._diff = self  # knows of shapes what a step's own does not ask
         return _record_of([first, second], " -> ".join(self.names), BEST_EFFORT)
 
     def explore(self) -> Explorer:
@@ -246,7 +302,14 @@ class GraphDiff(Diff):
         return Explorer(self.record(), mode="compare")
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\n  ({self.matched} nodes matched; best effort)"
+        lines = [super().__repr__()]
+        if self.reshaped:
+            was, now = self.before[self.reshaped[0]], self.after[self.reshaped[0]]
+            lines.append(
+                f"  {len(self.reshaped)} nodes give another shape or dtype, first {now.name}: "
+                f"{_spelled(was)} -> {_spelled(now)}"
+            )
+        return "\n".join([*lines, f"  ({self.matched} nodes matched; best effort)"])
 
 
 def diff(

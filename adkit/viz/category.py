@@ -73,10 +73,11 @@ def category_of(n: NodeRecord) -> str:
     """The category of a node, a key of :data:`COLOURS`: by its op, and for plain arithmetic by its module."""
     if n.op in ("placeholder", "output"):
         return "cache" if n.op == "placeholder" and "cache" in n.target_name else "input/output"
-    told = _first(op_text(n), modules=False)
+    name = n.module_type.lower() if n.op == "call_module" else op_text(n)
+    told = _first(name, modules=False)
     if told:
         return told
-    if not isinstance(n.val, (torch.Tensor, tuple, list)):
+    if n.val is not None and not isinstance(n.val, (torch.Tensor, tuple, list)):
         return "shape"
     part = category_of_module(n.module_path)
     return part if part in ("norm", "rope", "mlp") else "elementwise"

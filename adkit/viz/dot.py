@@ -16,6 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
 from adkit.graph.diff import Diff, RewriteClass, Site
 from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
@@ -101,7 +104,7 @@ class Drawing:
 
 
 def draw(
-    snapshot: Snapshot,
+    snapshot: Snapshot | GraphModule | ExportedProgram,
     *,
     layer: int | None = None,
     fold: bool = True,
@@ -116,16 +119,19 @@ def draw(
 ) -> Drawing:
     """Draw a graph: repeated layers as one cluster marked with their number, nodes coloured by what they do.
 
+    Any FX graph or exported program will do, as for :func:`adkit.viz.show`.
     ``layer`` draws one layer alone; ``highlight`` outlines node ids; ``depth`` collapses modules nested
     deeper (0: a box for each child of a layer); ``parameters`` and ``shapes`` may be left out. Hovering over
     a node shows its module and source line (all the lines it stands for, given the ``history`` of the steps).
     ``times`` (seconds by node id) are written into the boxes and colour them instead: the hotter the longer;
     ``notes`` (by node id) are written into their small print.
-    Raises PictureTooLarge beyond 400 boxes, saying how to see less.
+    Raises PictureTooLarge beyond 400 boxes, saying how to see less, TypeError for what is no graph.
     """
+    from adkit.viz.anygraph import snapshot_of
+
     return Drawing(
         picture_of(
-            snapshot, layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
+            snapshot_of(snapshot), layer=layer, fold_layers=fold, highlight=highlight or (), depth=depth,
             parameters=parameters, shapes=shapes, title=title, history=history, times=times, notes=notes,
         )
     )  # fmt: skip

@@ -133,21 +133,27 @@ def time_by_pass(steps: Iterable[Step]) -> Plot:
 
 
 def memory(steps: Iterable[Step]) -> Plot:
-    """Tensor memory on the device as the pipeline goes: the running sum of each step's change, in GiB."""
+    """Tensor memory on the device after each step that changed it by a MiB or more, in GiB, coloured by stage.
+
+    A CPU's is not measured: the figure then says that no step changed it.
+    """
+    total, bars = 0, []
     ran = [s for s in steps if s.status == "done"]
-    total, sums = 0, []
+    colours = _stage_colours(s for s in ran if abs(s.memory_bytes) >= 2**20)
     for s in ran:
         total += s.memory_bytes
-        sums.append(total / 2**30)
-    figure, axes = _figure(7.2, 2.8, "Memory on the device, step by step")
-    at = list(range(len(ran) + 1))
-    sums = [*sums, *sums[-1:]] or [0.0]
-    axes.step(at, sums, where="post", color=BLUE, linewidth=1.8)
-    axes.fill_between(at, sums, step="post", color=BLUE, alpha=0.15)
-    axes.set_xticks(at[:-1], [s.name for s in ran], rotation=40, ha="right")
-    axes.yaxis.grid(True, color=GRID, linewidth=0.6)
-    axes.set_ylabel("GiB", color=INK, fontsize=9)
-    axes.set_ylim(bottom=min([0.0, *sums]))
+        if abs(s.memory_bytes) >= 2**20:
+            now, change = total / 2**30, s.memory_bytes / 2**30
+            bars.append((s.name, now, f"{_short(now)}  ({change:+.3g})", colours[str(s.stage)]))
+    title = "Memory on the device, after each step that changed it"
+    if not bars:
+        figure, axes = _figure(7.2, 0.7, title)
+        axes.set_axis_off()
+        axes.text(0, 0.5, "No step changed it, or the device is a CPU.", fontsize=9, color=INK)
+        return figure
+    names, sums, labels, fills = (list(column) for column in zip(*bars, strict=True))
+    figure = _bars(title, names, sums, labels, fills, "GiB")
+    _legend(figure.axes[0], colours)
     return figure
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from adkit.viz import write_page
+from adkit.viz.record import Record
 from tests.e2e.lab import PATIENCE, Notebook, Server, open_notebook, serve
 
 
@@ -22,6 +24,12 @@ def jupyter_server(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) ->
     pytest.importorskip("jupyterlab")
     with serve(tmp_path_factory.mktemp("jupyter"), repo_root) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def page_file(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The standalone page of the module's ``record``."""
+    return write_page(record, tmp_path_factory.mktemp("page") / "walk.html")
 
 
 @pytest.fixture

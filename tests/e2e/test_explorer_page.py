@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from adkit.viz import write_page
-from adkit.viz.record import Record, RecordWriter
+from adkit.viz.record import Record
 from adkit.viz.record.overlays import overlay
 from tests.e2e.axe import violations
 from tests.e2e.lab import PATIENCE, at_rest
-from tests.graph.samples import sample
+from tests.e2e.standalone import button, opened, tiny_llama
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -24,35 +23,16 @@ PLACEMENTS = ("replicated", "shard(0)", "shard(1)", "partial")
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    writer = RecordWriter(sample("llama", 4))
-    writer.record.name = "tiny llama"
-    writer.costs()
-    made = writer.complete()
+    made = tiny_llama()
     where = {i: PLACEMENTS[k % 4] for k, i in enumerate(made.nodes.id)}
     made.overlays = [overlay("shard placement", where, note="2 ranks")]
     return made
 
 
-@pytest.fixture(scope="module")
-def page_file(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(record, tmp_path_factory.mktemp("page") / "walk.html")
-
-
 @pytest.fixture(params=["light", "dark"])
 def tab(request: pytest.FixtureRequest, chromium, page_file: Path) -> Iterator:
-    page = chromium.new_page(viewport={"width": 1300, "height": 800}, color_scheme=request.param)
-    page.set_default_timeout(1000 * PATIENCE)
-    page.errors = []
-    page.on("pageerror", lambda e: page.errors.append(str(e)))
-    page.goto(page_file.as_uri())
-    page.wait_for_selector(".adk-module")
-    yield page
-    assert page.errors == []
-    page.close()
-
-
-def button(page, name: str):
-    return page.get_by_role("button", name=name, exact=True)
+    with opened(chromium, page_file, color_scheme=request.param) as page:
+        yield page
 
 
 def eventually(page, holds) -> None:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adkit.viz import write_page
-from adkit.viz.record import Record, RecordWriter
+from adkit.viz.record import Record
 from tests.e2e.axe import violations
-from tests.e2e.lab import PATIENCE
-from tests.graph.samples import sample
+from tests.e2e.standalone import button, opened, tiny_llama
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -20,32 +18,13 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    writer = RecordWriter(sample("llama", 4))
-    writer.record.name = "tiny llama"
-    writer.costs()
-    return writer.complete()
-
-
-@pytest.fixture(scope="module")
-def page_file(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(record, tmp_path_factory.mktemp("page") / "walk.html")
+    return tiny_llama()
 
 
 @pytest.fixture
 def tab(chromium, page_file: Path) -> Iterator:
-    page = chromium.new_page(viewport={"width": 1300, "height": 800})
-    page.set_default_timeout(1000 * PATIENCE)
-    page.errors = []
-    page.on("pageerror", lambda e: page.errors.append(str(e)))
-    page.goto(page_file.as_uri())
-    page.wait_for_selector(".adk-module")
-    yield page
-    assert page.errors == []
-    page.close()
-
-
-def button(page, name: str):
-    return page.get_by_role("button", name=name, exact=True)
+    with opened(chromium, page_file) as page:
+        yield page
 
 
 def at_step(page, name: str) -> None:

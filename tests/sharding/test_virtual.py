@@ -381,6 +381,8 @@ def test_memory_and_comm_hold_on_shapes(shapes: VirtualRanks) -> None:
     assert gather.token_bytes == 128256 // 4 * 2
     assert gather.sent(1000) == gather.sent(1) == gather.token_bytes * 3  # only the last token's logits
     assert comm.on(1e9, 0.0).seconds(1) == pytest.approx(comm.sent(1) / 1e9)
+    with pytest.raises(ConfigError, match="expected more than 0 bytes/s"):
+        comm.on(0, 0)
     table = comm.table(100)
     assert len(table) == len(comm)
     assert table["decode bytes"].sum() == pytest.approx(table.attrs["total"]["decode bytes"])

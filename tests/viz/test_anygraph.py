@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
 
-from adkit.viz import diff, show
+from adkit.viz import diff, draw, show
 from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
 from tests.graph.samples import sample
 
@@ -76,9 +76,74 @@ def test_the_viewer_opens_on_any_graph_and_says_what_matching_is() -> None:
     assert opened.mode == "compare"
 
 
+class Parts(nn.Module):
+    """Modules called as such once traced, a width, and a constant in a branch."""
+
+    def __init__(self, act: type[nn.Module] = nn.ReLU, width: int = 8, step: int = 1) -> None:
+        super().__init__()
+        self.layers, self.step = nn.Sequential(nn.Linear(4, width), act(), nn.Linear(width, 4)), step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) + self.step
+
+
+class Branches(Parts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x + self.step, lambda x: x - 1, (x,))
+
+
+def _exported(module: nn.Module) -> torch.export.ExportedProgram:
+    return torch.export.export(module, (torch.zeros(2, 4),))
+
+
+def test_modules_that_are_called_are_told_by_what_they_are() -> None:
+    (rewrite,) = diff(symbolic_trace(Parts()), symbolic_trace(Parts(nn.GELU))).rewrites
+    assert (rewrite.before, rewrite.after) == (
+        ("call_module ReLU()",),
+        ("call_module GELU(approximate='none')",),
+    )
+    assert rewrite.sites[0].module_path == "layers.1"
+    wider = diff(symbolic_trace(Parts()), symbolic_trace(Parts(width=16)))
+    assert len(wider.created) == len(wider.erased) == 2
+    assert diff(symbolic_trace(Parts()), symbolic_trace(Parts())).empty
+
+
+def test_graphs_within_a_graph_are_compared() -> None:
+    assert diff(_exported(Branches()), _exported(Branches())).empty
+    (rewrite,) = diff(_exported(Branches()), _exported(Branches(step=2))).rewrites
+    assert "true_graph_0" in rewrite.before[0]
+
+
+def test_other_shapes_are_a_difference_and_shown_as_they_are() -> None:
+    found = diff(_exported(Parts()), _exported(Parts(width=16)))
+    assert not found.empty
+    assert "nothing changed" not in repr(found)
+    assert "[8, 4] float32 -> [16, 4] float32" in repr(found)
+    changed = {found.after[i].name for i in found.reshaped}
+    assert {"linear", "relu"} <= changed
+    assert "add" not in changed
+    values = found.record().values
+    assert {"[2, 8] f32", "[2, 16] f32"} <= {v.text for v in values}
+    # Open sizes are named anew by each export.
+    sized = [
+        torch.export.export(Parts(), (torch.zeros(n, 4),), dynamic_shapes=({0: torch.export.Dim("b")},))
+        for n in (2, 3)
+    ]
+    assert diff(*sized).empty
+
+
 def test_what_is_no_graph_is_refused() -> None:
     with pytest.raises(TypeError, match="GraphModule or an ExportedProgram"):
         show(nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="GraphModule or an ExportedProgram"):
+        draw(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_any_graph_is_drawn_with_the_kinds_of_work_it_does() -> None:
+    traced = draw(symbolic_trace(Parts())).picture
+    assert "linear" in {b.category for b in traced.boxes}
+    assert "shape" not in {b.category for b in traced.boxes}
+    assert "relu" in draw(_exported(Parts())).text
 
 
 _OPS = (torch.relu, torch.neg, torch.abs, torch.add)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adkit.contract import DistConfig, ShardingError
-from adkit.graph.placement import PLAN, ShardingPlan
+from adkit.graph.placement import PLAN, REPLICATED, ShardingPlan
 from tests.passes.graphs import rmse_ratio
 from tests.passes.sharding.tiny import canonical, hinted, logits, logits_on_ranks, planned, run, short
 from tests.zoo import INTERFACE_TYPES
@@ -264,6 +264,8 @@ def test_a_plan_is_edited_and_goes_round_as_manual_config() -> None:
     with pytest.raises(ValueError, match="expected one of colwise, rowwise"):
         plan.edit("model.layers.0.mlp*", "colwize")  # type: ignore[arg-type]
     edited = plan.edit("model.layers.0.mlp*", "whole")
+    stays = edited.find("model.layers.0.mlp.down_proj")[0]
+    assert (stays.dim, stays.reduce, stays.placement, stays.source) == (None, False, REPLICATED, "user")
     gm.meta[PLAN] = edited
     expected = logits(gm)
     run(gm, "sharding_transform_executor", DistConfig.of(tp=2))
@@ -271,9 +273,7 @@ def test_a_plan_is_edited_and_goes_round_as_manual_config() -> None:
     assert modes.count("rowwise") == 3
     assert torch.equal(logits(gm), expected)
     again = planned(canonical("llama"), manual_config=edited.to_manual(), sharding_source=["manual"])
-    assert [(r.name, r.decision, r.reduce) for r in again] == [
-        (r.name, r.decision, r.reduce and not r.module.startswith("model.layers.0.mlp")) for r in edited
-    ]
+    assert [(r.name, r.decision, r.reduce) for r in again] == [(r.name, r.decision, r.reduce) for r in edited]
 
 
 def test_a_bad_edit_is_told_when_it_is_applied() -> None:
