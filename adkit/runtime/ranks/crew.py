@@ -184,8 +184,12 @@ class Crew:
             self._raise(-1, "a rank can no longer be sent anything, and none has said why", None)
         if isinstance(failed, Failed):
             self._raise(failed.rank, f"failed: {failed.message}", failed)
-        member = self.members[failed]
-        self._raise(failed, member.how_it_ended(_BLAME_SECONDS) or "closed its connection", None)
+        silent = sorted(self._gone - {f.rank for f in self._failures})
+        ends = {r: self.members[r].how_it_ended(_BLAME_SECONDS) or "closed its connection" for r in silent}
+        # A library that lost its peer may abort its own process: that is a consequence, not the cause.
+        rank = min(ends, key=lambda r: ("SIGABRT" in ends[r], r))
+        others = "".join(f"; rank {r} {ends[r]}, too" for r in ends if r != rank)
+        self._raise(rank, ends[rank] + others, None)
 
     def _blamed(self) -> Failed | int | None:
         """The report of a rank that failed by itself, or a rank that ended without a word."""

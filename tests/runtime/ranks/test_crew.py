@@ -65,3 +65,12 @@ def test_a_rank_that_failed_by_itself_is_blamed_before_those_that_ended_silently
     own = Failed(1, "", "ValueError: bad luck", "Traceback ...", secondary=False)
     with pytest.raises(RankError, match="rank 1 of 2 failed: ValueError: bad luck"):
         tell(Crew([Ended(0, "ended", bereft(0)), Ended(1, "ended", own)], 2, 60))
+
+
+def test_of_two_that_ended_silently_the_one_that_aborted_did_so_for_want_of_the_other() -> None:
+    members = [Ended(0, "was killed by signal 6 (SIGABRT)"), Ended(1, "was killed by signal 9 (SIGKILL)")]
+    with pytest.raises(
+        RankError, match=r"^rank 1 of 2 was killed by signal 9 .*; rank 0 was killed by signal 6"
+    ) as e:
+        Crew(members, 2, 60)._listen(lambda: len(members) == 3, 60)
+    assert e.value.rank == 1
