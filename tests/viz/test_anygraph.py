@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
+from traitlets import TraitError
 
 from adkit.viz import diff, draw, show
 from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
@@ -74,6 +78,33 @@ def test_the_viewer_opens_on_any_graph_and_says_what_matching_is() -> None:
     opened = diff(gm, symbolic_trace(Net("gelu"))).explore()
     assert opened.data.note == BEST_EFFORT
     assert opened.mode == "compare"
+
+
+def test_fx_nodes_are_told_to_the_explorer_as_they_are() -> None:
+    one, two = symbolic_trace(Net()), symbolic_trace(Net("gelu"))
+    nodes = list(one.graph.nodes)
+    explorer = show(one)
+    explorer.selection = nodes[2]
+    assert explorer.selection == [2]
+    assert explorer.goto(0, [nodes[1], "relu", 0]).selection == [1, [n.name for n in nodes].index("relu"), 0]
+    with pytest.raises(TraitError, match="no FX node 'gelu' here: this explorer shows other nodes"):
+        explorer.selection = [next(n for n in two.graph.nodes if n.name == "gelu")]
+    with pytest.raises(TraitError, match="no node 'relu_9' after step 'graph'; did you mean 'relu'"):
+        explorer.goto(0, "relu_9")
+    found = diff(one, two)
+    gelu = next(n for n in two.graph.nodes if n.name == "gelu")
+    assert found.explore().goto(1, [gelu]).selection == list(found.created)
+    exported = torch.export.export(Net(), (torch.zeros(2, 4),))
+    assert show(exported).goto(0, list(exported.graph.nodes)[-1]).selection == [len(exported.graph.nodes) - 1]
+
+
+def test_an_explorer_does_not_keep_the_module() -> None:
+    gm = symbolic_trace(Net())
+    explorer, alive = show(gm), weakref.ref(gm)
+    del gm
+    gc.collect()
+    assert alive() is None
+    assert explorer.goto(0, "relu").selection
 
 
 class Parts(nn.Module):
