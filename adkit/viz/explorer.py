@@ -24,6 +24,7 @@ from adkit.viz.naming import Naming, nearest
 from adkit.viz.page import asset
 from adkit.viz.record.format import Costs, Overlay, Record, Rewrite, View
 from adkit.viz.record.overlays import overlay
+from adkit.viz.record.read import RecordError
 from adkit.viz.record.write import RecordWriter
 from adkit.viz.static import static_html, walk_svg
 from adkit.viz.static_map import Looked
@@ -205,11 +206,21 @@ class Explorer(anywidget.AnyWidget):
     ) -> Explorer:
         """Lay values over the graph and show them: ``{node: number or word}``, a profile, ``wb.errors()``.
 
-        Options as :func:`adkit.viz.overlay` takes; RecordError for values that it refuses.
+        Nodes as :meth:`goto` takes them, names those of the graphs shown. Options as :func:`adkit.viz.overlay`
+        takes; RecordError for nodes that there are not and for values that it refuses.
         """
+        data = self.data
+        if isinstance(values, Mapping):
+            try:
+                values = {
+                    self._naming.id(n, self._shown()) if isinstance(n, (str, Node)) else n: v
+                    for n, v in values.items()
+                }
+            except KeyError as error:
+                raise RecordError(f"overlay {name!r}: {error.args[0]}") from None
         made = overlay(name, values, **options)
-        self.data.overlays = [*(o for o in self.data.overlays if o.name != made.name), made]
-        self.overlays = _zipped(_OVERLAYS.dump_json(self.data.overlays))
+        data.overlays = [*(o for o in data.overlays if o.name != made.name), made]
+        self.overlays = _zipped(_OVERLAYS.dump_json(data.overlays))
         self.overlay = made.name
         return self
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
 from traitlets import TraitError
 
-from adkit.viz import diff, draw, show
+from adkit.viz import RecordError, diff, draw, show
 from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
 from tests.graph.samples import sample
 
@@ -96,6 +96,26 @@ def test_fx_nodes_are_told_to_the_explorer_as_they_are() -> None:
     assert found.explore().goto(1, [gelu]).selection == list(found.created)
     exported = torch.export.export(Net(), (torch.zeros(2, 4),))
     assert show(exported).goto(0, list(exported.graph.nodes)[-1]).selection == [len(exported.graph.nodes) - 1]
+
+
+def test_values_are_laid_over_fx_nodes_names_and_ids() -> None:
+    gm = symbolic_trace(Net())
+    nodes = {n.name: n for n in gm.graph.nodes}
+    explorer = show(gm).add_overlay("mine", {nodes["a"]: 1.0, "relu": 2.0, 3: 3.0})
+    (made,) = explorer.data.overlays
+    assert (made.ids, made.values) == (
+        [list(nodes).index("a"), list(nodes).index("relu"), 3],
+        [1.0, 2.0, 3.0],
+    )
+    with pytest.raises(
+        RecordError, match="overlay 'x': no node 'rel' after step 'graph'; did you mean 'relu'"
+    ):
+        explorer.add_overlay("x", {"rel": 1.0})
+    with pytest.raises(RecordError, match="overlay 'x': no FX node 'a' here"):
+        explorer.add_overlay("x", {next(n for n in symbolic_trace(Net()).graph.nodes if n.name == "a"): 1.0})
+    with pytest.raises(RecordError, match=r"overlay 'x' has the key 1.5; .* add_overlay takes names"):
+        explorer.add_overlay("x", {1.5: 1.0})
+    assert explorer.data.overlays == [made]
 
 
 def test_an_explorer_does_not_keep_the_module() -> None:
