@@ -249,6 +249,7 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         if (
             old is not None
             and (old.target, old.args, old.kwargs, old.name) == (n.target, args, kwargs, n.name)
+            and n.module_type in ("", old.module_type)
             and _form(old) == _form(n)
         ):
             rows.append(old)

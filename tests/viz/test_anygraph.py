@@ -15,6 +15,9 @@ from traitlets import TraitError
 
 from adkit.viz import RecordError, diff, draw, show
 from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
+from adkit.viz.record.read import graph_rows, parse_record
+from adkit.viz.static import walk_svg
+from adkit.viz.static_map import Looked
 from tests.graph.samples import sample
 
 
@@ -157,6 +160,38 @@ def test_modules_that_are_called_are_told_by_what_they_are() -> None:
     wider = diff(symbolic_trace(Parts()), symbolic_trace(Parts(width=16)))
     assert len(wider.created) == len(wider.erased) == 2
     assert diff(symbolic_trace(Parts()), symbolic_trace(Parts())).empty
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * 2
+
+
+class Rescaled(nn.Module):
+    """Of its calls the first is Scaled's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) + 3
+
+
+@pytest.mark.parametrize(
+    ("trace", "old", "new"),
+    [
+        (symbolic_trace, nn.ReLU, nn.GELU),
+        (lambda m: torch.export.export(m, (torch.zeros(2, 4),)), Scaled, Rescaled),
+    ],
+)
+def test_a_module_is_of_the_class_that_it_has_in_the_graph_looked_at(trace, old, new) -> None:
+    record = diff(trace(Parts(old)), trace(Parts(new))).record()
+    kinds = []
+    for rows in graph_rows(record):
+        at = {record.rows.module[r] for r in rows}
+        here = [m for m in at if record.texts[record.modules.path[m]] == "layers.1"]
+        kinds.append([record.texts[record.modules.type[m]] for m in here])
+    assert kinds == [[old.__name__], [new.__name__]]
+    assert parse_record(record.model_dump_json().encode()) == record
+    for step, kind in enumerate((old, new)):
+        assert f"1: {kind.__name__}<" in walk_svg(record, Looked(step))
 
 
 def test_graphs_within_a_graph_are_compared() -> None:
