@@ -44,7 +44,8 @@ class PlanRow:
 
     ``node`` is its id; ``weights`` the parameters that the decision cuts, along ``dim``, no piece smaller than
     ``min_local`` elements, in blocks of ``sizes`` where the weight holds several; ``reduce``: a sum over ranks
-    follows; ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic or user;
+    follows; ``placement``: of the node's output (before that sum); ``source``: manual, factory, heuristic, user, or
+    empty where none of them decided;
     ``tokens``: where ranks have sequences of their own, ``gathered`` when the node works on the tokens of all ranks (of
     a sum each then keeps its own), ``joined`` when the ranks' rows are put together after it;
     ``why``: the reason, for what stays whole the reason against.

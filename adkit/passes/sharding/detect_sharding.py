@@ -17,7 +17,7 @@ from adkit.passes.base import Context, Pass, Stage
 from adkit.passes.registry import register
 from adkit.passes.sharding import sources
 from adkit.passes.sharding.batches import choose_batches
-from adkit.passes.sharding.op_kinds import BATCHED, EMBEDDING, LINEAR, MOE
+from adkit.passes.sharding.op_kinds import BATCHED, EMBEDDING, LINEAR, MOE, stored
 from adkit.passes.sharding.planning import check_sizes, make_plan, settled
 from adkit.passes.sharding.regions import Choice, Layout, choose, kind_of_rest, module_of
 from adkit.passes.sharding.settings import ShardingConfig, agreed_world
@@ -117,6 +117,8 @@ class DetectSharding(Pass):
             plan, allreduce_strategy=self.config.reduce, allgather_strategy=self.config.allgather_strategy
         )
         ctx.report(plan.summary)
+        if all(r.decision == "whole" and not r.source for r in plan):
+            ctx.report(f"nothing is cut: {next(iter(plan)).why}")
         decided = [r for r in plan if r.decision not in ("whole", "follow")]
         sums = sum(r.reduce for r in plan)
         return PassInfo(num_matches=len(decided), details={"plan": plan.summary, "sums over ranks": sums})
@@ -153,11 +155,27 @@ def _decide(layout: Layout, config: DetectShardingConfig, hf_config: Any, dist: 
         if choices and not config.support_partial_config:
             break
         choices |= {n: c for n, c in makers[source](choices).items() if n not in choices}
-    why = "no plan names it" if choices else "no source of decisions names it"
+    why = "no plan names it" if choices else _nothing_said(config, hf_config)
     for node in layout.nodes:
         if node not in choices and (node.target in (LINEAR, EMBEDDING, MOE) or stack_of(node) is not None):
-            choices[node] = Choice("whole", why, *kind_of_rest(layout, node))
+            choices[node] = Choice("whole", why, *kind_of_rest(layout, node), source="")
     return choices
+
+
+def _nothing_said(config: DetectShardingConfig, hf_config: Any) -> str:
+    """Why no source decides anything, and what to give."""
+    why = []
+    for source in config.sharding_source:
+        if source == "manual" and not config.manual_config:
+            why.append("manual_config is empty")
+        elif source == "factory" and not _factory_plan(config, hf_config):
+            if config.factory_source == "unknown":
+                why.append(
+                    "factory_config is empty and factory_source is unknown ('huggingface': the model's own plan)"
+                )
+            else:
+                why.append("the model's config has no plan and factory_config is empty")
+    return "no source of decisions names it" + (f": {'; '.join(why)}" if why else "")
 
 
 def _heuristic(layout: Layout, taken: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:
@@ -202,10 +220,21 @@ def _refused(node: Node, choice: Choice, config: DetectShardingConfig, dist: Dis
 def _simple(layout: Layout, choices: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:
     """Linears that are whole, with outputs cut and joined, where ranks can share them equally."""
     found: Choices = {}
+    whole = {
+        w.target
+        for n, c in choices.items()
+        if c.decision == "whole" and n.target is not LINEAR
+        for a in n.all_input_nodes
+        if (w := stored(a)) is not None
+    }
     for node, choice in choices.items():
         if node.target is not LINEAR or choice.decision != "whole" or dist.enable_attention_dp:
             continue
         if config.simple_shard_filter is not None and not config.simple(*sources.names_of(node)):
+            continue
+        if (weight := stored(node.args[1])) is not None and weight.target in whole:
+            why = f"{weight.target} is read by a lookup, too, which stays whole"
+            found[node] = replace(choice, why=why)
             continue
         outputs = shape_of(node.args[1])[0]
         if outputs % dist.tp_size:
@@ -214,7 +243,7 @@ def _simple(layout: Layout, choices: Choices, config: DetectShardingConfig, dist
             )
         else:
             why = "every linear's outputs are cut and joined" if config.simple_shard_only else "left over"
-            found[node] = replace(choice, decision="gather", why=why)
+            found[node] = replace(choice, decision="gather", why=why, source="heuristic")
     return found
 
 

@@ -61,7 +61,7 @@ def settled(
         except Unaccounted as problem:
             guessed = {n for n in problem.owners if n in kept and kept[n].source == "heuristic"}
             if not guessed or len(guessed) < len(problem.owners):
-                written = sorted({kept[n].source for n in problem.owners if n in kept} - {"heuristic"})
+                written = sorted({kept[n].source for n in problem.owners if n in kept} - {"heuristic", ""})
                 source = f"the {written[0] if written else 'manual'} plan"
                 raise ShardingError(_contradiction(problem, source)) from problem
             regions = {kept[n].region for n in guessed}

@@ -89,17 +89,19 @@ def agreed_world(config: WorldConfig, running: DistConfig) -> DistConfig:
     for key, value in config.dist_mapping.items():
         name = _MAPPING.get(key.removesuffix("_size"))
         if name is None:
-            raise ShardingError(f"dist_mapping has no {key!r}{nearest(key, _MAPPING)}")
+            raise ShardingError(f"dist_mapping has no {key!r}{nearest(key, _MAPPING)}; each also with _size")
         named[name] = value
     if config.dist_config is not None:
-        for name in config.dist_config.model_fields_set - {
-            "allreduce_strategy"
-        }:  # that is no size: see ``reduce``
+        for name in config.dist_config.model_fields_set - {"allreduce_strategy"}:  # no size: see ``reduce``
             value = getattr(config.dist_config, name)
             if named.setdefault(name, value) != value:
                 raise ShardingError(
                     f"dist_mapping says {name}={named[name]}, dist_config {value}: say it once, or the same"
                 )
+    if named.get("pp_size", 1) != 1:
+        raise ShardingError(
+            f"pp_size={named['pp_size']}: pipeline parallelism is not there; use tp_size instead"
+        )
     differ = {n: v for n, v in named.items() if n != "rank" and v != getattr(running, n)}
     if differ:
         told = ", ".join(f"{n}={v} (running: {getattr(running, n)})" for n, v in differ.items())

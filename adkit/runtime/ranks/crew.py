@@ -128,8 +128,7 @@ class Crew:
     def _send(self, member: Member, message: Any) -> None:
         try:
             member.link.send(message, with_draws=member.rank == 0)
-        except EOFError:
-            self._gone.add(member.rank)
+        except EOFError:  # gone, but what it said before that is still to be heard
             self._lost()
         except TimeoutError:
             self._stuck(f"rank {member.rank} has not read what it was sent")
@@ -180,7 +179,9 @@ class Crew:
             self._hear(0.1)
         failed = self._blamed()
         if failed is None:
-            failed = self._failures[0]
+            failed = self._failures[0] if self._failures else min(self._gone, default=None)
+        if failed is None:
+            self._raise(-1, "a rank can no longer be sent anything, and none has said why", None)
         if isinstance(failed, Failed):
             self._raise(failed.rank, f"failed: {failed.message}", failed)
         member = self.members[failed]

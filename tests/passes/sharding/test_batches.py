@@ -198,7 +198,7 @@ def test_a_batch_that_does_not_divide_stays_whole_and_says_so() -> None:
     [
         ({"sharding_dims": ["tp", "ep"]}, "sharding_dims has no bmm"),
         ({"shard_layers": ["mlp"]}, "shard_layers leaves moe layers whole"),
-        ({"sharding_source": ["manual"]}, "no source of decisions names it"),
+        ({"sharding_source": ["manual"]}, "no source of decisions names it: manual_config is empty"),
     ],
 )
 def test_settings_leave_stacks_whole(config: dict[str, Any], why: str) -> None:

@@ -205,11 +205,16 @@ def test_attention_data_parallelism_cuts_experts_alone() -> None:
     assert all("shard_layers names no such layers" in r.why for r in plan.find("lm_head"))
 
 
-def test_simple_shard_only_joins_every_output() -> None:
-    gm = canonical("llama")
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_simple_shard_only_joins_every_output(kind: str) -> None:
+    gm = canonical(kind)
     expected = logits(gm)
     plan = planned(gm, simple_shard_only=True)
     assert {r.decision for r in plan} == {"gather", "whole"}
+    assert {r.decision for r in plan.find("*.mlp.*")} == {"gather"}
+    if kind == "gemma2":  # whose head is its embedding
+        (head,) = plan.find("lm_head")
+        assert (head.decision, "is read by a lookup, too" in head.why) == ("whole", True)
     dist = DistConfig.of(tp=2)
     run(gm, "sharding_transform_executor", dist)
     assert rmse_ratio(logits_on_ranks(gm, dist)[1], expected) < 1e-5
@@ -251,6 +256,8 @@ def test_the_way_out_that_the_error_names_works() -> None:
 def test_a_world_that_contradicts_the_settings() -> None:
     with pytest.raises(ShardingError, match="tp_size=4"):
         planned(canonical("llama"), dist_mapping={"tp": 4})
+    with pytest.raises(ShardingError, match=r"^pp_size=2: pipeline parallelism is not there"):
+        planned(canonical("llama"), dist_mapping={"pp_size": 2})
     second = DistConfig.of(tp=2).at(1)  # settings are the same on every rank
     same = {"dist_config": DistConfig.of(tp=2), "dist_mapping": {"tp": 2, "rank": 0}}
     assert len(planned(canonical("llama"), second, **same)) == 16

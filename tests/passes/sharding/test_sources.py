@@ -87,3 +87,18 @@ def test_a_factory_plan_is_only_asked_for() -> None:
     )
     assert {r.decision for r in plan.find("*.mlp.*")} == {"whole"}
     assert {r.source for r in plan.find("*.mlp.*")} == {"factory"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"sharding_source": ["factory"]}, "factory_source is unknown ('huggingface': the model's own plan)"),
+        ({"sharding_source": ["factory"], "factory_source": "huggingface"}, "the model's config has no plan"),
+        ({"sharding_source": ["manual"]}, "manual_config is empty"),
+    ],
+)
+def test_sources_that_say_nothing_are_told(settings: dict[str, Any], told: str) -> None:
+    plan = planned(canonical("llama"), **settings)
+    assert {r.decision for r in plan} == {"whole"}
+    assert {r.source for r in plan} == {""}
+    assert all(told in r.why for r in plan)
