@@ -10,6 +10,7 @@ import torch
 
 import adkit
 from adkit.contract import AdkitError
+from adkit.viz import RecordError, load_record
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,11 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_record_is_not_taken_for_a_damaged_run(exported, tmp_path):
     with pytest.raises(AdkitError, match=r"walk\.json is a record.*written by wb\.save"):
         adkit.Workbench.load(exported().record(tmp_path / "walk.json"))
+
+
+def test_a_run_is_not_taken_for_a_damaged_record(saved):
+    with pytest.raises(RecordError, match=r"run\.json is a saved run, .* Workbench\.load\(path\) reads it"):
+        load_record(saved)
 
 
 def test_nothing_half_written_stays(wb, tmp_path, monkeypatch):

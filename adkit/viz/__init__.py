@@ -3,8 +3,8 @@
 category, picture -> what a picture shows, as data; dot -> the picture drawn; plots -> figures over steps and
 cost tables; mesh -> figures over ranks; html, times, placement -> adkit's objects in a notebook (importing this
 package registers them); record -> the record of a walk, from which the explorer (explorer, page), compare and
-export work; anygraph -> diff and show for any FX graph; widgets -> a browser of steps; live -> an engine at work:
-cache pages, batches, answers.
+export work; naming -> which node somebody means; anygraph -> diff and show for any FX graph; widgets -> a browser
+of steps; live -> an engine at work: cache pages, batches, answers.
 """
 
 from adkit.viz import html, placement, times

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, MutableMapping
 from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import GraphModule, Node
@@ -48,20 +49,35 @@ def snapshot_of(graph: GraphModule | torch.export.ExportedProgram | Snapshot) ->
     """
     if isinstance(graph, Snapshot):
         return graph
+    module = _module_of(graph)
     named: dict[str, str] = {}
     if isinstance(graph, torch.export.ExportedProgram):
         s = graph.graph_signature
         named = {**s.inputs_to_parameters, **s.inputs_to_buffers, **s.inputs_to_lifted_tensor_constants}
-        module: GraphModule = graph.graph_module
-    elif isinstance(graph, GraphModule):
-        module = graph
-    else:
-        raise TypeError(
-            f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram "
-            "(torch.export.export(module, args) makes one of a module), or a snapshot (wb.graph)"
-        )
     ids = {n: k for k, n in enumerate(module.graph.nodes)}
     return Snapshot(tuple(_record(n, ids, named, module) for n in module.graph.nodes))
+
+
+def _module_of(graph: GraphModule | torch.export.ExportedProgram) -> GraphModule:
+    if isinstance(graph, torch.export.ExportedProgram):
+        return graph.graph_module
+    if isinstance(graph, GraphModule):
+        return graph
+    raise TypeError(
+        f"cannot show a {type(graph).__name__}: give a torch.fx.GraphModule or an ExportedProgram "
+        "(torch.export.export(module, args) makes one of a module), or a snapshot (wb.graph)"
+    )
+
+
+def _ids_of(
+    graph: GraphModule | torch.export.ExportedProgram | Snapshot, told: Snapshot
+) -> MutableMapping[Node, int]:
+    """The id in ``told`` of every FX node of the graph it tells of; none for a snapshot.
+
+    Held weakly: what is looked at must not keep a module's weights.
+    """
+    nodes = () if isinstance(graph, Snapshot) else _module_of(graph).graph.nodes
+    return WeakKeyDictionary({n: r.id for n, r in zip(nodes, told, strict=False)})
 
 
 def _record(n: Node, ids: dict[Node, int], named: dict[str, str], module: GraphModule) -> NodeRecord:
@@ -233,6 +249,7 @@ def renumbered(a: Snapshot, b: Snapshot) -> Snapshot:
         if (
             old is not None
             and (old.target, old.args, old.kwargs, old.name) == (n.target, args, kwargs, n.name)
+            and n.module_type in ("", old.module_type)
             and _form(old) == _form(n)
         ):
             rows.append(old)
@@ -267,12 +284,14 @@ def _spelled(n: NodeRecord) -> str:
 class GraphDiff(Diff):
     """The difference of two graphs matched as best they could be: a :class:`~adkit.graph.diff.Diff` with a view.
 
-    ``matched`` counts the nodes taken for the same. ``changed`` has those that give another shape or dtype, too.
+    ``matched`` counts the nodes taken for the same; ``nodes`` are the ids of both graphs' FX nodes.
+    ``changed`` has those that give another shape or dtype, too.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot, names: tuple[str, str]) -> None:
         super().__init__(before, after)
         self.names = names
+        self.nodes: MutableMapping[Node, int] = {}
         self.matched = sum(n.id in before.by_id for n in after)
 
     @cached_property
@@ -299,7 +318,7 @@ class GraphDiff(Diff):
         """The two graphs in the explorer, the second compared with the first."""
         from adkit.viz.explorer import Explorer
 
-        return Explorer(self.record(), mode="compare")
+        return Explorer(self.record(), nodes=self.nodes, mode="compare")
 
     def __repr__(self) -> str:
         lines = [super().__repr__()]
@@ -323,15 +342,19 @@ def diff(
     Raises TypeError for what is no graph.
     """
     before, after = snapshot_of(a), snapshot_of(b)
-    return GraphDiff(before, renumbered(before, after), names)
+    made = GraphDiff(before, renumbered(before, after), names)
+    made.nodes = _ids_of(a, before)
+    made.nodes.update(_ids_of(b, made.after))
+    return made
 
 
 def show(graph: GraphModule | torch.export.ExportedProgram | Snapshot, *, name: str = "graph") -> Explorer:
     """A graph in the explorer, folded by modules; raises TypeError for what is no graph."""
-    step = Step(name, "graph", {}, "", "done", after=snapshot_of(graph), info=PassInfo())
+    told = snapshot_of(graph)
+    step = Step(name, "graph", {}, "", "done", after=told, info=PassInfo())
     from adkit.viz.explorer import Explorer
 
-    return Explorer(_record_of([step], name, ""))
+    return Explorer(_record_of([step], name, ""), nodes=_ids_of(graph, told))
 
 
 def _record_of(steps: list[Step], name: str, note: str) -> Record:

@@ -7,22 +7,24 @@ the static fallback of :mod:`adkit.viz.static` is shown.
 
 from __future__ import annotations
 
-import difflib
 import gzip
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anywidget
 import traitlets
 from pydantic import TypeAdapter
+from torch.fx import Node
 
 from adkit.graph.diff import RewriteClass, Site
 from adkit.graph.snapshot import NodeRecord
 from adkit.graph.step import Step
 from adkit.graph.times import NodeTimes
+from adkit.viz.naming import Naming, nearest
 from adkit.viz.page import asset
 from adkit.viz.record.format import Costs, Overlay, Record, Rewrite, View
 from adkit.viz.record.overlays import overlay
+from adkit.viz.record.read import RecordError
 from adkit.viz.record.write import RecordWriter
 from adkit.viz.static import static_html, walk_svg
 from adkit.viz.static_map import Looked
@@ -38,14 +40,23 @@ _PARTS: dict[str, TypeAdapter[Any]] = {
 _OVERLAYS = TypeAdapter(list[Overlay])
 
 
+class _Nodes(traitlets.List):
+    """Node ids; Python may set one node or several, whatever it holds of them (:class:`Explorer` knows which)."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        return super().validate(obj, list(value) if several else [value])
+
+
 class Explorer(anywidget.AnyWidget):
     """A walk to look at: timeline, graph, differences, program, node inspector.
 
     ``step`` and ``against`` are indices of steps (``against`` -1: the graph before ``step``); ``panes`` the steps
     shown side by side (names or indices, 2 to 4; empty: ``against`` and ``step``); ``mode`` is graph, compare or
-    code; ``selection`` node ids; ``overlay`` an overlay's name or empty; ``search`` the text searched for;
-    ``unfolded`` the paths of open modules (None: the browser's choice). All may be read and set; TraitError
-    for what the record does not have. ``again`` makes the record anew after :meth:`tell` said that it went on.
+    code; ``selection`` node ids, set by anything that :meth:`goto` takes; ``overlay`` an overlay's name or empty;
+    ``search`` the text searched for; ``unfolded`` the paths of open modules (None: the browser's choice). All
+    may be read and set; TraitError for what the record does not have. ``again`` makes the record anew after
+    :meth:`tell` said that it went on; ``nodes`` are the ids of the FX nodes that the record was made of.
     """
 
     _esm = asset("explorer.js")
@@ -62,13 +73,19 @@ class Explorer(anywidget.AnyWidget):
     mode = traitlets.Enum(MODES, "graph").tag(sync=True)
     overlay = traitlets.Unicode("").tag(sync=True)
     search = traitlets.Unicode("").tag(sync=True)
-    selection = traitlets.List(traitlets.Int()).tag(sync=True)
+    selection: Any = _Nodes().tag(sync=True)
     unfolded = traitlets.List(traitlets.Unicode(), None, allow_none=True).tag(sync=True)
 
     def __init__(
-        self, data: Record | RecordWriter, *, again: Callable[[], RecordWriter] | None = None, **traits: Any
+        self,
+        data: Record | RecordWriter,
+        *,
+        again: Callable[[], RecordWriter] | None = None,
+        nodes: Mapping[Node, int] | None = None,
+        **traits: Any,
     ) -> None:
         self._again = again
+        self._nodes = nodes
         self._stale = False
         self._take(data)
         traits.setdefault("step", _last_change(self._data))
@@ -79,7 +96,7 @@ class Explorer(anywidget.AnyWidget):
     def _take(self, data: Record | RecordWriter) -> None:
         self._writer = data if isinstance(data, RecordWriter) else None
         self._data = data.record if isinstance(data, RecordWriter) else data
-        self._ids = set(self._data.nodes.id)
+        self._naming = Naming(self._data, self._nodes)
 
     # --- the record, and its parts
 
@@ -106,7 +123,7 @@ class Explorer(anywidget.AnyWidget):
             self.step = names.index(at.name) if kept and at is not None else _last_change(self._data)
             self.panes = [k for k in self.panes if k < len(names)] if self.step in self.panes else []
             self.against = self.against if self.against < len(names) else -1
-            self.selection = [i for i in self.selection if i in self._ids]
+            self.selection = [i for i in self.selection if i in self._naming]
             self._look_ahead(self.step)
             self.record, self.parts = _packed(self._data), self._writer is not None
             self.overlays = _zipped(_OVERLAYS.dump_json(self._data.overlays)) if self._data.overlays else b""
@@ -163,14 +180,15 @@ class Explorer(anywidget.AnyWidget):
     def goto(
         self,
         step: str | int | Step,
-        node: int | NodeRecord | Site | RewriteClass | Iterable[Any] | None = None,
+        node: int | str | Node | NodeRecord | Site | RewriteClass | Iterable[Any] | None = None,
         *,
         compare_to: str | int | Step | None = None,
     ) -> Explorer:
         """Look at a step (name or index, negative from the end; a stage is its last step), against another one.
 
-        ``node`` is what to select: an id or node, a site or all sites of a rewrite class, or several of them.
-        Returns itself. Raises KeyError for an unknown step, with the nearest ones; TraitError for an unknown node.
+        ``node`` is what to select: an id, a name in the graphs shown (the step's first), a node (of ``show(gm)`` a
+        torch.fx one, too), a site or all sites of a rewrite class, or several of them. Returns itself. Raises
+        KeyError for an unknown step, TraitError for an unknown node, both with the nearest ones.
         """
         self.step = self._index(step)
         if compare_to is not None:
@@ -180,7 +198,7 @@ class Explorer(anywidget.AnyWidget):
         elif not self.panes:
             self.against = -1
         if node is not None:
-            self.selection = _ids(node)
+            self.selection = node
         return self
 
     def add_overlay(
@@ -188,11 +206,21 @@ class Explorer(anywidget.AnyWidget):
     ) -> Explorer:
         """Lay values over the graph and show them: ``{node: number or word}``, a profile, ``wb.errors()``.
 
-        Options as :func:`adkit.viz.overlay` takes; RecordError for values that it refuses.
+        Nodes as :meth:`goto` takes them, names those of the graphs shown. Options as :func:`adkit.viz.overlay`
+        takes; RecordError for nodes that there are not and for values that it refuses.
         """
+        data = self.data
+        if isinstance(values, Mapping):
+            try:
+                values = {
+                    self._naming.id(n, self._shown()) if isinstance(n, (str, Node)) else n: v
+                    for n, v in values.items()
+                }
+            except KeyError as error:
+                raise RecordError(f"overlay {name!r}: {error.args[0]}") from None
         made = overlay(name, values, **options)
-        self.data.overlays = [*(o for o in self.data.overlays if o.name != made.name), made]
-        self.overlays = _zipped(_OVERLAYS.dump_json(self.data.overlays))
+        data.overlays = [*(o for o in data.overlays if o.name != made.name), made]
+        self.overlays = _zipped(_OVERLAYS.dump_json(data.overlays))
         self.overlay = made.name
         return self
 
@@ -207,7 +235,7 @@ class Explorer(anywidget.AnyWidget):
         if step not in names and stage:
             return stage[-1]
         if step not in names:
-            raise KeyError(f"no step {step!r} in this record{_nearest(step, names)}")
+            raise KeyError(f"no step {step!r} in this record{nearest(step, names)}")
         return names.index(step)
 
     @traitlets.validate("step", "against")
@@ -246,11 +274,20 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.validate("selection")
     def _known_nodes(self, proposal: Any) -> list[int]:
-        value = list(proposal["value"])
-        unknown = [i for i in value if i not in self._ids]
-        if unknown:
-            raise traitlets.TraitError(f"no node with id {unknown[0]} in this record")
-        return value
+        try:
+            return self._naming.ids(proposal["value"], self._shown())
+        except KeyError as error:
+            raise traitlets.TraitError(error.args[0]) from None
+
+    def _shown(self) -> list[int]:
+        """The graphs looked at, that of the step first."""
+        steps = self._data.steps
+        if not steps:
+            return []
+        at = steps[self.step]  # -1, the browser's choice: the last
+        beside = [steps[k].after for k in (*self.panes, self.against) if k >= 0] or [at.before]
+        graphs = [at.after if at.after >= 0 else at.before, *(beside if self.mode != "graph" else ())]
+        return list(dict.fromkeys(g for g in graphs if g >= 0))
 
     @traitlets.validate("unfolded")
     def _known_modules(self, proposal: Any) -> list[str] | None:
@@ -262,7 +299,7 @@ class Explorer(anywidget.AnyWidget):
         for path in value:
             if path not in known:
                 raise traitlets.TraitError(
-                    f"no module {path!r} in this record{_nearest(path, sorted(known - {''}))}"
+                    f"no module {path!r} in this record{nearest(path, sorted(known - {''}))}"
                 )
         return list(value)
 
@@ -291,35 +328,10 @@ class Explorer(anywidget.AnyWidget):
         return {**(bundle or {}), **still}, meta
 
 
-def _ids(node: Any) -> list[int]:
-    """Ids of what :meth:`Explorer.goto` takes; of a site the nodes made or changed, else those erased."""
-    if isinstance(node, RewriteClass):
-        return _ids(node.sites)
-    if isinstance(node, Site):
-        return [*node.created, *node.changed] or list(node.erased)
-    if isinstance(node, NodeRecord):
-        return [node.id]
-    return (
-        [i for n in node for i in _ids(n)]
-        if isinstance(node, Iterable) and not isinstance(node, str)
-        else [node]
-    )
-
-
 def _last_change(data: Record) -> int:
     """The step a reader starts at: the last that changed the graph; -1 where none did."""
     shown = [k for k, s in enumerate(data.steps) if s.after >= 0 and s.after != s.before]
     return shown[-1] if shown else -1
-
-
-def _nearest(given: str, known: Sequence[str]) -> str:
-    """``; did you mean 'x' or 'y'?`` for the closest known names, else the names that contain it, else all."""
-    close: Iterable[str] = (
-        difflib.get_close_matches(given, known, 3, 0.5) or [k for k in known if given and given in k][:3]
-    )
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"; known: {', '.join(known[:40])}" if known else ""
 
 
 def _packed(data: Record) -> bytes:

@@ -129,6 +129,13 @@ def point(record: Record, look: Looked) -> Point:
     root = Module("")
     made = {"": root}
     types = {texts[p]: texts[t] for p, t in zip(record.modules.path, record.modules.type, strict=True)}
+    # A path may be of another class in another graph.
+    told = {
+        path_of(row): texts[record.modules.type[r.module[row]]]
+        for row in here
+        if OPS[r.op[row]] != "get_attr"
+    }
+    types.update({path: kind for path, kind in told.items() if kind})
 
     def module(path: str) -> Module:
         if path not in made:

@@ -217,7 +217,7 @@ function Search({ store, group }: { store: Store; group: Group }) {
             {found.slice(0, MOST_FOUND).map(([n, count]) => (
               <li key={n.id}>
                 <button type="button" onClick={() => pick(n)} title={n.source === null ? n.target : `${n.target}\n${n.source.file}:${n.source.line}  ${n.source.code}`}>
-                  <b>{n.name}</b><span>{n.op === "call_function" ? n.short : n.op}</span><small>{n.value}</small><small>{n.path}</small><span class="adk-count">{count > 1 ? `×${count}` : ""}</span>
+                  <b>{n.name}</b><span>{n.op === "call_function" ? n.short : n.op === "call_module" ? n.target : n.op}</span><small>{n.value}</small><small>{n.path}</small><span class="adk-count">{count > 1 ? `×${count}` : ""}</span>
                 </button>
               </li>
             ))}

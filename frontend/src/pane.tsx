@@ -193,7 +193,7 @@ function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox
       ...(touched === undefined || !closed || laid !== null ? {} : { deltas: deltas(touched) }),
       ...(parts === undefined ? {} : { parts }),
       className: `adk-level${Math.min(4, path.split(".").length)} ${touched === undefined ? "" : "adk-touched"} ${said?.fill === undefined ? "" : filled(said.fill)}`,
-      lines: [walk.title(path), closed ? `${said === null ? nodes(box.module.size) : said.text}` : ""],
+      lines: [walk.title(points[n]!.graph, path), closed ? `${said === null ? nodes(box.module.size) : said.text}` : ""],
       title: `${box.module.path || "model"}${box.count > 1 ? `, ${box.count} times` : ""}, ${nodes(box.module.size)}; double-click to ${box.inside === null ? "open" : "close"}`,
     };
   }
@@ -203,8 +203,8 @@ function look(store: Store, points: Point[], n: number, box: NodeBox | ModuleBox
   const mark = markOf(marks, info.id);
   const result: Look = {
     className: `adk-c${info.category} ${mark && `adk-${mark}`}`,
-    lines: [info.op === "call_function" ? info.short : info.name, info.value],
-    title: `${info.name}: ${info.op === "call_function" ? info.target : info.op}, ${info.value}${mark && `, ${TOLD[mark]}`}`,
+    lines: [walk.called(info), info.value],
+    title: `${info.name}: ${info.op === "call_function" || info.op === "call_module" ? info.target : info.op}, ${info.value}${mark && `, ${TOLD[mark]}`}`,
   };
   if (laid !== null) {
     const value = laid.values.get(info.id);
@@ -254,7 +254,7 @@ function hover(tip: HTMLElement, host: HTMLElement, store: Store, graph: number,
   if (row === undefined) return;
   const info = store.walk.info(row);
   tip.replaceChildren();
-  for (const [tag, content] of [["b", info.name], ["div", info.op === "call_function" ? `${info.short}(${store.walk.call(graph, row)})` : info.op], ["div", info.value], ["small", info.source === null ? info.path : `${info.path}  ${info.source.file}:${info.source.line}`]] as const) {
+  for (const [tag, content] of [["b", info.name], ["div", info.op === "call_function" ? `${info.short}(${store.walk.call(graph, row)})` : info.op === "call_module" ? `${info.op} ${info.target}` : info.op], ["div", info.value], ["small", info.source === null ? info.path : `${info.path}  ${info.source.file}:${info.source.line}`]] as const) {
     const e = document.createElement(tag);
     e.textContent = content.length > 300 ? `${content.slice(0, 300)}…` : content;
     tip.append(e);

@@ -215,7 +215,7 @@ export class Walk {
   private readonly rowMaps = new Map<number, Map<number, number>>();
   private readonly place = new Map<number, number>();
   private readonly prefixes = new Map<string, string[]>();
-  private types: Map<string, string> | null = null;
+  private readonly types = new Map<number, Map<string, string>>();
   private descendants: Map<number, number[]> | null = null;
   /** Asks for a part that the record left out; null where what is there is all there is. */
   ask: ((part: Part) => void) | null = null;
@@ -346,12 +346,29 @@ export class Walk {
     return known;
   }
 
-  /** A module's name and class, as its title says them. */
-  title(path: string): string {
-    const { modules } = this.data;
-    this.types ??= new Map(modules.path.map((p, m) => [this.text(p), this.text(modules.type[m]!)]));
-    const [name, type] = [path.slice(path.lastIndexOf(".") + 1), this.types.get(path)];
+  /** What a node's box says first: what it calls; of an input or a parameter its name. */
+  called(n: NodeInfo): string {
+    return n.op === "call_function" ? n.short : n.op === "call_module" ? n.type || n.short : n.name;
+  }
+
+  /** A module's name and its class in graph k, as its title says them. */
+  title(k: number, path: string): string {
+    const [name, type] = [path.slice(path.lastIndexOf(".") + 1), this.typesIn(k).get(path)];
     return type ? `${name}: ${type}` : name;
+  }
+
+  /** Classes of modules by path: those that graph k's calls tell, as another graph may have another there. */
+  private typesIn(k: number): Map<string, string> {
+    const known = this.types.get(k);
+    if (known !== undefined) return known;
+    const { modules, rows } = this.data;
+    const made = new Map(modules.path.map((p, m) => [this.text(p), this.text(modules.type[m]!)]));
+    for (const r of this.rows(k)) {
+      const m = rows.module[r]!;
+      if (modules.type[m] !== 0 && OPS[rows.op[r]!] !== "get_attr") made.set(this.text(modules.path[m]!), this.text(modules.type[m]!));
+    }
+    keep(this.types, k, made, 10);
+    return made;
   }
 
   /** The call as text, inputs by their names in graph k. */

@@ -275,7 +275,7 @@ function ModulePanel({ store, path }: { store: Store; path: string }) {
   const said = store.overlay()?.of(path);
   return (
     <>
-      <h2>{walk.title(path) || walk.name}</h2>
+      <h2>{walk.title(store.graph, path) || walk.name}</h2>
       <p><button type="button" onClick={() => store.toggle(path)}>{store.state.open.has(path) ? "Fold" : "Unfold"}</button></p>
       <Facts facts={[
         ["path", path || "the model itself"],

@@ -403,8 +403,11 @@ export class Store {
         }
         return known;
       },
-      title: (module) => this.walk.title(module.path),
-      label: (node) => [node.target || node.name, this.walk.info(this.walk.rowOf(k).get(node.id) ?? 0).value],
+      title: (module) => this.walk.title(k, module.path),
+      label: (node) => {
+        const info = this.walk.info(this.walk.rowOf(k).get(node.id) ?? 0);
+        return [node.op === "call_module" ? this.walk.called(info) : node.target || node.name, info.value];
+      },
       chip: (input, reader) => {
         if (input.op === "get_attr") return tail(input.target || input.name, reader.path);
         const value = this.walk.info(this.walk.rowOf(k).get(input.id) ?? 0);

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
+from traitlets import TraitError
 
-from adkit.viz import diff, draw, show
+from adkit.viz import RecordError, diff, draw, show
 from adkit.viz.anygraph import BEST_EFFORT, match, snapshot_of
+from adkit.viz.record.read import graph_rows, parse_record
+from adkit.viz.static import walk_svg
+from adkit.viz.static_map import Looked
 from tests.graph.samples import sample
 
 
@@ -76,6 +83,53 @@ def test_the_viewer_opens_on_any_graph_and_says_what_matching_is() -> None:
     assert opened.mode == "compare"
 
 
+def test_fx_nodes_are_told_to_the_explorer_as_they_are() -> None:
+    one, two = symbolic_trace(Net()), symbolic_trace(Net("gelu"))
+    nodes = list(one.graph.nodes)
+    explorer = show(one)
+    explorer.selection = nodes[2]
+    assert explorer.selection == [2]
+    assert explorer.goto(0, [nodes[1], "relu", 0]).selection == [1, [n.name for n in nodes].index("relu"), 0]
+    with pytest.raises(TraitError, match="no FX node 'gelu' here: this explorer shows other nodes"):
+        explorer.selection = [next(n for n in two.graph.nodes if n.name == "gelu")]
+    with pytest.raises(TraitError, match="no node 'relu_9' after step 'graph'; did you mean 'relu'"):
+        explorer.goto(0, "relu_9")
+    found = diff(one, two)
+    gelu = next(n for n in two.graph.nodes if n.name == "gelu")
+    assert found.explore().goto(1, [gelu]).selection == list(found.created)
+    exported = torch.export.export(Net(), (torch.zeros(2, 4),))
+    assert show(exported).goto(0, list(exported.graph.nodes)[-1]).selection == [len(exported.graph.nodes) - 1]
+
+
+def test_values_are_laid_over_fx_nodes_names_and_ids() -> None:
+    gm = symbolic_trace(Net())
+    nodes = {n.name: n for n in gm.graph.nodes}
+    explorer = show(gm).add_overlay("mine", {nodes["a"]: 1.0, "relu": 2.0, 3: 3.0})
+    (made,) = explorer.data.overlays
+    assert (made.ids, made.values) == (
+        [list(nodes).index("a"), list(nodes).index("relu"), 3],
+        [1.0, 2.0, 3.0],
+    )
+    with pytest.raises(
+        RecordError, match="overlay 'x': no node 'rel' after step 'graph'; did you mean 'relu'"
+    ):
+        explorer.add_overlay("x", {"rel": 1.0})
+    with pytest.raises(RecordError, match="overlay 'x': no FX node 'a' here"):
+        explorer.add_overlay("x", {next(n for n in symbolic_trace(Net()).graph.nodes if n.name == "a"): 1.0})
+    with pytest.raises(RecordError, match=r"overlay 'x' has the key 1.5; .* add_overlay takes names"):
+        explorer.add_overlay("x", {1.5: 1.0})
+    assert explorer.data.overlays == [made]
+
+
+def test_an_explorer_does_not_keep_the_module() -> None:
+    gm = symbolic_trace(Net())
+    explorer, alive = show(gm), weakref.ref(gm)
+    del gm
+    gc.collect()
+    assert alive() is None
+    assert explorer.goto(0, "relu").selection
+
+
 class Parts(nn.Module):
     """Modules called as such once traced, a width, and a constant in a branch."""
 
@@ -106,6 +160,38 @@ def test_modules_that_are_called_are_told_by_what_they_are() -> None:
     wider = diff(symbolic_trace(Parts()), symbolic_trace(Parts(width=16)))
     assert len(wider.created) == len(wider.erased) == 2
     assert diff(symbolic_trace(Parts()), symbolic_trace(Parts())).empty
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * 2
+
+
+class Rescaled(nn.Module):
+    """Of its calls the first is Scaled's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) + 3
+
+
+@pytest.mark.parametrize(
+    ("trace", "old", "new"),
+    [
+        (symbolic_trace, nn.ReLU, nn.GELU),
+        (lambda m: torch.export.export(m, (torch.zeros(2, 4),)), Scaled, Rescaled),
+    ],
+)
+def test_a_module_is_of_the_class_that_it_has_in_the_graph_looked_at(trace, old, new) -> None:
+    record = diff(trace(Parts(old)), trace(Parts(new))).record()
+    kinds = []
+    for rows in graph_rows(record):
+        at = {record.rows.module[r] for r in rows}
+        here = [m for m in at if record.texts[record.modules.path[m]] == "layers.1"]
+        kinds.append([record.texts[record.modules.type[m]] for m in here])
+    assert kinds == [[old.__name__], [new.__name__]]
+    assert parse_record(record.model_dump_json().encode()) == record
+    for step, kind in enumerate((old, new)):
+        assert f"1: {kind.__name__}<" in walk_svg(record, Looked(step))
 
 
 def test_graphs_within_a_graph_are_compared() -> None:

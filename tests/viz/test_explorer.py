@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import traitlets
 from pydantic import TypeAdapter
+from torch.fx import Graph
 
 from adkit.graph.step import PassInfo, Step
 from adkit.viz import RecordError, compare, export, write_page
@@ -76,8 +77,36 @@ def test_goto_takes_what_python_holds(record: Record) -> None:
         dropped.erased
     )
     assert explorer.goto("pattern_matcher").step_name == "match_moe_pattern"
-    with pytest.raises(traitlets.TraitError):
-        explorer.goto(step, "linear")  # type: ignore[arg-type]
+
+
+def test_nodes_are_named_by_the_graphs_shown(record: Record) -> None:
+    explorer, steps = Explorer(record), sample("llama", 4)
+    before, after = (getattr(steps["match_rmsnorm_pattern"], side) for side in ("before", "after"))
+    made = next(n for n in after if n.id not in before.by_id)
+    gone = next(n for n in before if n.id not in after.by_id)
+    assert explorer.goto("match_rmsnorm_pattern", made.name).selection == [made.id]
+    explorer.selection = [after.nodes[0].id, made.name]
+    assert explorer.selection == [after.nodes[0].id, made.id]
+    explorer.selection = made.name
+    assert explorer.selection == [made.id]
+    # What a step erased is in the graph beside it alone.
+    with pytest.raises(
+        traitlets.TraitError, match=f"no node '{gone.name}' after step 'match_rmsnorm_pattern'; there is one"
+    ):
+        explorer.goto("match_rmsnorm_pattern", gone.name)
+    assert explorer.goto("match_rmsnorm_pattern", gone.name, compare_to="export_to_gm").selection == [gone.id]
+    explorer.against = -1
+    explorer.selection = gone.name
+    assert explorer.selection == [gone.id]
+    for wrong, said in (
+        (made.name + "x", f"after step 'match_rmsnorm_pattern'; did you mean '{made.name}'"),
+        ([1.5], "1.5 is a float, no node: give an id, a name"),
+        ([True], "True is a bool, no node"),
+        (Graph().placeholder("x"), "no FX node 'x' here: this explorer was not made of an FX graph"),
+    ):
+        with pytest.raises(traitlets.TraitError, match=re.escape(said)):
+            explorer.selection = wrong
+    assert explorer.selection == [gone.id]
 
 
 def test_an_overlay_added_is_shown(record: Record) -> None:

@@ -69,7 +69,10 @@ def _id(name: str, node: Any) -> int:
         return node.id
     if isinstance(node, numbers.Integral) and not isinstance(node, bool) and int(node) >= 0:
         return int(node)
-    raise RecordError(f"overlay {name!r} has the key {node!r}; keys are nodes of wb.graph or their ids")
+    raise RecordError(
+        f"overlay {name!r} has the key {node!r}; keys are nodes of wb.graph or their ids; "
+        "an explorer's add_overlay takes names and torch.fx nodes, too"
+    )
 
 
 def _number(name: str, value: Any) -> float:

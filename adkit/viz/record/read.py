@@ -79,10 +79,12 @@ def _told(error: ValidationError, data: bytes, name: str) -> str:
     except (ValueError, RecursionError):
         return f"{name} is not a record, or is cut short (it is no whole JSON document); write it again"
     if version is None:
-        kind = (
-            "a saved run; Workbench.load reads it" if isinstance(head, dict) and "adkit_run" in head else ""
-        )
-        return f"{name} is not a record{f' but {kind}' if kind else ' (it has no adkit_record)'}"
+        if isinstance(head, dict) and "adkit_run" in head:
+            return (
+                f"{name} is a saved run, which wb.save writes: Workbench.load(path) reads it; what load_record and "
+                "`adkit view` read is written by wb.record"
+            )
+        return f"{name} is not a record (it has no adkit_record); wb.record(path) writes one"
     if version not in READ:
         known = " and ".join(map(str, READ))
         return f"{name} has record version {str(version)[:20]!r}; this version of adkit reads {known}"

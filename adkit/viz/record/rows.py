@@ -32,6 +32,7 @@ class Mark:
 
     nodes: int
     modules: int
+    others: int
     sources: int
     values: int
     seen: int
@@ -46,7 +47,9 @@ class Rows:
 
     def __init__(self) -> None:
         self.nodes: list[NodeRecord] = []
+        #: The module of each path; ``_others`` has those of a class that the path has in another graph.
         self.modules: dict[str, int] = {}
+        self._others: dict[tuple[str, int], int] = {}
         self._rows, self._module_table, self._source_table = f.Rows(), f.Modules(), f.Sources()
         self._value_table: list[f.Value] = []
         self._target_table: list[f.Target] = []
@@ -79,18 +82,18 @@ class Rows:
     def mark(self) -> Mark:
         """How much there is, for :meth:`cut`."""
         return Mark(
-            len(self.nodes), len(self.modules), len(self._sources), len(self._values), len(self._seen),
-            len(self._targets), len(self._calls), len(self._texts), len(self._types),
+            len(self.nodes), len(self.modules), len(self._others), len(self._sources), len(self._values),
+            len(self._seen), len(self._targets), len(self._calls), len(self._texts), len(self._types),
         )  # fmt: skip
 
     def cut(self, to: Mark) -> None:
         """Drop all that was added since ``to``."""
         del self.nodes[to.nodes :], self._value_table[to.values :], self._target_table[to.targets :]
         _cut(self._rows, to.nodes)
-        _cut(self._module_table, to.modules)
+        _cut(self._module_table, to.modules + to.others)
         _cut(self._source_table, to.sources)
         for known, size in (
-            (self._known, to.nodes), (self.modules, to.modules), (self._sources, to.sources),
+            (self._known, to.nodes), (self.modules, to.modules), (self._others, to.others), (self._sources, to.sources),
             (self._values, to.values), (self._seen, to.seen), (self._targets, to.targets),
             (self._calls, to.calls), (self._texts, to.texts), (self._types, to.types),
         ):  # fmt: skip
@@ -105,7 +108,9 @@ class Rows:
         general = {without_layer(path): kind for path, kind in self._types.items()}
         record.rows, record.sources = _copy(self._rows), _copy(self._source_table)
         record.modules = _copy(self._module_table)
-        record.modules.type = [self._types.get(p, general.get(without_layer(p), 0)) for p in self.modules]
+        kinds = {k: self._types.get(p, general.get(without_layer(p), 0)) for p, k in self.modules.items()}
+        kinds.update({k: kind for (_, kind), k in self._others.items()})
+        record.modules.type = [kinds[k] for k in range(len(kinds))]
         record.values, record.targets = list(self._value_table), list(self._target_table)
         record.calls = [text.split(_INPUT) for text in self._calls]
         record.texts = list(self._texts)
@@ -131,12 +136,14 @@ class Rows:
         return self._texts.setdefault(text, len(self._texts))
 
     def _module_of(self, n: NodeRecord) -> int:
-        if n.module_type and n.module_path not in self._types:
-            self._types[n.module_path] = self.text(n.module_type)
-        own = self._module(n.module_path)  # a parameter's too: rewrite classes name it
+        path = n.module_path
+        kind = self.text(n.module_type) if n.module_type else 0
+        if kind:
+            self._types.setdefault(path, kind)
+        own = self._module(path)  # a parameter's too: rewrite classes name it
         if n.op == "get_attr":
             return self._module(_PARAMETER.sub("", n.target) if "." in n.target else "")
-        return own
+        return self._other(path, kind) if kind and self._types[path] != kind else own
 
     def _module(self, path: str) -> int:
         known = self.modules.get(path)
@@ -144,14 +151,26 @@ class Rows:
             return known
         above, _, name = path.rpartition(".")
         parent = self._module(above) if path else -1
-        made = self.modules[path] = len(self.modules)
+        self.modules[path] = len(self.modules) + len(self._others)
+        return self._entry(path, name, parent)
+
+    def _other(self, path: str, kind: int) -> int:
+        """The module of another class that stands at ``path`` in another graph."""
+        known = self._others.get((path, kind))
+        if known is not None:
+            return known
+        self._others[path, kind] = len(self.modules) + len(self._others)
+        above, _, name = path.rpartition(".")
+        return self._entry(path, name, self._module(above) if path else -1)
+
+    def _entry(self, path: str, name: str, parent: int) -> int:
         table = self._module_table
         table.parent.append(parent)
         table.name.append(self.text(name))
         table.path.append(self.text(path))
         layer = layer_of(path)
         table.layer.append(-1 if layer is None else layer)
-        return made
+        return len(table.layer) - 1
 
     def _source(self, source: Source | None) -> int:
         if source is None:
