@@ -93,7 +93,8 @@ def _panel(result: Result, groups: list[tuple[int, list[Row]]], left: Any, right
     left.set_xlim(0, most * 1.16)
     right.set_xlim(0, 1.15)
     left.set_title(result["what"], loc="left", fontsize=10, fontweight="bold", color=INK)
-    left.set_xlabel(unit, fontsize=9, color=INK)
+    several = f"{result['ranks']} x " if result.get("ranks", 1) > 1 else ""
+    left.set_xlabel(f"{unit}, {several}{result['machine']}", fontsize=9, color=INK)
     right.set_xlabel(f"share of {SHARES.get(share_key, '')}", fontsize=9, color=INK)
     right.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
     left.xaxis.grid(True, color=GRID, linewidth=0.6)
