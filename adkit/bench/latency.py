@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from adkit.bench import peers
 from adkit.bench.machine import peak_bytes
 from adkit.bench.results import Result, Row, line, result_of
@@ -18,7 +20,7 @@ from adkit.bench.workload import Lengths, Workload, check_positions, make_worklo
 from adkit.config import Fragment
 from adkit.contract import ConfigError
 
-REPEATS = 3
+WARM_UPS, REPEATS = 2, 3
 
 
 def measure(
@@ -80,9 +82,11 @@ def measure(
         keep(result)
 
     def figures(run: Callable[[Workload], Any], load: Workload) -> Row:
-        for _ in range(2):
-            run(load)
-        row = latency_figures([run(load) for _ in range(REPEATS)])
+        runs = tqdm(
+            range(WARM_UPS + REPEATS), desc=f"batch {len(load)}", unit=" runs", delay=2, leave=False,
+            disable=not progress,
+        )  # fmt: skip
+        row = latency_figures([run(load) for _ in runs][WARM_UPS:])
         row["copy_bandwidth_share"] = round(
             subject.work.weight_bytes(len(load))
             * float(str(row["steps_per_second"]))
