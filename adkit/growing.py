@@ -55,9 +55,7 @@ class Growing:
             self.walked.follow(steps)
             for s in steps[told:]:
                 s.summary()  # its rewrites, which the step keeps
-        except (
-            Exception
-        ):  # a pass is not to fail because it cannot be drawn: who asks for the record is told why
+        except Exception:  # a pass must not fail for want of a picture: who asks for the record is told why
             pass
         self._spent += time.perf_counter() - start
 

@@ -148,13 +148,8 @@ def _fitting(node: Node, decision: Decision) -> Decision | None:
     if node.target is EMBEDDING:
         return decision if decision in ("vocab", "whole") else None
     if node.target is not LINEAR:
-        return (
-            "batch"
-            if decision == "experts"
-            else decision
-            if decision in ("batch", "gather", "whole")
-            else None
-        )
+        stacked: Decision = "batch" if decision == "experts" else decision
+        return stacked if stacked in ("batch", "gather", "whole") else None
     return decision if decision in ("colwise", "rowwise", "gather", "whole") else None
 
 
