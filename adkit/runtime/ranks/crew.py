@@ -23,6 +23,7 @@ from adkit.runtime.ranks.messages import Collect, End, Failed, Progress, Ready, 
 from adkit.runtime.ranks.processes import Member
 from adkit.runtime.sampler import Drawing
 
+_STATUS_SECONDS = 5.0  # for processes that closed their connections to be gone: their threads must end first
 _BLAME_SECONDS = 2.0  # how long others may speak up once one has failed
 _END_SECONDS = 3.0  # that ranks get to end by themselves
 _LOOK_SECONDS = 1.0
@@ -185,7 +186,11 @@ class Crew:
         if isinstance(failed, Failed):
             self._raise(failed.rank, f"failed: {failed.message}", failed)
         silent = sorted(self._gone - {f.rank for f in self._failures})
-        ends = {r: self.members[r].how_it_ended(_BLAME_SECONDS) or "closed its connection" for r in silent}
+        limit = time.monotonic() + _STATUS_SECONDS
+        ends = {
+            r: self.members[r].how_it_ended(max(0.0, limit - time.monotonic())) or "closed its connection"
+            for r in silent
+        }
         # A library that lost its peer may abort its own process: that is a consequence, not the cause.
         rank = min(ends, key=lambda r: ("SIGABRT" in ends[r], r))
         others = "".join(f"; rank {r} {ends[r]}, too" for r in ends if r != rank)
