@@ -46,10 +46,20 @@ def build(
 
 
 def world(tp: int, moe_ep: int | None = None, attention_dp: bool = False) -> DistConfig:
-    """A world of ``tp`` ranks; ShardingError for a number that cannot be."""
+    """A world of ``tp`` ranks; ShardingError for a number that cannot be, ConfigError for ``attention_dp`` on one."""
     if not isinstance(tp, int) or tp < 1:
         raise ShardingError(f"tp is {tp!r}; give the number of ranks, 1 or more")
+    check_attention_dp(tp, attention_dp)
     return DistConfig.of(tp, moe_ep, enable_attention_dp=attention_dp)
+
+
+def check_attention_dp(tp: int, attention_dp: bool | None) -> None:
+    """ConfigError where sequences are to be shared out and one rank has them all."""
+    if attention_dp and tp == 1:
+        raise ConfigError(
+            "attention_dp (--attention-dp) shares out sequences over ranks, and there is 1 rank; give tp (--tp) 2 or "
+            "more, or leave attention_dp out"
+        )
 
 
 def start(

@@ -9,6 +9,7 @@ import pytest
 
 import adkit
 from adkit import SamplingParams, Workbench, ranks
+from adkit.bench import latency, throughput
 from adkit.contract import AdkitError, ConfigError, PassError, ShardingError
 from adkit.passes import Pass, Stage
 from adkit.runtime import LiveModel
@@ -172,6 +173,25 @@ def test_what_cannot_be(demo):
         wb.llm(tp=3)
     with pytest.raises(ShardingError, match="rank 1 of 2, and the others are not there"):
         demo(dist=ranks.world(2).at(1)).llm()
+
+
+def test_one_rank_cannot_share_out_sequences(demo, monkeypatch):
+    wb = demo()
+    one = "attention_dp .* and there is 1 rank; give tp .* 2 or more"
+    for asked in (
+        lambda: wb.llm(attention_dp=True),
+        lambda: wb.llm(tp=1, attention_dp=True),
+        lambda: wb.shard(1, attention_dp=True),
+        lambda: ranks.place(None, {}, attention_dp=True).__enter__(),
+        lambda: latency.measure("demo", attention_dp=True),
+        lambda: throughput.measure("demo", requests=2, tp=1, attention_dp=True),
+    ):
+        with pytest.raises(ConfigError, match=one):
+            asked()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match=one), ranks.place(None, {}, attention_dp=True):
+        pass
 
 
 def test_torchruns_ranks_must_be_as_many_as_asked_for(monkeypatch):
