@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_ROOM = "(default: {}, or what the model has room for)"
 Model = Annotated[str, typer.Argument(help="demo, a bundled config, a local directory, or a Hugging Face id")]
 Vs = Annotated[str, typer.Option(help="Peers in the same process, as hf,hf-static-compile,hf-continuous")]
 Seed = Annotated[int, typer.Option(help="Draws prompts and lengths")]
@@ -43,8 +44,8 @@ PeerSeconds = Annotated[float, typer.Option(help="Stop a peer's run after this l
 def latency(
     model: Model,
     batch: Annotated[list[int], typer.Option(help="Batch size; repeatable")] = [1],  # noqa: B006
-    prompt: Annotated[int, typer.Option(help="Tokens in each prompt")] = 128,
-    new: Annotated[int, typer.Option(help="New tokens a request")] = 128,
+    prompt: Annotated[int | None, typer.Option(help=f"Tokens in each prompt {_ROOM.format(128)}")] = None,
+    new: Annotated[int | None, typer.Option(help=f"New tokens a request {_ROOM.format(128)}")] = None,
     vs: Vs = "",
     seed: Seed = 0,
     peer_seconds: PeerSeconds = 120,
@@ -74,8 +75,14 @@ def latency(
 def throughput(
     model: Model,
     requests: Annotated[int, typer.Option(help="Requests, all there at once")] = 256,
-    prompt: Annotated[str, typer.Option(help="Tokens in each prompt: 128, or 100-1024 (uniform)")] = "128",
-    new: Annotated[str, typer.Option(help="New tokens a request: 128, or 100-1024 (uniform)")] = "128",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help=f"Tokens in each prompt, as 128 or 100-1024 (uniform) {_ROOM.format(128)}"),
+    ] = None,
+    new: Annotated[
+        str | None,
+        typer.Option(help=f"New tokens a request, as 128 or 100-1024 (uniform) {_ROOM.format(128)}"),
+    ] = None,
     vs: Vs = "",
     seed: Seed = 0,
     peer_seconds: PeerSeconds = 120,
@@ -104,7 +111,7 @@ def throughput(
 @app.command()
 def prefill(
     model: Model,
-    prompt: Annotated[int, typer.Option(help="Tokens in the prompt")] = 8192,
+    prompt: Annotated[int | None, typer.Option(help=f"Tokens in the prompt {_ROOM.format(8192)}")] = None,
     vs: Vs = "",
     seed: Seed = 0,
     overrides: Overrides = [],  # noqa: B006
