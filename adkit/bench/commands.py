@@ -57,7 +57,7 @@ def latency(
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Decoding at fixed batch sizes: tokens a second, delays, share of the copy bandwidth."""
+    """Decoding at fixed batch sizes: tokens a second, delays, share of the memory's bandwidth."""
     from adkit.bench.latency import measure
 
     _check_files(out, plot)

@@ -1,7 +1,8 @@
 """Decode latency: a batch of equal requests, all there at once, beside Hugging Face in the same process.
 
 Decode rate = tokens after the first / (last token - first token), see ``timeline``. Bandwidth share = weight bytes
-that a step reads (``work``) * steps/s over the measured copy rate of the device.
+that a step reads (``work``) * steps/s over the measured rate of the device's memory: of a copy on a GPU, of reading so
+many bytes on a CPU (``machine``).
 """
 
 from __future__ import annotations
@@ -88,12 +89,8 @@ def measure(
             disable=not progress,
         )  # fmt: skip
         row = latency_figures([run(load) for _ in runs][WARM_UPS:])
-        row["copy_bandwidth_share"] = round(
-            subject.work.weight_bytes(len(load))
-            * float(str(row["steps_per_second"]))
-            / subject.ceilings.copy,
-            3,
-        )
+        weights = subject.work.weight_bytes(len(load)) * float(str(row["steps_per_second"]))
+        row[f"{subject.ceilings.access}_bandwidth_share"] = round(weights / subject.ceilings.memory, 3)
         return row
 
     for load in loads:

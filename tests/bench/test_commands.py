@@ -43,8 +43,8 @@ def test_latency_beside_peers(tmp_path):
         assert 0 < row["first_token_seconds"]["p50"] <= row["first_token_seconds"]["p99"]
         assert 0 < row["inter_token_seconds"]["p50"] <= row["inter_token_seconds"]["p99"]
         share = row["steps_per_second"] * data["work"]["weight_bytes_one_token"]
-        share /= data["ceilings"]["copy_bytes_per_second"]
-        assert row["copy_bandwidth_share"] == pytest.approx(share, abs=2e-3)
+        share /= data["ceilings"]["read_bytes_per_second"]
+        assert row["read_bandwidth_share"] == pytest.approx(share, abs=2e-3)
     assert data["settings"]["max_batch_size"] == 4
     assert data["command"].startswith("adkit")
     assert str(tmp_path) not in out.read_text()
