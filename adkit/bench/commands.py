@@ -183,6 +183,8 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
 
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"cannot write {str(out)!r}: its folder does not exist")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"cannot write {str(out)!r}: it is a folder; give a file name in it")
     if plot is not None:
         picture.check_path(plot)
 

@@ -131,6 +131,7 @@ def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(monkeypatch):
         (["latency", "demo", "--set", "max_batch_sice=3"], "did you mean 'max_batch_size'"),
         (["latency", "demo", "--plot", "x.gif"], "the extension must be"),
         (["latency", "demo", "--out", "no/such/folder/x.json"], "its folder does not exist"),
+        (["latency", "demo", "--out", "."], "it is a folder; give a file name in it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_error(args, why):
