@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adkit.config import load_config
-from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError, nearest
+from adkit.contract import CompiledModel, ConfigError, DistConfig, EngineConfig, ShardingError, nearest
 from adkit.passes import Pass
 from adkit.runtime.live import LiveModel
 from adkit.runtime.ranks import current_program, launched_ranks, program, start_processes
@@ -89,7 +89,9 @@ def start(
         raise ConfigError(f"executor is {executor!r}; expected one of: {', '.join(starters)}")
     for name in options:
         if name not in OPTIONS:
-            raise ConfigError(f"llm() has no option {name!r}{nearest(name, OPTIONS)}")
+            engine_setting = f"; give it to the Workbench: Workbench(model, {name}=...)"
+            hint = engine_setting if name in EngineConfig.model_fields else nearest(name, OPTIONS)
+            raise ConfigError(f"llm() has no option {name!r}{hint}")
     if "port" in options and options["port"] not in range(1 << 16):
         raise ConfigError(f"port is {options['port']!r}; expected a number up to 65535 (0: a free one)")
     seconds = options.get("timeout", 1)
