@@ -126,3 +126,28 @@ def torch_fused_linear(
     if act is not None:
         out = torch_swiglu_packed(out, act)
     return out if residual is None else (out + residual).to(dtype)
+
+
+@define(
+    "torch_fused_linear_(Tensor(a!) residual, Tensor input, Tensor weight, Tensor? bias=None, "
+    "Tensor? norm_weight=None, float? eps=None, float weight_offset=0.0, bool weight_in_float=False, "
+    "str? act=None) -> ()",
+    category="linear",
+    token_local=True,
+    fake=lambda *_, **__: None,
+    cost=costs.fused_linear,
+)
+def torch_fused_linear_(
+    residual: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+    act: str | None = None,
+) -> None:
+    """``torch_fused_linear`` added to ``residual`` [..., F] where it lies, rounded to its dtype."""
+    around = (eps, weight_offset, weight_in_float, act, residual.dtype)
+    residual.copy_(torch_fused_linear(input, weight, bias, norm_weight, residual, *around))

@@ -99,7 +99,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
 CANONICAL = sorted(
     n.removeprefix("torch_")
     for n, info in OPS.items()
-    if info.backend == "torch" and info.category != "dist" and not n.endswith("_cache")
+    if info.backend == "torch" and info.category != "dist" and not n.endswith(("_cache", "_"))
 )
 
 

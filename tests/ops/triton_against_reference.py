@@ -177,6 +177,32 @@ def test_every_way_to_compute_a_linear_of_a_wide_stream(dtype: torch.dtype, rows
             assert (got - exact[0]).abs().max() <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "wide"),
+    [(1, DTYPES[1], True), (7, DTYPES[2], False), (17, DTYPES[1], True), (70, DTYPES[0], False)],
+)
+@pytest.mark.parametrize("around", ["sum", "norm bias silu sum"])
+def test_a_sum_in_place_is_the_sum(rows: int, dtype: torch.dtype, wide: bool, around: str) -> None:
+    from adkit.ops.triton import linear
+
+    x, weight, bias, norm, residual, *rest = linear_case(rows, 40, 300, dtype, around)
+    assert residual is not None
+    residual = residual.float() if wide else residual
+    layer = linear.Layer(x[0], bias, norm, residual[0], *rest)
+    for way in linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype):
+        over = residual[0].clone()
+        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over)
+        assert placed.run(way, weight) is over
+        assert torch.equal(over, layer.run(way, weight))
+    over = (
+        torch.zeros(1, 40, rows, dtype=residual.dtype).transpose(1, 2).copy_(residual)
+    )  # rows that do not lie so
+    want = pick("fused_linear", "triton")(x, weight, bias, norm, residual, *rest)
+    for into in (over, residual):
+        pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
+        assert torch.equal(into, want)
+
+
 def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:
     args = list(linear_case(4, 16, 64, torch.float16, "norm"))
     args[0], args[3] = args[0] * 1000, args[3] * 30

@@ -15,7 +15,7 @@ layer, chosen by measurement (:func:`adkit.ops.triton.tuning.best`):
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,7 +36,10 @@ LIBRARY = {"path": "library"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op."""
+    """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op.
+
+    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual.
+    """
 
     x: Tensor
     bias: Tensor | None
@@ -47,6 +50,7 @@ class Layer:
     in_float: bool
     act: str | None
     out_dtype: torch.dtype | None = None
+    out: Tensor | None = None
 
     def outs(self, weight: Tensor) -> int:
         """F."""
@@ -76,18 +80,20 @@ class Layer:
             and self.act is None
         ):
             if dtype == weight.dtype:
-                return torch.addmm(self.residual, x, weight.t())
+                return torch.addmm(self.residual, x, weight.t(), out=self.out)
             if x.is_cuda:
-                return torch.addmm(self.residual, x, weight.t(), out_dtype=dtype)
+                return torch.addmm(self.residual, x, weight.t(), out_dtype=dtype, out=self.out)
         out = product(x, weight, self.bias, dtype)
         if self.act is not None:
             out = swiglu_packed(out, self.act)
-        return out if self.residual is None else (out + self.residual).to(dtype)
+        if self.residual is not None:
+            out = (out + self.residual).to(dtype)
+        return out if self.out is None else self.out.copy_(out)
 
     def _arguments(self, x: Tensor, weight: Tensor, norm: bool) -> tuple[Tensor, list[Any], dict[str, Any]]:
         """The output, and the arguments that both kernels have."""
         dtype = fused_dtype(weight, self.residual, self.out_dtype)
-        out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype)
+        out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype) if self.out is None else self.out
         tensors = [self.bias, self.norm_weight, self.residual]
         pointers = [x, weight, *(x if t is None else t for t in tensors), out]
         flags = {
@@ -256,6 +262,30 @@ def fused_linear(
     other = None if residual is None else residual.reshape(-1, outs).contiguous()
     layer = Layer(x, bias, norm_weight, other, eps, weight_offset, weight_in_float, act, out_dtype)
     return layer.run(fastest(layer, weight), weight).view(*input.shape[:-1], outs)
+
+
+def fused_linear_(
+    residual: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+    act: str | None = None,
+) -> None:
+    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum."""
+    x = input.reshape(-1, input.shape[-1]).contiguous()
+    to = residual.view(-1, residual.shape[-1])
+    whole = to.is_contiguous()
+    layer = Layer(
+        x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
+    )
+    settings = fastest(layer, weight)  # found on copies: the sum must be made once
+    out = replace(layer, out=layer.residual).run(settings, weight)
+    if not whole:
+        to.copy_(out)
 
 
 def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:
