@@ -70,6 +70,7 @@ def run(
         raise ConfigError("--prompt needs the whole pipeline: leave out --until")
     if not all(prompt):
         raise ConfigError("--prompt is empty; give at least one character")
+    _check_files(report=report, save=save, record=record)
     what: dict[str, Any] = {
         "model": model, "config": list(config), "overrides": overrides, "random_weights": random_weights,
         "trust_remote_code": trust_remote_code,
@@ -117,6 +118,19 @@ def _walk(
         print(f"saved: {wb.save(save)}")
     if record is not None:
         print(f"record: {wb.record(record)}")
+
+
+def _check_files(**files: Path | None) -> None:
+    """ConfigError for files that could not be written, said before there is anything to write."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ConfigError(f"--{option} {str(path)!r} is a folder; give a file name in it")
+        if option == "record" and not path.name.endswith((".json", ".json.gz")):
+            raise ConfigError(f"--record {str(path)!r}: the name must end in .json or .json.gz")
+        if option == "save" and not path.resolve().parent.is_dir():
+            raise ConfigError(f"cannot write --save {str(path)!r}: its folder does not exist")
 
 
 class _StageLines:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adkit.config import load_config
-from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError
+from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError, nearest
 from adkit.passes import Pass
 from adkit.runtime.live import LiveModel
 from adkit.runtime.ranks import current_program, launched_ranks, program, start_processes
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from adkit.workbench import Workbench
 
 _BUILDER = f"{__name__}:build"
+#: What can be said of ranks besides their number. No engine setting and no argument of a Workbench has such a name, so
+#: that ``adkit.LLM`` takes them all as keywords.
+OPTIONS = ("moe_ep", "attention_dp", "executor", "timeout", "port")
 #: A pass as another process finds it: module, class, fields.
 Spelled = tuple[str, str, dict[str, Any]]
 
@@ -46,10 +49,20 @@ def build(
 
 
 def world(tp: int, moe_ep: int | None = None, attention_dp: bool = False) -> DistConfig:
-    """A world of ``tp`` ranks; ShardingError for a number that cannot be."""
+    """A world of ``tp`` ranks; ShardingError for a number that cannot be, ConfigError for ``attention_dp`` on one."""
     if not isinstance(tp, int) or tp < 1:
         raise ShardingError(f"tp is {tp!r}; give the number of ranks, 1 or more")
+    check_attention_dp(tp, attention_dp)
     return DistConfig.of(tp, moe_ep, enable_attention_dp=attention_dp)
+
+
+def check_attention_dp(tp: int, attention_dp: bool | None) -> None:
+    """ConfigError where sequences are to be shared out and one rank has them all."""
+    if attention_dp and tp == 1:
+        raise ConfigError(
+            "attention_dp (--attention-dp) shares out sequences over ranks, and there is 1 rank; give tp (--tp) 2 or "
+            "more, or leave attention_dp out"
+        )
 
 
 def start(
@@ -74,11 +87,9 @@ def start(
     starters: dict[str, Any] = {"processes": start_processes, "ray": start_actors}
     if executor not in starters:
         raise ConfigError(f"executor is {executor!r}; expected one of: {', '.join(starters)}")
-    known = {"timeout", "port"}
-    if unknown := set(options) - known:
-        raise ConfigError(
-            f"unknown option {min(unknown)!r} of llm(tp=...); known: {', '.join(sorted(known))}"
-        )
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(f"llm() has no option {name!r}{nearest(name, OPTIONS)}")
     if "port" in options and options["port"] not in range(1 << 16):
         raise ConfigError(f"port is {options['port']!r}; expected a number up to 65535 (0: a free one)")
     seconds = options.get("timeout", 1)

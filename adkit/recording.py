@@ -67,10 +67,21 @@ def write_record(
 
     ``device`` names the device of :data:`adkit.graph.cost.DEVICES` whose roofline the costs are told for.
     """
+    record = whole(wb, overlays, device)
+    with _writing(path):
+        return dump_record(record, path)
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """What keeps a file from being written, as AdkitError."""
     try:
-        return dump_record(whole(wb, overlays, device), path)
+        yield
     except RecordError as error:
         raise AdkitError(str(error)) from None
+    except OSError as error:
+        why = "it is a folder; give a file name in it" if Path(path).is_dir() else error.strerror or error
+        raise AdkitError(f"cannot write {str(path)!r}: {why}") from None
 
 
 def whole(wb: Workbench, overlays: Mapping[str, Any] | Iterable[Overlay], device: Device | str) -> Record:
@@ -95,7 +106,9 @@ def write_report(
     """Write the explorer with ``wb``'s walk as one HTML file; ``completions`` are shown below it."""
     from adkit.viz.page import write_page
 
-    return write_page(whole(wb, overlays, device), path, completions=completions)
+    record = whole(wb, overlays, device)
+    with _writing(path):
+        return write_page(record, path, completions=completions)
 
 
 def explore(

@@ -488,10 +488,12 @@ class Workbench:
         Experts are dealt to ``moe_ep`` of the ranks (default: all) and cut over the rest; with ``attention_dp``
         attention stays whole and each rank has sequences of its own; ``plan`` is an edited one, in place of detection.
         ``config``: fields of the sharding stage's transforms. No weights are needed. Raises ShardingError for what
-        cannot be cut so, ConfigError for unknown fields.
+        cannot be cut so, ConfigError for unknown fields and for ``attention_dp`` on one rank.
         """
+        from adkit.ranks import check_attention_dp
         from adkit.sharding import shard
 
+        check_attention_dp(tp, attention_dp)
         with self.bars.busy("sharding"):
             return shard(self, tp, moe_ep, attention_dp, plan, **config)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adkit.bench import picture
+from adkit.bench.results import SHARES
 from adkit.models.bundled import bundled_config
 
 RESULTS = Path(__file__).parent / "results"
@@ -168,7 +169,7 @@ def summary(case: Case, out: Path, seconds: float) -> list[dict[str, Any]]:
             rows += failed(case, "no figures of adkit", seconds)[:1]
             continue
         own = found.pop("adkit")
-        share = next((own[s] for s in ("copy_bandwidth_share", "matmul_share", "limit_share") if s in own), 0)
+        share = next((own[s] for s in SHARES if s in own), 0)
         rows.append(
             {
                 "case": case.name, "requests": size, "target": goal, "key": key, "reached": own[key],

@@ -110,6 +110,25 @@ def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, args, message):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--report", "", "is a folder; give a file name in it"),
+        ("--save", "", "is a folder; give a file name in it"),
+        ("--save", "no/such/run.json", "its folder does not exist"),
+        ("--record", "walk.txt", "must end in .json or .json.gz"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    monkeypatch, capsys, tmp_path, option, name, message
+):
+    monkeypatch.setattr(adkit.Workbench, "__init__", lambda *a, **kw: pytest.fail("it began to work"))
+    status, error = main(monkeypatch, capsys, "run", "demo", option, tmp_path / name)
+    assert status == 1
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_prompt_without_weights_is_refused_before_anything_runs(monkeypatch, capsys):
     monkeypatch.setattr(adkit.Workbench, "run", None)
     code, err = main(monkeypatch, capsys, "run", "llama-3.1-405b", "--prompt", "x")

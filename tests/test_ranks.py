@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 
 import adkit
 from adkit import SamplingParams, Workbench, ranks
-from adkit.contract import AdkitError, ConfigError, PassError, ShardingError
+from adkit.bench import latency, throughput
+from adkit.contract import AdkitError, ConfigError, EngineConfig, PassError, ShardingError
 from adkit.passes import Pass, Stage
 from adkit.runtime import LiveModel
 from tests.forked_ranks import forked, gone
@@ -147,6 +149,24 @@ def test_ranks_walk_the_pipeline_as_it_was_changed_here(demo):
         wb.llm(tp=2)
 
 
+def test_llm_takes_the_same_options_with_and_without_a_workbench(monkeypatch):
+    """What is said of ranks goes to them, all else to the Workbench; so no name may mean both."""
+    taken = {*signature(Workbench).parameters, *EngineConfig.model_fields}
+    assert not taken & set(ranks.OPTIONS)
+    told = {"moe_ep": 1, "attention_dp": True, "executor": "ray", "timeout": 60, "port": 0}
+    assert set(told) == set(ranks.OPTIONS)
+    seen = []
+    monkeypatch.setattr(
+        Workbench, "llm", lambda self, *args, **kw: seen.append((self.config.page_size, args, kw))
+    )
+    adkit.LLM("demo", tp=2, page_size=8, progress=False, **told)
+    assert seen == [(8, (2,), told)]
+    with pytest.raises(ConfigError, match="has no option 'timeouts'; did you mean 'timeout'"):
+        adkit.LLM("demo", timeouts=60)
+    with pytest.raises(ConfigError, match="has no option 'page_sice'; did you mean 'page_size'"):
+        adkit.LLM("demo", page_sice=8)
+
+
 def test_what_cannot_be(demo):
     wb = demo()
     with pytest.raises(ShardingError, match="tp is 0"):
@@ -166,12 +186,32 @@ def test_what_cannot_be(demo):
         demo(dist={"tp": 2})
     with pytest.raises(ConfigError, match="executor is 'threads'; expected one of: processes, ray"):
         wb.llm(tp=2, executor="threads")
-    with pytest.raises(ConfigError, match="unknown option 'timeouts' of llm"):
+    with pytest.raises(ConfigError, match="has no option 'timeouts'; did you mean 'timeout'"):
         wb.llm(tp=2, timeouts=3)
     with pytest.raises(ShardingError, match="tp=3"):  # 4 heads: told by a rank
         wb.llm(tp=3)
     with pytest.raises(ShardingError, match="rank 1 of 2, and the others are not there"):
         demo(dist=ranks.world(2).at(1)).llm()
+
+
+def test_one_rank_cannot_share_out_sequences(demo, monkeypatch):
+    wb = demo()
+    one = "attention_dp .* and there is 1 rank; give tp .* 2 or more"
+    for asked in (
+        lambda: wb.llm(attention_dp=True),
+        lambda: wb.llm(tp=1, attention_dp=True),
+        lambda: wb.shard(1, attention_dp=True),
+        lambda: adkit.LLM("demo", attention_dp=True, progress=False),
+        lambda: ranks.place(None, {}, attention_dp=True).__enter__(),
+        lambda: latency.measure("demo", attention_dp=True),
+        lambda: throughput.measure("demo", requests=2, tp=1, attention_dp=True),
+    ):
+        with pytest.raises(ConfigError, match=one):
+            asked()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match=one), ranks.place(None, {}, attention_dp=True):
+        pass
 
 
 def test_torchruns_ranks_must_be_as_many_as_asked_for(monkeypatch):

@@ -80,3 +80,13 @@ def test_the_garbage_collector_gets_the_heap_back(wb):
 def test_the_report_is_a_page_with_the_completions(wb, tmp_path):
     text = wb.report(tmp_path / "walk.html", [("Hello", " world")]).read_text()
     assert "<pre> world</pre>" in text
+
+
+def test_a_file_that_cannot_be_written_is_one_clear_error(wb, tmp_path):
+    (tmp_path / "x.json").mkdir()
+    for write, path in ((wb.report, tmp_path), (wb.record, tmp_path / "x.json")):
+        with pytest.raises(AdkitError, match="it is a folder; give a file name in it"):
+            write(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdkitError, match=r"cannot write .*page\.html'"):
+        wb.report(tmp_path / "file" / "page.html")

@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_ROOM = "(default: {}, or what the model has room for)"
 Model = Annotated[str, typer.Argument(help="demo, a bundled config, a local directory, or a Hugging Face id")]
 Vs = Annotated[str, typer.Option(help="Peers in the same process, as hf,hf-static-compile,hf-continuous")]
 Seed = Annotated[int, typer.Option(help="Draws prompts and lengths")]
@@ -43,8 +44,8 @@ PeerSeconds = Annotated[float, typer.Option(help="Stop a peer's run after this l
 def latency(
     model: Model,
     batch: Annotated[list[int], typer.Option(help="Batch size; repeatable")] = [1],  # noqa: B006
-    prompt: Annotated[int, typer.Option(help="Tokens in each prompt")] = 128,
-    new: Annotated[int, typer.Option(help="New tokens a request")] = 128,
+    prompt: Annotated[int | None, typer.Option(help=f"Tokens in each prompt {_ROOM.format(128)}")] = None,
+    new: Annotated[int | None, typer.Option(help=f"New tokens a request {_ROOM.format(128)}")] = None,
     vs: Vs = "",
     seed: Seed = 0,
     peer_seconds: PeerSeconds = 120,
@@ -56,7 +57,7 @@ def latency(
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Decoding at fixed batch sizes: tokens a second, delays, share of the copy bandwidth."""
+    """Decoding at fixed batch sizes: tokens a second, delays, share of the memory's bandwidth."""
     from adkit.bench.latency import measure
 
     _check_files(out, plot)
@@ -74,8 +75,14 @@ def latency(
 def throughput(
     model: Model,
     requests: Annotated[int, typer.Option(help="Requests, all there at once")] = 256,
-    prompt: Annotated[str, typer.Option(help="Tokens in each prompt: 128, or 100-1024 (uniform)")] = "128",
-    new: Annotated[str, typer.Option(help="New tokens a request: 128, or 100-1024 (uniform)")] = "128",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help=f"Tokens in each prompt, as 128 or 100-1024 (uniform) {_ROOM.format(128)}"),
+    ] = None,
+    new: Annotated[
+        str | None,
+        typer.Option(help=f"New tokens a request, as 128 or 100-1024 (uniform) {_ROOM.format(128)}"),
+    ] = None,
     vs: Vs = "",
     seed: Seed = 0,
     peer_seconds: PeerSeconds = 120,
@@ -104,7 +111,7 @@ def throughput(
 @app.command()
 def prefill(
     model: Model,
-    prompt: Annotated[int, typer.Option(help="Tokens in the prompt")] = 8192,
+    prompt: Annotated[int | None, typer.Option(help=f"Tokens in the prompt {_ROOM.format(8192)}")] = None,
     vs: Vs = "",
     seed: Seed = 0,
     overrides: Overrides = [],  # noqa: B006
@@ -176,6 +183,8 @@ def _check_files(out: Path | None, plot: Path | None) -> None:
 
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"cannot write {str(out)!r}: its folder does not exist")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"cannot write {str(out)!r}: it is a folder; give a file name in it")
     if plot is not None:
         picture.check_path(plot)
 

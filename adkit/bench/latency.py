@@ -1,7 +1,8 @@
 """Decode latency: a batch of equal requests, all there at once, beside Hugging Face in the same process.
 
 Decode rate = tokens after the first / (last token - first token), see ``timeline``. Bandwidth share = weight bytes
-that a step reads (``work``) * steps/s over the measured copy rate of the device.
+that a step reads (``work``) * steps/s over the measured rate of the device's memory: of a copy on a GPU, of reading so
+many bytes on a CPU (``machine``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from adkit.bench.machine import peak_bytes
 from adkit.bench.results import Result, Row, line, result_of
 from adkit.bench.subject import Subject, ranks_of
 from adkit.bench.timeline import latency_figures
-from adkit.bench.workload import Lengths, Workload, check_positions, make_workload
+from adkit.bench.workload import LENGTHS, Lengths, Room, Workload, make_workload
 from adkit.config import Fragment
 from adkit.contract import ConfigError
 
@@ -27,8 +28,8 @@ def measure(
     model: Any,
     *,
     batches: Sequence[int] = (1,),
-    prompt: int = 128,
-    new: int = 128,
+    prompt: int | None = None,
+    new: int | None = None,
     vs: Sequence[str] = (),
     seed: int = 0,
     peer_seconds: float = 120,
@@ -45,7 +46,7 @@ def measure(
     """Figures of ``model`` at each batch size, medians of three runs.
 
     Weights are random where it has none or ``random_weights`` asks for them. ``tp`` and ``attention_dp``: see
-    ``subject``.
+    ``subject``. ``prompt`` and ``new``: tokens (default: 128 of both, or as many as there is room for).
     The batch goes in as one step of prompts unless settings say otherwise. ``keep`` is given
     the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers that
     cannot be.
@@ -53,8 +54,10 @@ def measure(
     names = peers.check(vs)
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch is {list(batches)}; give sizes of at least 1")
-    if prompt < 1 or new < 2:
-        raise ConfigError(f"prompt is {prompt} and new is {new}; a rate needs 1 and 2 tokens at least")
+    for what, size, least in (("prompt", prompt, 1), ("new", new, 2)):
+        if size is not None and size < least:
+            raise ConfigError(f"{what} is {size}; a rate needs {least} tokens at least")
+    prompt, new = Room.of(model, config, overrides).fit(prompt, new, LENGTHS, show, least_new=2)
     most = max(batches)
     ranks = (
         ranks_of(tp) if attention_dp else 1
@@ -68,13 +71,12 @@ def measure(
         model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp,
         attention_dp=attention_dp,
     )  # fmt: skip
-    check_positions(subject.factory.config, prompt, new, subject.factory.name)
     subject.build()
     whole = make_workload(most, Lengths(prompt, prompt), Lengths(new, new), subject.vocab, seed)
     loads = [whole.first(b) for b in batches]
-    what = f"decode latency of {subject.factory.name}, prompt {prompt}, {new} new tokens"
+    title = f"decode latency of {subject.factory.name}, prompt {prompt}, {new} new tokens"
     sizes = {"batches": list(batches), "prompt": prompt, "new": new, "seed": seed, "repeats": REPEATS}
-    result = result_of(subject, "latency", what, sizes, command)
+    result = result_of(subject, "latency", title, sizes, command)
 
     def add(row: Row) -> None:
         result["rows"].append(row)
@@ -87,12 +89,8 @@ def measure(
             disable=not progress,
         )  # fmt: skip
         row = latency_figures([run(load) for _ in runs][WARM_UPS:])
-        row["copy_bandwidth_share"] = round(
-            subject.work.weight_bytes(len(load))
-            * float(str(row["steps_per_second"]))
-            / subject.ceilings.copy,
-            3,
-        )
+        weights = subject.work.weight_bytes(len(load)) * float(str(row["steps_per_second"]))
+        row[f"{subject.ceilings.access}_bandwidth_share"] = round(weights / subject.ceilings.memory, 3)
         return row
 
     for load in loads:

@@ -8,33 +8,57 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import transformers
 
 _TRIES = 8
+_LEAST_SECONDS = 0.25  # of trying on a CPU, where a small thing is done thousands of times a second
+_MOST_READ = 1 << 30
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured best rates of a device: ``copy`` bytes/s (read and written both counted), ``matmul`` FLOP/s."""
+    """Measured best rates of a device: ``memory`` bytes/s, ``matmul`` FLOP/s.
 
-    copy: float
+    ``access``: what the memory's rate was measured by. A GPU's is that of a large ``copy``, read and written both
+    counted. A CPU's is that of a ``read`` of as many bytes as the model's weights have: they may lie in its caches,
+    from where they come several times faster than a copy of anything goes.
+    """
+
+    memory: float
     matmul: float
+    access: Literal["copy", "read"] = "copy"
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure both; takes under a second and, on a GPU, 4 GiB of its memory for that long."""
-    found = Ceilings(copy_rate(device), matmul_rate(device, dtype))
+def ceilings(device: torch.device, dtype: torch.dtype, weight_bytes: float) -> Ceilings:
+    """Measure both, for a model with so many bytes of weights; takes about a second and, on a GPU, 4 GiB of its memory
+    for that long (on a CPU 1 GiB at most)."""
+    if device.type == "cuda":
+        found = Ceilings(copy_rate(device), matmul_rate(device, dtype))
+    else:
+        found = Ceilings(read_rate(weight_bytes), matmul_rate(device, dtype), "read")
     free(device)
     return found
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second of a large copy on the device (2 GiB on a GPU), read and written both counted."""
-    source = torch.empty(2 << 30 if device.type == "cuda" else 64 << 20, dtype=torch.uint8, device=device)
+    """Bytes a second of a large copy on a GPU (2 GiB), read and written both counted."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source.random_())
-    return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+
+
+def read_rate(nbytes: float) -> float:
+    """Bytes a second at which a CPU reads so many again and again (at most 1 GiB): the better of a sum and a
+    matrix-vector product, with as many threads as torch has."""
+    device, columns = torch.device("cpu"), 1024
+    # Ones, as the pages of fresh zeros are all the same one.
+    matrix = torch.ones(max(1, int(min(nbytes, _MOST_READ)) // (4 * columns)), columns)
+    vector, out = torch.ones(columns), torch.empty(len(matrix))
+    ways = (matrix.sum, lambda: torch.mv(matrix, vector, out=out))
+    return 4 * matrix.numel() / min(_seconds(way, device) for way in ways)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -42,24 +66,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)
+    return 2 * n**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
 
 
-def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_TRIES):
-        sync(device)
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            sync(device)
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long it takes: on a GPU the median of some tries, on a CPU, which others use too, the shortest."""
+    times: list[float] = []
+    if device.type != "cuda":
+        while len(times) < _TRIES or sum(times) < _LEAST_SECONDS:
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
+        return min(times)
+    for _ in range(_TRIES):
+        sync(device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        sync(device)
+        times.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(times)
 
 

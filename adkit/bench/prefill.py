@@ -16,18 +16,20 @@ import torch
 from adkit.bench import machine, peers
 from adkit.bench.results import Result, Row, line, result_of
 from adkit.bench.subject import Subject
-from adkit.bench.workload import Lengths, check_positions, make_workload
+from adkit.bench.workload import Lengths, Room, make_workload
 from adkit.config import Fragment
 from adkit.contract import ConfigError
 
 REPEATS = 5
+#: Tokens in the prompt, where the model has room for them.
+PROMPT = 8192
 PEERS = ("hf",)
 
 
 def measure(
     model: Any,
     *,
-    prompt: int = 8192,
+    prompt: int | None = None,
     vs: Sequence[str] = (),
     seed: int = 0,
     config: Sequence[Fragment] = (),
@@ -42,18 +44,19 @@ def measure(
     """Figures of ``model`` on one prompt, the median of five runs.
 
     Weights are random where it has none or ``random_weights`` asks for them. ``tp``: on so many ranks, see ``subject``.
-    The prompt goes in as one step unless settings say otherwise. The peer ``hf`` is the Hugging Face model's forward
-    with a cache, logits of the last token alone. ``keep`` is given the result after every row. Returns plain
-    data, see ``results``.
+    ``prompt``: tokens (default: 8,192, or as many as there is room for), which go in as one step unless settings say
+    otherwise. The peer ``hf`` is the Hugging Face model's forward with a cache, logits of the last token alone.
+    ``keep`` is given the result after every row. Returns plain data, see ``results``. Raises ConfigError for a prompt
+    and peers that cannot be.
     """
     names = peers.check(vs, PEERS)
-    if prompt < 1:
+    if prompt is not None and prompt < 1:
         raise ConfigError(f"prompt is {prompt}; give at least 1 token")
+    prompt, _ = Room.of(model, config, overrides).fit(prompt, 1, (PROMPT, 1), show)
     defaults = {"max_batch_size": 1, "max_seq_len": prompt + 1, "max_num_tokens": prompt}
     subject = Subject(
         model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp
     )
-    check_positions(subject.factory.config, prompt, 0, subject.factory.name)
     subject.build()
     load = make_workload(1, Lengths(prompt, prompt), Lengths(1, 1), subject.vocab, seed)
     flops = subject.work.prefill_flops(prompt)

@@ -37,7 +37,7 @@ def result_of(subject: Subject, kind: str, what: str, workload: dict[str, Any], 
         "dtype": str(subject.factory.dtype).removeprefix("torch."),
         "settings": subject.settings,
         "ceilings": {
-            "copy_bytes_per_second": round(subject.ceilings.copy),
+            f"{subject.ceilings.access}_bytes_per_second": round(subject.ceilings.memory),
             "matmul_flops_per_second": round(subject.ceilings.matmul),
         },
         "work": {
@@ -78,6 +78,7 @@ def line(row: Row) -> str:
 #: What a row's shares are shares of.
 SHARES = {
     "copy_bandwidth_share": "copy bandwidth",
+    "read_bandwidth_share": "read bandwidth",
     "matmul_share": "matmul rate",
     "limit_share": "the limit",
 }

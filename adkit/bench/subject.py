@@ -35,7 +35,7 @@ class Subject:
 
     ``defaults`` are the engine settings that the benchmark would choose; ``config`` and ``overrides`` go over them. A
     bundled config gets seeded random weights, and so does any model with ``random_weights``. The machine's
-    ceilings are measured before anything is loaded. ``tp``: on so many ranks, of which this process is rank 0;
+    ceilings are measured before weights are loaded. ``tp``: on so many ranks, of which this process is rank 0;
     a process that torchrun started as another rank serves, and exits here. ``attention_dp``: each rank attends to
     sequences of its own (docs/sharding.md), and has its share of the engine's sizes.
     """
@@ -68,14 +68,15 @@ class Subject:
         self._wb: Workbench | None = wb
 
     def build(self) -> None:
-        """Measure the machine, then run the pipeline; after this there are ``ceilings`` (of all ranks together),
-        ``work`` and ``llm``."""
+        """Measure the machine and run the pipeline; after this there are ``ceilings`` (of all ranks together), ``work``
+        and ``llm``."""
         assert self._wb is not None
-        one = machine.ceilings(self.device, self.factory.dtype)
-        self.ceilings = replace(one, copy=one.copy * self.ranks, matmul=one.matmul * self.ranks)
+        self.work: Work = work_of(self._wb.run(until="pattern_matcher"))
+        mine = self.work.weight_bytes(sys.maxsize) / self.ranks
+        one = machine.ceilings(self.device, self.factory.dtype, mine)
+        self.ceilings = replace(one, memory=one.memory * self.ranks, matmul=one.matmul * self.ranks)
         machine.reset_peak(self.device)
         self.llm = self._wb.llm()
-        self.work: Work = work_of(self._wb)
         self.settings = {
             k: v for k, v in self._wb.config.model_dump(mode="json").items() if k != "transforms"
         }

@@ -15,7 +15,7 @@ from adkit.bench.results import Result, Row, line, result_of
 from adkit.bench.subject import Subject
 from adkit.bench.timeline import throughput_figures
 from adkit.bench.work import least_seconds
-from adkit.bench.workload import Lengths, Workload, check_positions, make_workload
+from adkit.bench.workload import LENGTHS, Lengths, Room, Workload, make_workload
 from adkit.config import Fragment
 from adkit.contract import ConfigError
 
@@ -28,8 +28,8 @@ def measure(
     model: Any,
     *,
     requests: int,
-    prompt: str | int = 128,
-    new: str | int = 128,
+    prompt: str | int | None = None,
+    new: str | int | None = None,
     vs: Sequence[str] = (),
     seed: int = 0,
     peer_seconds: float = 120,
@@ -46,26 +46,28 @@ def measure(
     """Figures of ``model`` over ``requests`` of these lengths.
 
     Weights are random where it has none or ``random_weights`` asks for them. ``tp`` and ``attention_dp``: see
-    ``subject``.
-    ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``. ``keep`` is
-    given the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers
-    that cannot be.
+    ``subject``. ``prompt`` and ``new`` are numbers of tokens or ranges (``"100-1024"``), drawn uniformly from ``seed``
+    (default: 128 of both, or as many as there is room for). ``keep`` is given the result after every row. Returns plain
+    data, see ``results``. Raises ConfigError for sizes and peers that cannot be.
     """
     names = peers.check(vs)
     if requests < 1:
         raise ConfigError(f"requests is {requests}; give at least 1")
-    prompts, news = Lengths.parse(prompt, "prompt"), Lengths.parse(new, "new")
-    longest = prompts.high + news.high
+    prompts = None if prompt is None else Lengths.parse(prompt, "prompt")
+    news = None if new is None else Lengths.parse(new, "new")
+    p, n = Room.of(model, config, overrides).fit(
+        prompts.high if prompts else None, news.high if news else None, LENGTHS, show
+    )
+    prompts, news = prompts or Lengths(p, p), news or Lengths(n, n)
     defaults = {
         "max_batch_size": min(requests, MAX_BATCH),
-        "max_seq_len": longest,
+        "max_seq_len": p + n,
         "max_num_tokens": MAX_TOKENS,
     }
     subject = Subject(
         model, defaults, config=config, overrides=overrides, random_weights=random_weights, tp=tp,
         attention_dp=attention_dp,
     )  # fmt: skip
-    check_positions(subject.factory.config, prompts.high, news.high, subject.factory.name)
     subject.build()
     load = make_workload(requests, prompts, news, subject.vocab, seed)
     what = f"throughput of {subject.factory.name}, {requests} requests of {prompts} in and {news} out, all at once"

@@ -152,9 +152,9 @@ def least_seconds(
     """Seconds that requests of these lengths, all there at once, take at the machine's measured rates.
 
     A simulation of an engine without overheads: requests are admitted in order as soon as ``cache_tokens``
-    hold them whole. A step takes max(weight bytes / copy, linear FLOPs / matmul) for the linears of all its
+    hold them whole. A step takes max(weight bytes / memory rate, linear FLOPs / matmul) for the linears of all its
     tokens (prompts newly admitted and one token a running request), plus attention FLOPs of those prompts /
-    matmul, plus cache bytes that its decoding requests read / copy. Raises nothing; a request larger than
+    matmul, plus cache bytes that its decoding requests read / memory rate. Raises nothing; a request larger than
     the cache is let in when it is alone.
     """
     prompt, new = np.asarray(prompts, dtype=np.int64), np.asarray(news, dtype=np.int64)
@@ -174,9 +174,9 @@ def least_seconds(
         tokens = int(fresh.sum()) + len(decoding)
         rows = len(decoding) + len(fresh)
         flops = work.token_flops * tokens + work.row_flops * rows
-        seconds += max(work.weight_bytes(tokens) / ceilings.copy, flops / ceilings.matmul)
+        seconds += max(work.weight_bytes(tokens) / ceilings.memory, flops / ceilings.matmul)
         seconds += sum(map(work.attention_flops, fresh.tolist())) / ceilings.matmul
-        seconds += work.cache_bytes((prompt + made)[decoding]) / ceilings.copy
+        seconds += work.cache_bytes((prompt + made)[decoding]) / ceilings.memory
         running[first:admitted] = True
         made[running] += 1
         running &= made < new

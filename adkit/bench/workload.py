@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from adkit.config import Fragment, load_config
 from adkit.contract import ConfigError
+from adkit.models import resolve
 
+#: Tokens in a prompt and new tokens a request, where the model has room for them.
+LENGTHS = (128, 128)
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -75,11 +82,48 @@ def make_workload(requests: int, prompt: Lengths, new: Lengths, vocab: int, seed
     )
 
 
-def check_positions(config: object, prompt: int, new: int, name: str) -> None:
-    """ConfigError when the longest request goes beyond the positions that the model's config allows."""
-    text = config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-    most = getattr(text, "max_position_embeddings", None)
-    if most is not None and prompt + new > most:
-        raise ConfigError(
-            f"prompt {prompt} and {new} new tokens make {prompt + new} positions; {name} has {most}. Ask for less"
-        )
+@dataclass(frozen=True)
+class Room:
+    """The most tokens, prompt and new ones together, that a request can have, and who says so."""
+
+    tokens: int
+    why: str
+
+    @classmethod
+    def of(cls, model: Any, config: Sequence[Fragment], overrides: Sequence[str]) -> Room:
+        """What the model's positions leave, and ``max_seq_len`` where settings give it; nothing is built for that.
+
+        Raises ModelError and ConfigError as a Workbench does.
+        """
+        factory = resolve(model, random_weights=True)  # its config is all that is wanted
+        text = factory.config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        given = load_config([{"max_seq_len": sys.maxsize}, *config], overrides).max_seq_len
+        if given <= positions:
+            return cls(given, f"max_seq_len is {given}")
+        # The last token is sampled, and no position is looked up for it.
+        return cls(positions + 1, f"{factory.name} has {positions} positions")
+
+    def fit(
+        self,
+        prompt: int | None,
+        new: int | None,
+        usual: tuple[int, int],
+        show: Callable[[str], None],
+        least_new: int = 1,
+    ) -> tuple[int, int]:
+        """Tokens of a prompt and new ones: as given, or else (None) as ``usual``, or what there is room for, as shown.
+
+        Raises ConfigError where nothing fits.
+        """
+        p, n = usual[0] if prompt is None else prompt, usual[1] if new is None else new
+        if p + n <= self.tokens:
+            return p, n
+        less_p = p if prompt is not None else min(p, self.tokens // 2 if new is None else self.tokens - n)
+        less_n = n if new is not None else min(n, self.tokens - less_p)
+        if less_p < 1 or less_n < least_new or less_p + less_n > self.tokens:
+            raise ConfigError(f"prompt {p} and {n} new tokens make {p + n}, and {self.why}; ask for less")
+        for name, was, size in (("prompt", p, less_p), ("new", n, less_n)):
+            if size != was:
+                show(f"{name}: {size} tokens and not the usual {was}, as {self.why}")
+        return less_p, less_n

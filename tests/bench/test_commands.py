@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from adkit import cli
-from adkit.bench import peers, prefill, throughput
+from adkit.bench import latency, peers, prefill, throughput
+from adkit.bench.subject import Subject
 from adkit.bench.timeline import throughput_figures
-from adkit.bench.workload import Lengths, make_workload
+from adkit.bench.workload import Lengths, Room, make_workload
 from adkit.contract import ConfigError
 from adkit.models import resolve
 
@@ -42,8 +43,8 @@ def test_latency_beside_peers(tmp_path):
         assert 0 < row["first_token_seconds"]["p50"] <= row["first_token_seconds"]["p99"]
         assert 0 < row["inter_token_seconds"]["p50"] <= row["inter_token_seconds"]["p99"]
         share = row["steps_per_second"] * data["work"]["weight_bytes_one_token"]
-        share /= data["ceilings"]["copy_bytes_per_second"]
-        assert row["copy_bandwidth_share"] == pytest.approx(share, abs=2e-3)
+        share /= data["ceilings"]["read_bytes_per_second"]
+        assert row["read_bandwidth_share"] == pytest.approx(share, abs=2e-3)
     assert data["settings"]["max_batch_size"] == 4
     assert data["command"].startswith("adkit")
     assert str(tmp_path) not in out.read_text()
@@ -117,14 +118,20 @@ def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(monkeypatch):
         (["throughput", "demo", "--new", "some"], "new is 'some'"),
         (["throughput", "demo", "--vs", "hf-continous"], "did you mean 'hf-continuous'"),
         (["latency", "demo", "--batch", "0"], "batch is"),
-        (["latency", "demo", "--new", "1"], "a rate needs"),
-        (["latency", "demo", "--prompt", "100000"], "100000 and 128 new tokens make 100128 positions; demo has"),
-        (["throughput", "demo", "--prompt", "10-100000"], "positions; demo has"),
-        (["prefill", "demo", "--prompt", "100000"], "positions; demo has"),
+        (["latency", "demo", "--new", "1"], "new is 1; a rate needs 2 tokens"),
+        (["latency", "demo", "--prompt", "100000"], "100000 and 128 new tokens make 100128, and demo has 1024"),
+        (["latency", "demo", "--prompt", "1024"], "make 1152, and demo has 1024 positions; ask for less"),
+        (["latency", "demo", "--set", "max_seq_len=2"], "make 256, and max_seq_len is 2; ask for less"),
+        (["throughput", "demo", "--prompt", "10-100000"], "make 100128, and demo has 1024 positions"),
+        (["throughput", "demo", "--new", "2000"], "make 2128, and demo has 1024 positions"),
+        (["prefill", "demo", "--prompt", "1025"], "1025 and 1 new tokens make 1026, and demo has 1024 positions"),
+        (["prefill", "demo", "--prompt", "64", "--set", "max_seq_len=64"], "make 65, and max_seq_len is 64"),
+        (["prefill", "demo", "--prompt", "0"], "prompt is 0"),
         (["prefill", "demo", "--vs", "hf-continuous"], "no peer 'hf-continuous'"),
         (["latency", "demo", "--set", "max_batch_sice=3"], "did you mean 'max_batch_size'"),
         (["latency", "demo", "--plot", "x.gif"], "the extension must be"),
         (["latency", "demo", "--out", "no/such/folder/x.json"], "its folder does not exist"),
+        (["latency", "demo", "--out", "."], "it is a folder; give a file name in it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_error(args, why):
@@ -136,8 +143,44 @@ def test_bad_input_is_one_clear_error(args, why):
 
 @pytest.mark.slow
 def test_settings_that_cut_answers_short_are_refused():
-    with pytest.raises(ConfigError, match="16 new tokens were asked for and 8 came"):
+    with pytest.raises(ConfigError, match="prompt 4 and 12 new tokens make 16, and max_seq_len is 8"):
         throughput.measure("demo", requests=2, prompt=4, new=12, overrides=["max_seq_len=8"], **QUIET)
+    subject = Subject("demo", {"max_seq_len": 8}, overrides=["device=cpu"])
+    subject.build()
+    with pytest.raises(ConfigError, match="16 new tokens were asked for and 8 came"):
+        subject.run(make_workload(2, Lengths(4, 4), Lengths(8, 8), 300, seed=0))
+
+
+@pytest.mark.parametrize("measure", [latency.measure, throughput.measure, prefill.measure])
+def test_lengths_that_nobody_gave_fit_the_model(measure, monkeypatch):
+    """The usual 8,192 and 128 tokens are as many as there is room for, and the output says so."""
+    monkeypatch.setattr(latency, "WARM_UPS", 0)
+    lines = []
+    sizes = {"requests": 2} if measure is throughput.measure else {}
+    result = measure("demo", overrides=["max_seq_len=9"], progress=False, show=lines.append, **sizes)
+    took = result["workload"]["prompt"], result["workload"].get("new")
+    if measure is prefill.measure:
+        assert took == (8, None)
+        assert lines[:-1] == ["prompt: 8 tokens and not the usual 8192, as max_seq_len is 9"]
+    else:
+        assert tuple(map(int, took)) == (4, 5)
+        assert lines[:-1] == [f"{of}: {n} tokens and not the usual 128, as max_seq_len is 9"
+                              for of, n in (("prompt", 4), ("new", 5))]  # fmt: skip
+    assert result["rows"][0]["engine"] == "adkit"
+
+
+def test_only_what_was_left_open_is_fitted():
+    room = Room.of("demo", [], [])
+    said = []
+    assert (room.tokens, room.why) == (1025, "demo has 1024 positions")
+    assert room.fit(None, 1, (8192, 1), said.append) == (1024, 1)
+    assert room.fit(1000, None, (128, 128), said.append) == (1000, 25)
+    assert room.fit(None, 1000, (128, 128), said.append) == (25, 1000)
+    assert [line.split(" tokens")[0] for line in said] == ["prompt: 1024", "new: 25", "prompt: 25"]
+    assert room.fit(None, None, (128, 128), said.append) == (128, 128)
+    assert len(said) == 3
+    with pytest.raises(ConfigError, match="prompt 1024 and 128 new tokens make 1152"):
+        room.fit(1024, None, (128, 128), said.append, least_new=2)
 
 
 @pytest.mark.slow

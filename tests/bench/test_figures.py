@@ -7,9 +7,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 import adkit
+from adkit.bench import machine
 from adkit.bench.machine import Ceilings
 from adkit.bench.timeline import Timeline, latency_figures, percentiles, throughput_figures
 from adkit.bench.work import Attention, Work, least_seconds, work_of
@@ -125,15 +127,35 @@ def test_a_window_bounds_what_is_read_and_computed():
 def test_least_time_adds_up():
     """Two requests, worked out by hand: 100 bytes of weights a step, 1 FLOP a token, 8 bytes of cache a token."""
     work = Work(100, 0, 1.0, 1.0, 0.0, (Attention(0.0, 8, None),))
-    memory_bound = Ceilings(copy=1.0, matmul=1e9)
+    memory_bound = Ceilings(memory=1.0, matmul=1e9)
     # step 1: both prompts; step 2: both decode, contexts 3 + 1 and 5 + 1; step 3: the second alone, 5 + 2
     expected = 100 + (100 + 8 * (4 + 6)) + (100 + 8 * 7)
     assert least_seconds(work, memory_bound, [3, 5], [2, 3], 1000) == pytest.approx(expected, rel=1e-6)
-    compute_bound = Ceilings(copy=1e12, matmul=1.0)
+    compute_bound = Ceilings(memory=1e12, matmul=1.0)
     assert least_seconds(work, compute_bound, [3, 5], [2, 3], 1000) == pytest.approx(8 + 2 + 1, rel=1e-6)
     # A cache for one at a time: each pays for its own steps.
     alone = [least_seconds(work, memory_bound, [p], [n], 1000) for p, n in ((3, 2), (5, 3))]
     assert least_seconds(work, memory_bound, [3, 5], [2, 3], 8) == pytest.approx(sum(alone), rel=1e-6)
+
+
+def test_a_cpus_ceiling_is_reading_as_much_as_the_weights_are(monkeypatch):
+    """Weights may lie in its caches, which give them faster than a copy goes: shares of a copy would exceed 100%."""
+    asked = []
+
+    def seconds(run, device):
+        asked.append(run())
+        return 2.0 if len(asked) == 1 else 0.5  # the product is the faster way
+
+    monkeypatch.setattr(machine, "_seconds", seconds)
+    rate = machine.read_rate(3 << 20)
+    assert rate == (3 << 20) / 0.5
+    assert asked[0] == (3 << 20) / 4  # the sum of as many ones
+    assert asked[1].tolist() == [1024.0] * (3 << 20 >> 12)
+    monkeypatch.setattr(machine, "_MOST_READ", 1 << 20)
+    assert machine.read_rate(1e12) == (1 << 20) / 0.5
+    cpu = machine.ceilings(torch.device("cpu"), torch.float32, 10)
+    assert (cpu.memory, cpu.access) == (4096 / 0.5, "read")
+    assert Ceilings(memory=1.0, matmul=1.0).access == "copy"
 
 
 def test_a_result_is_plain_data(tmp_path):
