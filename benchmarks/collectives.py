@@ -197,7 +197,7 @@ def chain(strategies: Any, widths: dict[int, Any], say: Callable[[str], None]) -
     nbytes = sum(w.nbytes for layer in weights for w in layer)
 
     def fused(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        found = strategies.all_reduce_residual_rmsnorm(x, residual, norm, 1e-5, 0.0, False, "ONESHOT")
+        found = strategies.all_reduce_residual_rmsnorm(x, residual, norm, 1e-5, 0.0, False, name="ONESHOT")
         assert found is not None
         return found
 

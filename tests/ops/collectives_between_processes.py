@@ -32,6 +32,12 @@ def inputs(world: int, index: int, dtype: torch.dtype, size: int) -> list[Tensor
     return [torch.randn(size, generator=generator).to(dtype) for _ in range(world)]
 
 
+def eighths(world: int, index: int, dtype: torch.dtype, size: int) -> list[Tensor]:
+    """Numbers whose sum over ranks needs no rounding."""
+    generator = torch.Generator().manual_seed(index)
+    return [torch.randint(-16, 17, (size,), generator=generator).div(8).to(dtype) for _ in range(world)]
+
+
 def inboxes(rank: int, shared: list[Tensor], flags: list[Tensor], width: int) -> Inboxes:
     def addresses(tensors: list[Tensor]) -> Tensor:
         return torch.tensor([t.data_ptr() for t in tensors])
@@ -61,6 +67,11 @@ def work(rank: int, world: int, memory: dict[str, list[Tensor]], results: Any) -
         if got.shape != want.shape or not close(got, want):
             wrong.append(f"rank {rank} of {world}: {what} {got.dtype} {list(got.shape)}")
 
+    def exactly(what: str, got: Tensor, want: Tensor) -> None:
+        bits.append(got.view(-1).view(torch.int16).tolist())
+        if got.dtype != want.dtype or not torch.equal(got, want):
+            wrong.append(f"rank {rank} of {world}: {what} {got.dtype} {list(got.shape)}")
+
     for index, size in enumerate(SIZES):
         for dtype in DTYPES:
             xs = inputs(world, index, dtype, size * 4 // dtype.itemsize)
@@ -82,6 +93,29 @@ def work(rank: int, world: int, memory: dict[str, list[Tensor]], results: Any) -
             check("sum", total, sums)
             want = normalised(total, total.float().square().mean(-1, True), weight, 1e-5, offset, in_float)
             check("norm", normed, want)
+    for index, dtype in enumerate((torch.bfloat16, torch.float16)):  # a residual in float32
+        made = eighths if dtype == torch.bfloat16 else inputs
+        numbers = 2 * WIDTH
+        for offset, in_float, kind in (
+            (0.0, False, dtype),
+            (1.0, True, dtype),
+            (1.0, False, torch.float32),
+            (0.0, False, None),
+        ):
+            xs = [x.view(3, numbers) for x in made(world, index, dtype, 3 * numbers)]
+            residual = inputs(1, 60 + index, torch.float32, 3 * numbers)[0].view(3, numbers)
+            weight = None if kind is None else inputs(1, 90 + index, kind, numbers)[0]
+            normed, total = collectives.oneshot_all_reduce_residual_rmsnorm(
+                xs[rank], residual, weight, 1e-5, offset, in_float, rows
+            )
+            message = torch.stack(xs).double().sum(0).to(dtype)
+            exactly("wide sum", total, message + residual)
+            want = normalised(
+                total, total.float().square().mean(-1, True), weight, 1e-5, offset, in_float, dtype
+            )
+            check("norm of a wide sum", normed, want)
+            flat = collectives.oneshot_all_reduce(xs[rank], oneshot, residual)
+            exactly("wide sum without a norm", flat, message + residual)
     results.put((rank, wrong, bits))
 
 
