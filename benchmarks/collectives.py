@@ -197,12 +197,14 @@ def chain(strategies: Any, widths: dict[int, Any], say: Callable[[str], None]) -
     nbytes = sum(w.nbytes for layer in weights for w in layer)
 
     def fused(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        found = strategies.all_reduce_residual_rmsnorm(x, residual, norm, 1e-5, 0.0, False, "ONESHOT")
+        found = strategies.all_reduce_residual_rmsnorm(
+            x, residual, norm, 1e-5, 0.0, False, torch.bfloat16, "ONESHOT"
+        )
         assert found is not None
         return found
 
     def step(how: str) -> Tensor:
-        residual = torch.zeros(1, d, **bf16)
+        residual = torch.zeros(1, d, **(bf16 | ({"dtype": torch.float32} if how.endswith("float32") else {})))
         h = ctx
         for o, gate_up, down, qkv in weights:
             for into, out, act in ((o, gate_up, "silu"), (down, qkv, None)):
@@ -213,7 +215,7 @@ def chain(strategies: Any, widths: dict[int, Any], say: Callable[[str], None]) -
                     inboxes = widths[int(how.removeprefix("residual "))]
                     residual = collectives.oneshot_all_reduce(fused_linear(h, into), inboxes, residual)
                     h = fused_linear(residual, out, norm_weight=norm, eps=1e-5, act=act)
-                elif how == "fused":
+                elif how.startswith("fused"):
                     normed, residual = fused(fused_linear(h, into), residual)
                     h = fused_linear(normed, out, act=act)
                 else:
@@ -224,7 +226,7 @@ def chain(strategies: Any, widths: dict[int, Any], say: Callable[[str], None]) -
         return residual
 
     rows = []
-    for how in ("none", "fused", *(f"residual {w}" for w in widths), "ONESHOT", "NCCL"):
+    for how in ("none", "fused", "fused, float32", *(f"residual {w}" for w in widths), "ONESHOT", "NCCL"):
         try:
             us = 1e6 * seconds_of(lambda how=how: step(how), calls=2)
         except Exception as error:  # the table goes on

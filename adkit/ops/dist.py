@@ -235,7 +235,8 @@ def torch_dist_sharded_rmsnorm(
 
 @define_over_ranks(
     "torch_dist_allreduce_residual_rmsnorm(Tensor x, Tensor residual, Tensor? weight, float eps, "
-    'float weight_offset=0.0, bool weight_in_float=False, *, str strategy="AUTO") -> (Tensor normed, Tensor sum)',
+    "float weight_offset=0.0, bool weight_in_float=False, ScalarType? out_dtype=None, *, "
+    'str strategy="AUTO") -> (Tensor normed, Tensor sum)',
     fake=lambda x, residual, *args, strategy="AUTO", **kwargs: fake_add_rms(x, residual, *args, **kwargs),
     cost=costs.per_element(6),
     at_once="allreduce_residual_rmsnorm",
@@ -247,13 +248,15 @@ def torch_dist_allreduce_residual_rmsnorm(
     eps: float,
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
+    out_dtype: torch.dtype | None = None,
     *,
     strategy: str = "AUTO",
 ) -> Steps:
     """``torch_fused_add_rmsnorm`` of the ranks' sum of ``x`` and the residual, which every rank has.
 
-    x and residual [..., D], weight [D] or None -> normed [..., D], sum [..., D].
+    x and residual [..., D], of which one may be wider, weight [D] or None -> normed [..., D] in ``out_dtype`` where
+    that is given, sum [..., D]. The ranks' sum is rounded to x's dtype before the residual is added.
     """
     total = yield Exchange("all_reduce", x, strategy=strategy)
     norm = pick("fused_add_rmsnorm", "auto", x.device)
-    return norm(total, residual, weight, eps, weight_offset, weight_in_float)
+    return norm(total, residual, weight, eps, weight_offset, weight_in_float, out_dtype)

@@ -32,6 +32,12 @@ def inputs(world: int, index: int, dtype: torch.dtype, size: int) -> list[Tensor
     return [torch.randn(size, generator=generator).to(dtype) for _ in range(world)]
 
 
+def eighths(world: int, index: int, dtype: torch.dtype, size: int) -> list[Tensor]:
+    """Numbers whose sum over ranks needs no rounding."""
+    generator = torch.Generator().manual_seed(index)
+    return [torch.randint(-16, 17, (size,), generator=generator).div(8).to(dtype) for _ in range(world)]
+
+
 def inboxes(rank: int, shared: list[Tensor], flags: list[Tensor], width: int) -> Inboxes:
     def addresses(tensors: list[Tensor]) -> Tensor:
         return torch.tensor([t.data_ptr() for t in tensors])
@@ -47,6 +53,11 @@ def close(got: Tensor, want: Tensor) -> bool:
     return bool((got.double() - want.double()).abs().max() <= limit)
 
 
+def nearest(got: Tensor, want: Tensor) -> bool:
+    """Half a step of float16 at most, and what float32 adds: each number was rounded once."""
+    return bool(((got.double() - want).abs() <= (2**-11 + 2**-20) * want.abs() + 2**-25).all())
+
+
 def work(rank: int, world: int, memory: dict[str, list[Tensor]], results: Any) -> None:
     """All calls of one rank; puts what is wrong, and the sums' bits."""
     torch.set_num_threads(1)
@@ -59,6 +70,11 @@ def work(rank: int, world: int, memory: dict[str, list[Tensor]], results: Any) -
     def check(what: str, got: Tensor, want: Tensor) -> None:
         bits.append(got.view(-1).view(torch.int16).tolist())
         if got.shape != want.shape or not close(got, want):
+            wrong.append(f"rank {rank} of {world}: {what} {got.dtype} {list(got.shape)}")
+
+    def exactly(what: str, got: Tensor, want: Tensor) -> None:
+        bits.append(got.view(-1).view(torch.int16).tolist())
+        if got.dtype != want.dtype or not torch.equal(got, want):
             wrong.append(f"rank {rank} of {world}: {what} {got.dtype} {list(got.shape)}")
 
     for index, size in enumerate(SIZES):
@@ -82,6 +98,32 @@ def work(rank: int, world: int, memory: dict[str, list[Tensor]], results: Any) -
             check("sum", total, sums)
             want = normalised(total, total.float().square().mean(-1, True), weight, 1e-5, offset, in_float)
             check("norm", normed, want)
+    for index, dtype in enumerate((torch.bfloat16, torch.float16)):  # a residual in float32
+        made = eighths if dtype == torch.bfloat16 else inputs
+        numbers = 2 * WIDTH
+        for offset, in_float, kind in (
+            (0.0, False, dtype),
+            (1.0, True, dtype),
+            (1.0, False, torch.float32),
+            (0.0, False, None),
+        ):
+            xs = [x.view(3, numbers) for x in made(world, index, dtype, 3 * numbers)]
+            residual = inputs(1, 60 + index, torch.float32, 3 * numbers)[0].view(3, numbers)
+            weight = None if kind is None else inputs(1, 90 + index, kind, numbers)[0]
+            normed, total = collectives.oneshot_all_reduce_residual_rmsnorm(
+                xs[rank], residual, weight, 1e-5, offset, in_float, rows
+            )
+            sums = torch.stack(xs).double().sum(0).to(dtype) + residual
+            exactly("wide sum", total, sums)
+            want = sums.double() * torch.rsqrt(sums.double().square().mean(-1, True) + 1e-5)
+            if weight is not None:
+                want = want * (weight.double() + offset)
+            check("norm of a wide sum", normed, want)
+            if dtype == torch.float16 and not nearest(normed, want):
+                wrong.append(f"rank {rank} of {world}: a norm of a wide sum is rounded more than once")
+            exactly(
+                "wide sum without a norm", collectives.oneshot_all_reduce(xs[rank], oneshot, residual), sums
+            )
     results.put((rank, wrong, bits))
 
 

@@ -13,16 +13,17 @@ _KNOWN = (
 
 
 def main() -> None:
-    """Two and eight ranks; plain, gathering, with a norm."""
+    """Two and eight ranks; plain, gathering, with a norm of a residual like the message and of a wider one."""
     import triton.language as tl
 
     for world in (2, 8):
         shared = {"RANK": 1, "WORLD": world, "KIND": tl.bfloat16, "PAIRED": 1, "TRAPS": True, "PDL": True}
-        for gather, norm in ((False, False), (True, False), (False, True)):
-            constants = {"GATHER": gather, "HAS_RESIDUAL": norm, "NORM": norm, "HAS_WEIGHT": norm,
+        for gather, norm, wide in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1)):
+            constants = {"GATHER": gather, "HAS_RESIDUAL": norm, "WIDE": wide, "NORM": norm, "HAS_WEIGHT": norm,
                          "IN_FLOAT": False, "BLOCK": 2048 if norm else 512}  # fmt: skip
+            known = _KNOWN | (dict.fromkeys(("residual_ptr", "out_ptr"), "*i64") if wide else {})
             compiled(
-                kernels.oneshot_kernel, types_of(kernels.oneshot_kernel, _KNOWN), {**shared, **constants}, 90
+                kernels.oneshot_kernel, types_of(kernels.oneshot_kernel, known), {**shared, **constants}, 90
             )
         compiled(
             kernels.twoshot_kernel, types_of(kernels.twoshot_kernel, _KNOWN), {**shared, "BLOCK": 4096}, 90

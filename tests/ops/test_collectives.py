@@ -40,6 +40,13 @@ def test_every_strategy_on_gpus_adds_up_with_the_same_bits_everywhere(tmp_path: 
         assert row["error"] < 2**-7, row
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ranks need a GPU each: run it on a host with two")
+def test_the_kernel_with_a_norm_on_gpus_rounds_where_the_ops_do() -> None:
+    done = run([str(Path(__file__).with_name("collectives_on_gpus.py"))], TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("x", "shares", "why"),

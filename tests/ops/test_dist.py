@@ -115,18 +115,40 @@ def test_an_op_that_the_communicator_does_at_once_is_not_done_step_by_step() -> 
         def all_reduce(self, x: torch.Tensor, strategy: str) -> torch.Tensor:
             return 2 * x
 
-        def allreduce_residual_rmsnorm(self, x, residual, weight, eps, *, strategy):
-            return (x + 10, residual + 10) if self.able else None
+        def allreduce_residual_rmsnorm(
+            self, x, residual, weight, eps, offset=0.0, in_float=False, out_dtype=None, *, strategy
+        ):
+            return ((x + 10).to(out_dtype), residual + 10) if self.able else None
 
     op = torch.ops.adkit.torch_dist_allreduce_residual_rmsnorm
     x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    args = (None, 1e-6, 0.0, False, torch.bfloat16)
     through = Through()
     with dist.use(through):  # type: ignore[arg-type]
-        normed, total = op(x, residual, None, 1e-6, strategy="ONESHOT")
-        assert torch.equal(normed, x + 10)
+        normed, total = op(x, residual, *args, strategy="ONESHOT")
+        assert torch.equal(normed, (x + 10).bfloat16())
         assert torch.equal(total, residual + 10)
         through.able = False
-        normed, total = op(x, residual, None, 1e-6, strategy="ONESHOT")
-    want = torch.ops.adkit.torch_fused_add_rmsnorm(2 * x, residual, None, 1e-6)
+        normed, total = op(x, residual, *args, strategy="ONESHOT")
+    want = torch.ops.adkit.torch_fused_add_rmsnorm(2 * x, residual, *args)
     assert torch.equal(normed, want[0])
     assert torch.equal(total, want[1])
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("in_float", [False, True])
+def test_a_sum_over_ranks_joins_a_wider_residual_without_narrowing_it(
+    out_dtype: torch.dtype | None, in_float: bool
+) -> None:
+    torch.manual_seed(0)
+    xs = [torch.randn(5, 16).bfloat16() for _ in range(2)]
+    residual, weight = torch.randn(5, 16), torch.randn(16).bfloat16()
+    op = ops.torch_dist_allreduce_residual_rmsnorm
+    found = on(op, xs, residual, weight, 1e-6, 1.0, in_float, out_dtype)
+    for normed, total in found:
+        assert torch.equal(total, (xs[0] + xs[1]).float() + residual)
+        want = ops.torch_rmsnorm(total, weight, 1e-6, 1.0, in_float, out_dtype)
+        assert normed.dtype == (out_dtype or torch.float32)
+        assert torch.equal(normed, want)
+    shapes = op(*(t.to("meta") for t in (xs[0], residual, weight)), 1e-6, 1.0, in_float, out_dtype)
+    assert [(t.shape, t.dtype) for t in shapes] == [(t.shape, t.dtype) for t in found[0]]

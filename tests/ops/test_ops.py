@@ -39,10 +39,16 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (*heads, rand(2, 1, 5, 5) > 0, {"is_causal": False}),
         ],
         "attention_repeat_kv": [(heads[1], 2, 2)],
-        "linear_simple": [(r(2, 5, 8), r(6, 8), r(6)), (r(5, 2, 8).transpose(0, 1), r(6, 8))],
+        "linear_simple": [
+            (r(2, 5, 8), r(6, 8), r(6)),
+            (r(5, 2, 8).transpose(0, 1), r(6, 8)),
+            (r(2, 5, 8), r(6, 8), r(6), {"out_dtype": torch.float32}),
+        ],
         "fused_linear": [
             (r(2, 5, 8), r(6, 8), r(6), r(8), r(2, 5, 6), 1e-6, 1.0, True),
             (r(5, 2, 8).transpose(0, 1), r(12, 8), {"eps": 1e-6, "act": "silu", "residual": r(2, 5, 6)}),
+            (rand(2, 5, 8), r(6, 8), r(6), r(8), rand(2, 5, 6), 1e-6),
+            (r(2, 5, 8), r(12, 8), {"act": "silu", "out_dtype": torch.float32}),
         ],
         "swiglu": [(r(2, 5, 8), r(2, 5, 8)), (r(8, 5).t(), r(8, 5).t(), "gelu_tanh")],
         "swiglu_packed": [(r(2, 5, 8), "gelu"), (r(8, 5).t(), "silu")],
@@ -70,10 +76,12 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (r(2, 5, 8), None, 1e-6),
             (r(2, 8, 5).transpose(1, 2), r(8), 1e-6, 1.0, True),
             (r(2, 5, 8), rand(8), 1e-6),
+            (rand(2, 5, 8), r(8), 1e-6, {"out_dtype": dtype}),
         ],
         "fused_add_rmsnorm": [
             (r(2, 5, 8), r(2, 5, 8), r(8), 1e-6),
             (r(2, 8, 5).transpose(1, 2), rand(2, 8, 5).transpose(1, 2), None, 1e-6),
+            (r(2, 5, 8), rand(2, 5, 8), r(8), 1e-6, {"out_dtype": dtype}),
         ],
         "l2norm": [(r(2, 5, 8), 1e-6), (r(2, 8, 5).transpose(1, 2), 1e-6)],
         "rope_with_explicit_cos_sin": [
@@ -91,7 +99,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
 CANONICAL = sorted(
     n.removeprefix("torch_")
     for n, info in OPS.items()
-    if info.backend == "torch" and info.category != "dist" and not n.endswith("_cache")
+    if info.backend == "torch" and info.category != "dist" and not n.endswith(("_cache", "_"))
 )
 
 

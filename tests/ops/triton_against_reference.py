@@ -68,6 +68,18 @@ def test_rmsnorm(dtype: torch.dtype, width: int, kind: str) -> None:
         assert torch.equal(fused[1], x + residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("in_float", [False, True])
+def test_rmsnorm_of_a_wide_stream(dtype: torch.dtype, in_float: bool) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(6, 80, dtype=dtype), torch.randn(6, 80), torch.randn(80, dtype=dtype)
+    args = (weight, 1e-5, 1.0, in_float, dtype)
+    assert_same(pick("rmsnorm", "triton")(residual, *args), pick("rmsnorm", "torch")(residual, *args), dtype)
+    normed, total = pick("fused_add_rmsnorm", "triton")(x, residual, *args)
+    assert torch.equal(total, x + residual)
+    assert_same(normed, pick("rmsnorm", "torch")(total, *args), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"])
 def test_swiglu_packed(dtype: torch.dtype, act: str) -> None:
@@ -140,6 +152,55 @@ def test_every_way_to_compute_a_linear(dtype: torch.dtype, rows: int, around: st
         for _ in range(2):  # the count of finished programs starts from zero again
             layer = linear.Layer(args[0][0], *args[2:4], None if args[4] is None else args[4][0], *args[5:])
             assert_linear(layer.run(way, args[1])[None], args, dtype)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, DTYPES[1]), (7, DTYPES[2]), (17, DTYPES[1])])
+@pytest.mark.parametrize("around", ["sum", "norm silu", "norm"])
+def test_every_way_to_compute_a_linear_of_a_wide_stream(dtype: torch.dtype, rows: int, around: str) -> None:
+    """float32 in, out or both, as the tensors around a half-precision weight are."""
+    from adkit.ops.triton import linear
+
+    x, *rest = linear_case(rows, 40, 300, dtype, around)
+    x = x.float() + 1e-4 * torch.randn(x.shape) if "norm" in around else x
+    rest[3] = None if rest[3] is None else rest[3].float() * 1.0001
+    wide = {"out_dtype": torch.float32} if around == "norm" else {}
+    want = torch.float32 if around in ("sum", "norm") else dtype
+    exact = pick("fused_linear", "torch")(
+        x.double(), *(t.double() if isinstance(t, torch.Tensor) else t for t in rest)
+    )
+    for way in linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype):
+        layer = linear.Layer(x[0], *rest[1:3], None if rest[3] is None else rest[3][0], *rest[4:], **wide)
+        got = layer.run(way, rest[0])
+        assert got.dtype == want
+        assert_same(got[None].to(dtype), exact.to(dtype), dtype)
+        if around == "sum":  # nothing on the way is rounded to the weight's dtype
+            assert (got - exact[0]).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "wide"),
+    [(1, DTYPES[1], True), (7, DTYPES[2], False), (17, DTYPES[1], True), (70, DTYPES[0], False)],
+)
+@pytest.mark.parametrize("around", ["sum", "norm bias silu sum"])
+def test_a_sum_in_place_is_the_sum(rows: int, dtype: torch.dtype, wide: bool, around: str) -> None:
+    from adkit.ops.triton import linear
+
+    x, weight, bias, norm, residual, *rest = linear_case(rows, 40, 300, dtype, around)
+    assert residual is not None
+    residual = residual.float() if wide else residual
+    layer = linear.Layer(x[0], bias, norm, residual[0], *rest)
+    for way in linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype):
+        over = residual[0].clone()
+        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over)
+        assert placed.run(way, weight) is over
+        assert torch.equal(over, layer.run(way, weight))
+    over = (
+        torch.zeros(1, 40, rows, dtype=residual.dtype).transpose(1, 2).copy_(residual)
+    )  # rows that do not lie so
+    want = pick("fused_linear", "triton")(x, weight, bias, norm, residual, *rest)
+    for into in (over, residual):
+        pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
+        assert torch.equal(into, want)
 
 
 def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:

@@ -16,7 +16,7 @@ from adkit.models.bundled import bundled_config
 from adkit.sharding import Rank, ShardingCheck, VirtualRanks
 from adkit.sharding.forks import graph_module
 from tests.reference import hf_greedy
-from tests.sharding.models import MOE_TYPES, TYPES, mutated, nodes
+from tests.sharding.models import MOE_TYPES, TYPES, bench, mutated, nodes
 from tests.zoo import tiny_config
 
 ops: Any = torch.ops.adkit
@@ -81,6 +81,14 @@ def test_logits_over_a_cache_a_rank_are_the_uncut_models(models, kind: str) -> N
     found = models.shard(kind, 2).check(PROMPTS, cached=True)
     assert found.ok, found
     assert found.prompts == ((1, 9), (1, 3))
+
+
+def test_a_bfloat16_model_keeps_its_float32_stream_on_ranks(models) -> None:
+    v = bench(models.path("llama"), dtype="bfloat16").shard(2)
+    found = v.check(PROMPTS, cached=True)
+    assert found.ok, found
+    tokens = v.generate(PROMPTS, adkit.SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
+    assert [len(c.token_ids) for c in tokens] == [4, 4]
 
 
 def test_each_step_of_the_stage_can_be_checked(models) -> None:

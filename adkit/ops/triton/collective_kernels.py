@@ -1,8 +1,9 @@
 """Kernels by which ranks add up and gather tensors in each other's memory; ``collectives`` launches them.
 
 Messages are counted in words of 32 bits, one float32 or two numbers of 16 bits, and in quarters of 16 bytes, so that
-the compiler knows that it may read and write so much at once. Every rank adds the same numbers
-in the same order, rank 0's first, so that all have the same bits.
+the compiler knows that it may read and write so much at once. Beside a word with two numbers of 16 bits stand two
+float32 numbers of a wider residual, one value of 64 bits. Every rank adds the same numbers in the same order, rank 0's
+first, so that all have the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -40,6 +41,21 @@ def _words(low, high, KIND: tl.constexpr, PAIRED: tl.constexpr):
         return lower | upper
     else:
         return low.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _floats(pairs):
+    """The lower and the upper float32 number of each 64 bits."""
+    low = pairs.to(tl.int32).to(tl.float32, bitcast=True)
+    high = (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def _pairs(low, high):
+    """The inverse of ``_floats``."""
+    lower = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return lower | (high.to(tl.int32, bitcast=True).to(tl.int64) << 32)
 
 
 @triton.jit
@@ -91,6 +107,7 @@ def oneshot_kernel(
     PAIRED: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr,
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     IN_FLOAT: tl.constexpr,
@@ -107,6 +124,9 @@ def oneshot_kernel(
 
     A program has ``width`` words of the message (a row, where there is a norm), always the same places in the inbox,
     and a counter of its own, so programs need not know of each other.
+
+    WIDE: the residual and its sum are float32 where the message has numbers of 16 bits. The sum over ranks is rounded
+    to KIND all the same, as when it is made by itself; the normed row has KIND.
     """
     pdl.release(PDL)
     words = quarters * 4
@@ -131,7 +151,11 @@ def oneshot_kernel(
         theirs = _memory(inboxes_ptr, (RANK + step) % WORLD, tl.int64)
         tl.store(theirs + turn + RANK * capacity + at, tagged, live)
     if HAS_RESIDUAL:
-        low_residual, high_residual = _numbers(tl.load(residual_ptr + at, live, 0), KIND, PAIRED)
+        residual = tl.load(residual_ptr + at, live, 0)
+        if WIDE:
+            low_residual, high_residual = _floats(residual)
+        else:
+            low_residual, high_residual = _numbers(residual, KIND, PAIRED)
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
     for source in tl.static_range(WORLD):
@@ -150,10 +174,14 @@ def oneshot_kernel(
         if HAS_RESIDUAL:
             low = _rounded(low, KIND) + low_residual
             high = _rounded(high, KIND) + high_residual
-        tl.store(out_ptr + at, _words(low, high, KIND, PAIRED), live)
+        if WIDE:
+            tl.store(out_ptr + at, _pairs(low, high), live)
+        else:
+            tl.store(out_ptr + at, _words(low, high, KIND, PAIRED), live)
         if NORM:
-            low = _rounded(low, KIND)
-            high = _rounded(high, KIND)
+            if not WIDE:
+                low = _rounded(low, KIND)
+                high = _rounded(high, KIND)
             squares = low * low
             if PAIRED:
                 squares += high * high
@@ -161,7 +189,7 @@ def oneshot_kernel(
             low *= rstd
             high *= rstd
             if HAS_WEIGHT:
-                if not IN_FLOAT:
+                if not IN_FLOAT and not WIDE:
                     low = _rounded(low, KIND)
                     high = _rounded(high, KIND)
                 low *= low_weight

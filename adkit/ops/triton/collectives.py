@@ -78,11 +78,11 @@ def refused(x: Tensor, capacity: int, shares: int = 1) -> str:
     return ""
 
 
-def _words(x: Tensor) -> Tensor:
+def _words(x: Tensor, each: torch.dtype = torch.int32) -> Tensor:
     x = x.contiguous()
     if x.data_ptr() % 16:  # a view that begins somewhere
         x = x.clone()
-    return x.view(-1).view(torch.int32)
+    return x.view(-1).view(each)
 
 
 def _kind(x: Tensor) -> dict[str, Any]:
@@ -109,12 +109,14 @@ def _oneshot(
     count, width = words.numel(), inboxes.width
     if not count:
         return
-    sums = out.view(-1).view(torch.int32)
+    wide = residual is not None and residual.dtype != x.dtype
+    beside = torch.int64 if wide else torch.int32  # what holds as many numbers as a word of the message
+    sums = out.view(-1).view(beside)
     block = triton.next_power_of_2(width)
     oneshot_kernel[(triton.cdiv(count, width),)](
         words,
         sums,
-        words if residual is None else _words(residual),
+        words if residual is None else _words(residual, beside),
         words if weight is None else weight,
         sums if normed is None else normed.view(-1).view(torch.int32),
         inboxes.addresses,
@@ -129,6 +131,7 @@ def _oneshot(
         WORLD=inboxes.world,
         GATHER=gather,
         HAS_RESIDUAL=residual is not None,
+        WIDE=wide,
         NORM=normed is not None,
         HAS_WEIGHT=weight is not None,
         IN_FLOAT=in_float,
@@ -143,9 +146,10 @@ def _oneshot(
 def oneshot_all_reduce(x: Tensor, inboxes: Inboxes, residual: Tensor | None = None) -> Tensor:
     """The sum over ranks of ``x`` [...] -> [...], added in float32 in order of rank and rounded once.
 
-    A ``residual`` like ``x``, which every rank has, is added to that.
+    A ``residual``, which every rank has, is added to that: of x's dtype, or float32, and so is the result.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = x.dtype if residual is None else residual.dtype
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     _oneshot(x, inboxes, out, residual)
     return out
 
@@ -168,10 +172,11 @@ def oneshot_all_reduce_residual_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """``torch_fused_add_rmsnorm`` of the sum over ranks: x and residual [..., D] -> normed and sum [..., D].
 
-    Rounds where the two ops do. ``inboxes.width`` is D in words; x, residual and what comes out have one dtype.
+    Rounds where the two ops do. ``inboxes.width`` is D in words of x. The normed rows have x's dtype; the residual
+    and the sum have that too, or are float32.
     """
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    normed = torch.empty_like(total)
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     _oneshot(x, inboxes, total, residual, normed, weight, eps, offset, in_float)
     return normed, total
 

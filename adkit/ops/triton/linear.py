@@ -15,15 +15,15 @@ layer, chosen by measurement (:func:`adkit.ops.triton.tuning.best`):
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from adkit.ops.linear import fused_dtype, product
 from adkit.ops.triton import pdl, tuning
 from adkit.ops.triton.linear_kernels import row_kernel, rows_kernel, stream_kernel, tiles_kernel
 from adkit.ops.triton.mlp import swiglu_packed
@@ -36,7 +36,10 @@ LIBRARY = {"path": "library"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op."""
+    """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op.
+
+    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual.
+    """
 
     x: Tensor
     bias: Tensor | None
@@ -46,6 +49,8 @@ class Layer:
     offset: float
     in_float: bool
     act: str | None
+    out_dtype: torch.dtype | None = None
+    out: Tensor | None = None
 
     def outs(self, weight: Tensor) -> int:
         """F."""
@@ -60,23 +65,35 @@ class Layer:
             return self._by_streams(settings, weight)
         return self._by_rows(settings, weight) if path == "rows" else self._by_tiles(settings, weight)
 
-    def _normed(self) -> Tensor:
+    def _normed(self, dtype: torch.dtype) -> Tensor:
         if self.eps is None:
             return self.x
-        return rmsnorm(self.x, self.norm_weight, self.eps, self.offset, self.in_float)
+        return rmsnorm(self.x, self.norm_weight, self.eps, self.offset, self.in_float, dtype)
 
     def _library(self, weight: Tensor) -> Tensor:
-        x = self._normed()
-        if self.residual is not None and self.bias is None and self.act is None:
-            return torch.addmm(self.residual, x, weight.t())
-        out = F.linear(x, weight, self.bias)
+        x = self._normed(weight.dtype)
+        dtype = fused_dtype(weight, self.residual, self.out_dtype)
+        if (
+            self.residual is not None
+            and self.residual.dtype == dtype
+            and self.bias is None
+            and self.act is None
+        ):
+            if dtype == weight.dtype:
+                return torch.addmm(self.residual, x, weight.t(), out=self.out)
+            if x.is_cuda:
+                return torch.addmm(self.residual, x, weight.t(), out_dtype=dtype, out=self.out)
+        out = product(x, weight, self.bias, dtype)
         if self.act is not None:
             out = swiglu_packed(out, self.act)
-        return out if self.residual is None else out + self.residual
+        if self.residual is not None:
+            out = (out + self.residual).to(dtype)
+        return out if self.out is None else self.out.copy_(out)
 
     def _arguments(self, x: Tensor, weight: Tensor, norm: bool) -> tuple[Tensor, list[Any], dict[str, Any]]:
         """The output, and the arguments that both kernels have."""
-        out = x.new_empty((x.shape[0], self.outs(weight)))
+        dtype = fused_dtype(weight, self.residual, self.out_dtype)
+        out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype) if self.out is None else self.out
         tensors = [self.bias, self.norm_weight, self.residual]
         pointers = [x, weight, *(x if t is None else t for t in tensors), out]
         flags = {
@@ -126,7 +143,7 @@ class Layer:
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
         inline = self.eps is not None and settings["inline"]
-        x = self.x if inline else self._normed()
+        x = self.x if inline else self._normed(weight.dtype)
         out, pointers, flags = self._arguments(x, weight, inline)
         (many, outs), width = out.shape, weight.shape[1]
         rows, block, split = _padded(many), settings["BLOCK_N"], settings["SPLIT"]
@@ -151,7 +168,7 @@ class Layer:
             BLOCK_K=settings["BLOCK_K"],
             SPLIT=split > 1,
             AHEAD=_AHEAD_BYTES // block // weight.element_size(),
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
             WIDE_DOT=triton.knobs.runtime.interpret,  # the interpreter multiplies bfloat16 as integers
             num_warps=settings["num_warps"],
             num_stages=settings["num_stages"],
@@ -237,13 +254,38 @@ def fused_linear(
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``torch_fused_linear``: input [..., D], weight [F, D], residual [..., F] -> [..., F]."""
     x = input.reshape(-1, input.shape[-1]).contiguous()
     outs = weight.shape[0] // (1 if act is None else 2)
     other = None if residual is None else residual.reshape(-1, outs).contiguous()
-    layer = Layer(x, bias, norm_weight, other, eps, weight_offset, weight_in_float, act)
+    layer = Layer(x, bias, norm_weight, other, eps, weight_offset, weight_in_float, act, out_dtype)
     return layer.run(fastest(layer, weight), weight).view(*input.shape[:-1], outs)
+
+
+def fused_linear_(
+    residual: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    weight_offset: float = 0.0,
+    weight_in_float: bool = False,
+    act: str | None = None,
+) -> None:
+    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum."""
+    x = input.reshape(-1, input.shape[-1]).contiguous()
+    to = residual.view(-1, residual.shape[-1])
+    whole = to.is_contiguous()
+    layer = Layer(
+        x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
+    )
+    settings = fastest(layer, weight)  # found on copies: the sum must be made once
+    out = replace(layer, out=layer.residual).run(settings, weight)
+    if not whole:
+        to.copy_(out)
 
 
 def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:

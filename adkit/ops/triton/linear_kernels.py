@@ -305,9 +305,8 @@ def tiles_kernel(
         if NORM:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-            x = (wide * _norm_factor(norm_ptr, start + cols, live, offset, HAS_NORM_WEIGHT)[None, :]).to(
-                x.dtype
-            )
+            x = wide * _norm_factor(norm_ptr, start + cols, live, offset, HAS_NORM_WEIGHT)[None, :]
+            x = x.to(w.dtype)
         if WIDE_DOT:
             x, w = x.to(tl.float32), w.to(tl.float32)
         total = tl.dot(x, w, total, input_precision=PRECISION)

@@ -35,7 +35,6 @@ def _rmsnorm(
     live = cols < width
     pdl.wait(PDL)
     x = tl.load(x_ptr + row + cols, live, 0.0)
-    kind = out_ptr.dtype.element_ty
     if HAS_RESIDUAL:
         kind = sum_ptr.dtype.element_ty
         residual = tl.load(residual_ptr + row + cols, live, 0.0)
@@ -56,12 +55,18 @@ def _rmsnorm(
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, in_float: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    in_float: bool,
+    out_dtype: torch.dtype | None,
 ) -> Any:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     total = x if residual is None else torch.empty_like(x, dtype=dtype)
-    out_dtype = dtype if weight is None or in_float else torch.promote_types(dtype, weight.dtype)
-    out = torch.empty_like(x, dtype=out_dtype)
+    promoted = dtype if weight is None or in_float else torch.promote_types(dtype, weight.dtype)
+    out = torch.empty_like(x, dtype=out_dtype or promoted)
     width = x.shape[-1]
     rows = x.numel() // max(width, 1)
     if rows:
@@ -89,9 +94,10 @@ def rmsnorm(
     eps: float,
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``torch_rmsnorm``: input [..., D] -> [..., D]."""
-    out: Tensor = _launch(input.contiguous(), None, weight, eps, weight_offset, weight_in_float)[0]
+    out: Tensor = _launch(input.contiguous(), None, weight, eps, weight_offset, weight_in_float, out_dtype)[0]
     return out
 
 
@@ -102,8 +108,9 @@ def fused_add_rmsnorm(
     eps: float,
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch_fused_add_rmsnorm``: input and residual [..., D] -> normed and sum [..., D]."""
     x, other = (t.contiguous() for t in torch.broadcast_tensors(input, residual))
-    found: tuple[Tensor, Tensor] = _launch(x, other, weight, eps, weight_offset, weight_in_float)
+    found: tuple[Tensor, Tensor] = _launch(x, other, weight, eps, weight_offset, weight_in_float, out_dtype)
     return found

@@ -25,6 +25,7 @@ from adkit.passes.compile.cuda_graphs import (
     prompt_ladder,
     prompt_layouts,
 )
+from adkit.passes.compile.in_place import accumulating
 from adkit.passes.registry import register
 
 
@@ -55,7 +56,8 @@ class CompileModel(Pass):
     ``eager`` runs the generated Python of the graph; ``torch-compile`` hands it to Inductor with dynamic
     shapes; ``torch-cudagraph`` captures decode steps for a ladder of batch sizes, and steps with prompts for one
     of token counts, and replays them, padded, because launching hundreds of small kernels takes longer than
-    running them. The graph itself does not change.
+    running them. Without Inductor, residual sums are made in the residual's own memory where nobody reads it
+    afterwards. The graph itself does not change.
 
         before: a GraphModule
         after:  a CompiledModel: packed batch in, logits of the asked-for tokens out
@@ -86,9 +88,16 @@ class CompileModel(Pass):
         backend, why = self._backend(gm, ctx)
         if why:
             ctx.report(why)
-        run: Callable[..., Any] = torch.compile(gm, dynamic=True) if backend == "torch-compile" else gm
+        run: Callable[..., Any]
+        sums = 0
+        if backend == "torch-compile":
+            run = torch.compile(gm, dynamic=True)
+        else:
+            run, sums = accumulating(gm)
         forward: Callable[..., Any] = lambda **feed: run(**feed)[0]  # noqa: E731
         details: dict[str, Any] = {"backend": backend, "inputs": len(inputs)}
+        if sums:
+            details["sums in place"] = sums
         replay = None
         if backend == "torch-cudagraph":
             replay, why = self._capture(gm, forward, inputs, ctx)

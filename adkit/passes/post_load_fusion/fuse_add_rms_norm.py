@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import ClassVar
 
+import torch
 from torch.fx import GraphModule, Node
 
 from adkit.graph.matching import aten, dtype_of, same_shape
@@ -50,13 +51,19 @@ class FuseAddRMSNorm(Pass):
 
 
 def is_sum(node: object) -> bool:
-    """True for a + b of two tensors of one shape and dtype."""
+    """True for a + b of two tensors of one shape, of which one may be wider (a residual stream in float32)."""
     if not isinstance(node, Node) or node.target is not aten.add.Tensor or node.kwargs:
         return False
     a, b = node.args
     if not isinstance(a, Node) or not isinstance(b, Node):
         return False
-    return same_shape(a, b) and dtype_of(a) == dtype_of(b) == dtype_of(node)
+    return same_shape(a, b) and promoted(a, b) == dtype_of(node)
+
+
+def promoted(a: Node, b: Node) -> torch.dtype | None:
+    """The dtype of a sum of two tensors; None where the dtype of one is not known."""
+    one, other = dtype_of(a), dtype_of(b)
+    return None if one is None or other is None else torch.promote_types(one, other)
 
 
 def movable(total: Node, norm: Node) -> bool:

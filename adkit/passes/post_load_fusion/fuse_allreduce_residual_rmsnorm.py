@@ -25,8 +25,8 @@ class FuseAllReduceResidualRMSNorm(Pass):
 
     In a decode step the ranks exchange a few kilobytes, and what that takes is starts and waiting. A kernel that sums
     what its neighbours hold can add and normalise while the sum is in registers; where there is none, the op
-    runs the three one after another, with the kernels that there are. A norm that stands before the residual
-    sum (Gemma 2) is left.
+    runs the three one after another, with the kernels that there are. The residual may be wider than what travels
+    (``widen_residual_stream``). A norm that stands before the residual sum (Gemma 2) is left.
 
         before: h = residual + torch_dist_all_reduce(x); y = torch_rmsnorm(h, w, eps)
         after:  y, h = torch_dist_allreduce_residual_rmsnorm(x, residual, w, eps)

@@ -14,6 +14,7 @@ from adkit.graph.step import PassInfo
 from adkit.ops.backends import pick
 from adkit.passes.base import Context, Pass, PassConfig, Stage
 from adkit.passes.post_load_fusion._fused import BackendConfig, every
+from adkit.passes.post_load_fusion.fuse_add_rms_norm import promoted
 from adkit.passes.registry import register
 
 
@@ -114,13 +115,15 @@ def _results(node: Node) -> tuple[Node | None, Node | None]:
 def _readers(norm: Node, normed: Node, layers: dict[Node, _Layer]) -> list[tuple[_Layer, Node | None]]:
     """The layers that read a norm's result, and the gather of tokens between; none if anything else reads
     it."""
-    if dtype_of(normed) != dtype_of(norm.args[0]):
-        return []
     found: list[tuple[_Layer, Node | None]] = []
     for user in normed.users:
         gather = user if user.target is aten.index_select.default and user.args[1] == 1 else None
         for reader in [user] if gather is None else gather.users:
             if reader not in layers or reader.args[0] is not (gather or normed):
+                return []
+            if dtype_of(reader.args[1]) != dtype_of(
+                normed
+            ):  # the fused layer rounds its input to the weight's
                 return []
             found.append((layers[reader], gather))
     return found
@@ -131,11 +134,12 @@ def _summing(add: Node, products: dict[Node, _Layer]) -> _Layer | None:
     a, b = add.args[:2]
     if not isinstance(a, Node) or not isinstance(b, Node) or a is b:
         return None
-    if not same_shape(a, b) or dtype_of(a) != dtype_of(b):
+    if not same_shape(a, b):
         return None
-    for product in (a, b):
+    for product, other in ((a, b), (b, a)):
         layer = products.get(product)
-        if layer is not None and layer.add is None and len(product.users) == 1:
+        fits = promoted(a, b) == dtype_of(other)  # the sum has the residual's dtype
+        if layer is not None and layer.add is None and len(product.users) == 1 and fits:
             return layer
     return None
 
@@ -177,16 +181,14 @@ def _rewrite(s: Site, layer: _Layer, target: Any, sums: dict[Node, Node]) -> Non
                 kwargs[name] = value
         x = sums.get(norm, norm.args[0])
         if gather is not None:
-            x = s.call(gather.target, (x, *gather.args[1:]), like=gather)  # type: ignore[arg-type]
+            x = s.call(gather.target, (x, *gather.args[1:]))  # type: ignore[arg-type]
     if layer.act is not None:
         kwargs["act"] = arg(layer.act, 1, "act", "silu")
     if add is not None:
         a, b = add.args[:2]
         kwargs["residual"] = b if a is layer.product else a
     operands = (x, *linear.args[1:])
-    fused = s.call(
-        target, operands, {**linear.kwargs, **kwargs}, like=layer.product, before=add or layer.product
-    )
+    fused = s.call(target, operands, {**linear.kwargs, **kwargs}, before=add or layer.product)
     if add is None or add.target is aten.add.Tensor:
         s.replace(add or layer.product, fused)
     else:

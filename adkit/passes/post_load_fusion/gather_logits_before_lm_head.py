@@ -45,7 +45,7 @@ class GatherLogits(Pass):
         """Insert the input and the gather."""
         if any(n.op == "placeholder" and n.target == INPUT for n in gm.graph.nodes):
             return PassInfo(skipped=True, reason=f"the graph has an input {INPUT} already")
-        chain = _from_linear_to_logits(gm)
+        chain = from_linear_to_logits(gm)
         if chain is None:
             return PassInfo(
                 skipped=True, reason="the logits do not come from a linear layer through pointwise work"
@@ -66,7 +66,7 @@ class GatherLogits(Pass):
         return PassInfo(num_matches=1)
 
 
-def _from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
+def from_linear_to_logits(gm: GraphModule) -> list[Node] | None:
     """The last linear and the pointwise nodes after it up to the logits; None if there is no such path."""
     output = gm.graph.output_node()
     node: Any = output.args[0]

@@ -48,13 +48,14 @@ class TorchCommunicator:
         eps: float,
         weight_offset: float = 0.0,
         weight_in_float: bool = False,
+        out_dtype: torch.dtype | None = None,
         *,
         strategy: str = "AUTO",
     ) -> tuple[Tensor, Tensor] | None:
         """``torch_fused_add_rmsnorm`` of the sum over ranks, where one kernel does it all; else None."""
         with _lost("allreduce_residual_rmsnorm", x):
             return self.strategies.all_reduce_residual_rmsnorm(
-                x, residual, weight, eps, weight_offset, weight_in_float, strategy
+                x, residual, weight, eps, weight_offset, weight_in_float, out_dtype, strategy
             )
 
     def all_gather(self, x: Tensor, dim: int, strategy: str = "AUTO") -> Tensor:

@@ -116,16 +116,28 @@ class OneShot:
         return collectives.oneshot_all_gather(x, self._inboxes)
 
     def residual_rmsnorm(
-        self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, in_float: bool
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        offset: float,
+        in_float: bool,
+        out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor] | None:
-        """The sum over ranks, plus the residual, and that normalised; None where the kernel does not serve."""
+        """The sum over ranks, plus the residual, and that normalised; None where the kernel does not serve.
+
+        It takes a residual of x's dtype or in float32, and normalises to x's dtype.
+        """
         from adkit.ops.triton import collectives
 
         words = x.shape[-1] * x.element_size() // 4
-        plain = x.dtype == residual.dtype and x.shape == residual.shape
-        if weight is not None and not in_float:
-            plain = plain and torch.promote_types(x.dtype, weight.dtype) == x.dtype
-        if not plain or not 0 < words <= _ROW_WORDS or words % 4 or self.refuses(x):
+        plain = x.shape == residual.shape and residual.dtype in (x.dtype, torch.float32)
+        if out_dtype is None:
+            out_dtype = residual.dtype
+            if weight is not None and not in_float:
+                out_dtype = torch.promote_types(out_dtype, weight.dtype)
+        if not plain or out_dtype != x.dtype or not 0 < words <= _ROW_WORDS or words % 4 or self.refuses(x):
             return None
         if x.numel() // x.shape[-1] > _ROWS:
             return None
@@ -192,13 +204,14 @@ class Strategies:
         eps: float,
         offset: float,
         in_float: bool,
+        out_dtype: torch.dtype | None = None,
         name: str = "AUTO",
     ) -> tuple[Tensor, Tensor] | None:
         """``torch_fused_add_rmsnorm`` of the sum, in the same kernel; None where no strategy does both at once."""
         one_shot = self.choose(x, name)
         if not isinstance(one_shot, OneShot):
             return None
-        return one_shot.residual_rmsnorm(x, residual, weight, eps, offset, in_float)
+        return one_shot.residual_rmsnorm(x, residual, weight, eps, offset, in_float, out_dtype)
 
     def all_gather(self, x: Tensor, name: str = "AUTO") -> Tensor | None:
         """Every rank's ``x`` [...] -> [size, ...] in peers' memory (SYMM_MEM, and what AUTO finds small); else None."""

@@ -29,14 +29,16 @@ def layer(n: Any, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def ranks(forward: Any, **shapes: tuple[int, ...]) -> tuple[Net, torch.Tensor, list[GraphModule]]:
+def ranks(
+    forward: Any, weights: torch.dtype = torch.float64, **shapes: tuple[int, ...]
+) -> tuple[Net, torch.Tensor, list[GraphModule]]:
     """Two ranks' graphs; each slices x by itself, so a rowwise input is cut with a ``shard``."""
     x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def sharded(n: Any, x: torch.Tensor) -> torch.Tensor:
         return forward(n, torch.cat([x[:, :8], ops.shard(x[:, 8:], 1)], 1))
 
-    net = Net(sharded, **shapes)
+    net = Net(sharded, **shapes).to(weights)
     source = exported(net, x)
     graphs = []
     for rank in range(2):
@@ -58,6 +60,24 @@ def test_one_op_gives_the_norm_and_the_sum() -> None:
         assert [v.shape[1] for v in node.meta["val"]] == [8, 8]
     for out in together(graphs, x):
         torch.testing.assert_close(out[0], net(x), rtol=1e-6, atol=1e-6)  # the norm computes in float32
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_float32_stream_stays_one(half: torch.dtype) -> None:
+    def wide(n: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        branch = ops.torch_linear_simple(x[:, 8:].to(half), n.down, tp_mode="rowwise")
+        h = x[:, :8].float() + ops.all_reduce(branch)
+        return h, ops.torch_rmsnorm(h, n.norm, 1e-6, 1.0, out_dtype=half)
+
+    _, x, graphs = ranks(wide, half, down=(8, 16), norm=(8,))
+    before = together(graphs, x)
+    for gm in graphs:
+        assert run_pass(gm, "fuse_allreduce_residual_rmsnorm").num_matches == 1
+        assert count(gm, FUSED) == 1
+        assert not [n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    for steps, out in zip(before, together(graphs, x), strict=True):
+        assert [t.dtype for t in out] == [torch.float32, half]
+        assert all(map(torch.equal, steps, out))
 
 
 @pytest.mark.parametrize("fused", [False, True])

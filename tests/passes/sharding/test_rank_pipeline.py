@@ -11,6 +11,8 @@ from torch import Tensor
 from adkit.contract import DistConfig, ShardingError
 from adkit.models.loading import LOCAL, graph_tensor_names
 from adkit.passes.tensors import tensor_at
+from adkit.sharding.forks import graph_module
+from adkit.sharding.lockstep import Together
 from adkit.workbench import Workbench
 from tests.models.checkpoints import save_tiny
 from tests.zoo import tiny_config
@@ -90,6 +92,26 @@ def test_random_weights_are_parts_of_the_unsharded_ones() -> None:
     assert torch.equal(tensors(wb)[name], whole[name][2:])
     for name, part in local.items():
         assert torch.equal(tensors(wb)[name], part.take(whole[part.name]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_wide_residual_stream_comes_through_the_sums_over_ranks(tmp_path: Any, dtype: str) -> None:
+    save_tiny(tmp_path, "llama", vocab_size=132)
+    ranks = [walk(tmp_path, rank, dtype=dtype) for rank in range(2)]
+    ids = torch.tensor([[5, 9, 33, 2, 71, 8, 100]])
+
+    def logits(until: str) -> Tensor:
+        for wb in ranks:
+            wb.run(until=until)
+        both = Together([graph_module(wb) for wb in ranks])
+        feed = {"input_ids": ids, "position_ids": torch.arange(7)[None]}
+        return both.run([{n: feed[n] for n in both.inputs}] * 2)[0][0]
+
+    steps = logits("fuse_swiglu")
+    fused = logits("fuse_allreduce_residual_rmsnorm")
+    assert ranks[0].steps["widen_residual_stream"].info.num_matches == 4
+    assert ranks[0].steps["fuse_allreduce_residual_rmsnorm"].info.num_matches == 4
+    assert torch.equal(steps, fused)
 
 
 def test_a_failed_cut_leaves_the_graph_as_it_was(llama: Any) -> None:

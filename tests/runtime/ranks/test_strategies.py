@@ -15,6 +15,7 @@ from adkit.runtime.ranks import strategies
 from adkit.runtime.ranks.communicator import TorchCommunicator
 from adkit.runtime.ranks.peers import Unavailable
 from adkit.runtime.ranks.strategies import Site, Strategies, automatic
+from tests.ops.test_triton import needs_triton
 
 KB, MB = 1 << 10, 1 << 20
 MOST = {"ONESHOT": MB, "TWOSHOT": 64 * MB, "NCCL": 1 << 40}
@@ -115,6 +116,61 @@ def test_low_precision_sends_float32_as_bfloat16(monkeypatch: pytest.MonkeyPatch
     assert made["ONESHOT"].seen == [torch.bfloat16, torch.float16]
 
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("x", "residual", "weight", "in_float", "out_dtype", "taken"),
+    [
+        (BF16, BF16, BF16, False, None, True),
+        (BF16, BF16, F32, False, None, False),  # the normed rows would be float32
+        (BF16, BF16, F32, False, BF16, True),
+        (BF16, BF16, F32, True, None, True),
+        (F32, F32, F32, False, None, True),
+        (F32, F32, F32, False, BF16, False),
+        (BF16, F32, BF16, False, BF16, True),
+        (F16, F32, F32, True, F16, True),
+        (F16, F32, None, False, F16, True),
+        (BF16, F32, BF16, False, None, False),
+        (BF16, F32, BF16, False, F16, False),
+        (F32, BF16, F32, False, F32, False),
+        (BF16, F16, BF16, False, BF16, False),
+    ],
+)
+def test_the_kernel_with_a_norm_takes_residuals_like_the_message_or_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+    x: torch.dtype,
+    residual: torch.dtype,
+    weight: torch.dtype | None,
+    in_float: bool,
+    out_dtype: torch.dtype | None,
+    taken: bool,
+) -> None:
+    from adkit.ops.triton import collectives
+
+    def kernel(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(residual)
+
+    def inboxes(site: Site, programs: int, width: int) -> collectives.Inboxes:
+        nothing = torch.zeros(1)
+        return collectives.Inboxes(site.rank, site.size, nothing, nothing, programs, width)
+
+    monkeypatch.setattr(collectives, "oneshot_all_reduce_residual_rmsnorm", kernel)
+    monkeypatch.setattr(strategies.peers, "check", lambda site: None)
+    monkeypatch.setattr(strategies.peers, "inboxes", inboxes)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # some builds have none
+    tensors = [torch.zeros(4, 64, dtype=x), torch.zeros(4, 64, dtype=residual)]
+    norm = None if weight is None else torch.zeros(64, dtype=weight)
+    found = Strategies(site()).all_reduce_residual_rmsnorm(
+        *tensors, norm, 1e-5, 0.0, in_float, out_dtype, "ONESHOT"
+    )
+    assert (found is not None) == taken
+    if found is not None:  # what the op goes on with must not depend on the way
+        want = torch.ops.adkit.torch_fused_add_rmsnorm(*tensors, norm, 1e-5, 0.0, in_float, out_dtype)
+        assert [t.dtype for t in found] == [t.dtype for t in want]
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_automatic_goes_from_one_shot_to_the_library_as_messages_grow(ranks: int) -> None:
     order = [(automatic(1 << n, ranks) or ("NCCL",))[0] for n in range(10, 28)]
@@ -132,6 +188,17 @@ def alone(tmp_path: Any) -> Any:
         yield TorchCommunicator(torch_dist.group.WORLD, torch.device("cpu"))
     finally:
         torch_dist.destroy_process_group()
+
+
+def test_on_a_cpu_a_wider_residual_is_added_step_by_step(alone: TorchCommunicator) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(3, 8).bfloat16(), torch.randn(3, 8), torch.randn(8).bfloat16()
+    args = (residual, weight, 1e-5, 1.0, False, torch.bfloat16)
+    with dist.use(alone):
+        got = torch.ops.adkit.torch_dist_allreduce_residual_rmsnorm(x, *args)
+    want = torch.ops.adkit.torch_fused_add_rmsnorm(x, *args)
+    assert [t.dtype for t in got] == [torch.bfloat16, torch.float32]
+    assert all(map(torch.equal, got, want))
 
 
 def test_on_a_cpu_every_name_adds_up_and_leaves_its_operand(alone: TorchCommunicator, recwarn: Any) -> None:
