@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -63,6 +63,16 @@ def check_attention_dp(tp: int, attention_dp: bool | None) -> None:
             "attention_dp (--attention-dp) shares out sequences over ranks, and there is 1 rank; give tp (--tp) 2 or "
             "more, or leave attention_dp out"
         )
+
+
+def refuse_options(given: Iterable[str]) -> None:
+    """ConfigError for options of ranks among those that a Workbench was given, which is on none."""
+    for name in given:
+        if name in ("tp", *OPTIONS):
+            raise ConfigError(
+                f"a Workbench has no option {name!r}: wb.llm({name}=...) or adkit.LLM(model, {name}=...) runs on "
+                "ranks, wb.shard(tp=...) shows them"
+            )
 
 
 def start(
