@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 
+_INTERRUPTED = 130  # the status that a shell knows Ctrl-C by
 Set = Annotated[list[str], typer.Option("--set", help="Override, as transforms.fuse_gemms.enabled=false")]
 Config = Annotated[
     list[Path], typer.Option("--config", help="YAML fragment merged over the defaults; repeatable")
@@ -269,12 +270,14 @@ def main() -> None:
         app()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if status == _INTERRUPTED:  # which typer takes without a word
+            print("adkit: interrupted", file=sys.stderr)
         raise
     except AdkitError as error:
         print(f"adkit: {error}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
-        status = 130
+        status = _INTERRUPTED
         print("adkit: interrupted", file=sys.stderr)
         sys.exit(status)
     finally:

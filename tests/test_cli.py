@@ -129,6 +129,14 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
     assert len(error.splitlines()) == 1
 
 
+def test_an_interrupt_is_told_in_a_line(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adkit.Workbench, "__init__", interrupted)
+    assert main(monkeypatch, capsys, "run", "demo") == (130, "adkit: interrupted\n")
+
+
 def test_a_prompt_without_weights_is_refused_before_anything_runs(monkeypatch, capsys):
     monkeypatch.setattr(adkit.Workbench, "run", None)
     code, err = main(monkeypatch, capsys, "run", "llama-3.1-405b", "--prompt", "x")
