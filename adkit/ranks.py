@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adkit.config import load_config
-from adkit.contract import CompiledModel, ConfigError, DistConfig, ShardingError, nearest
+from adkit.contract import CompiledModel, ConfigError, DistConfig, EngineConfig, ShardingError, nearest
 from adkit.passes import Pass
 from adkit.runtime.live import LiveModel
 from adkit.runtime.ranks import current_program, launched_ranks, program, start_processes
@@ -65,6 +65,16 @@ def check_attention_dp(tp: int, attention_dp: bool | None) -> None:
         )
 
 
+def refuse_options(given: Iterable[str]) -> None:
+    """ConfigError for options of ranks among those that a Workbench was given, which is on none."""
+    for name in given:
+        if name in ("tp", *OPTIONS):
+            raise ConfigError(
+                f"a Workbench has no option {name!r}: wb.llm({name}=...) or adkit.LLM(model, {name}=...) runs on "
+                "ranks, wb.shard(tp=...) shows them"
+            )
+
+
 def start(
     wb: Workbench,
     tp: int,
@@ -89,7 +99,9 @@ def start(
         raise ConfigError(f"executor is {executor!r}; expected one of: {', '.join(starters)}")
     for name in options:
         if name not in OPTIONS:
-            raise ConfigError(f"llm() has no option {name!r}{nearest(name, OPTIONS)}")
+            engine_setting = f"; give it to the Workbench: Workbench(model, {name}=...)"
+            hint = engine_setting if name in EngineConfig.model_fields else nearest(name, OPTIONS)
+            raise ConfigError(f"llm() has no option {name!r}{hint}")
     if "port" in options and options["port"] not in range(1 << 16):
         raise ConfigError(f"port is {options['port']!r}; expected a number up to 65535 (0: a free one)")
     seconds = options.get("timeout", 1)

@@ -13,7 +13,16 @@ from torch.fx import GraphModule
 
 from adkit.checking import CheckResult, Checks, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config
-from adkit.contract import AdkitError, CachePool, CompiledModel, ConfigError, DistConfig, ModelError, nearest
+from adkit.contract import (
+    AdkitError,
+    CachePool,
+    CompiledModel,
+    ConfigError,
+    DistConfig,
+    EngineConfig,
+    ModelError,
+    nearest,
+)
 from adkit.editing import a_pass, beside, with_config
 from adkit.graph.history import Trace, descendants
 from adkit.graph.snapshot import Snapshot
@@ -78,6 +87,10 @@ class Workbench:
             raise ConfigError(
                 f"dist is {dist!r}; expected a DistConfig, as adkit.contract.DistConfig.of(tp=2)"
             )
+        if set(engine) - set(EngineConfig.model_fields):
+            from adkit.ranks import refuse_options
+
+            refuse_options(engine)
         settings = load_config(fragments, overrides, **engine)
         self._made_of = {"model": model, "random_weights": random_weights, "seed": seed,
                          "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,

@@ -184,10 +184,15 @@ def test_what_cannot_be(demo):
             wb.llm(tp=2, timeout=timeout)
     with pytest.raises(ConfigError, match="expected a DistConfig"):
         demo(dist={"tp": 2})
+    for option in ({"tp": 2}, {"attention_dp": True}):
+        with pytest.raises(ConfigError, match=f"a Workbench has no option '{next(iter(option))}': wb.llm"):
+            demo(**option)
     with pytest.raises(ConfigError, match="executor is 'threads'; expected one of: processes, ray"):
         wb.llm(tp=2, executor="threads")
     with pytest.raises(ConfigError, match="has no option 'timeouts'; did you mean 'timeout'"):
         wb.llm(tp=2, timeouts=3)
+    with pytest.raises(ConfigError, match="'max_seq_len'; give it to the Workbench"):
+        wb.llm(max_seq_len=100)
     with pytest.raises(ShardingError, match="tp=3"):  # 4 heads: told by a rank
         wb.llm(tp=3)
     with pytest.raises(ShardingError, match="rank 1 of 2, and the others are not there"):

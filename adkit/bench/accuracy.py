@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from adkit.bench import conditioning, machine, peers
+from adkit.bench.workload import Room
 from adkit.checking import compare, packed_logits
 from adkit.config import Fragment
 from adkit.contract import AdkitError, CompiledModel, ConfigError, SamplingParams
@@ -43,6 +44,8 @@ from adkit.workbench import Workbench
 #: Largest rmse ratio of a bf16 run, and least agreement on the demo model, whose weights are not random.
 DENSE, EXPERTS, AGREEMENT = 0.02, 0.03, 0.99
 GREEDY_TOKENS = 256
+#: Tokens of a sequence that go in at once and one by one, where there is room for them.
+LENGTHS = (192, 64)
 _STORIES = ("Once upon a time", "There once was a clever fox", "Long ago", "In a little house")
 Row = dict[str, Any]
 
@@ -52,8 +55,8 @@ def measure(
     *,
     layers: int | None = None,
     sequences: int = 4,
-    prompt: int = 192,
-    new: int = 64,
+    prompt: int | None = None,
+    new: int | None = None,
     dtype: str = "bfloat16",
     tasks: int | None = None,
     seed: int = 0,
@@ -68,14 +71,22 @@ def measure(
 
     The row has the figures of ``raw`` weights, of ``conditioned`` ones where they are random, and which is ``judged``.
     ``layers`` keeps only so many (with random weights) of a model whose float32 copy would not fit. ``sequences`` of
-    ``prompt`` + ``new`` tokens are random; the demo model gets stories and tasks, and goes on for up to ``new`` tokens.
-    ``tasks`` caps the demo's tasks (default: all). Raises ConfigError for sizes that cannot be.
+    ``prompt`` + ``new`` tokens (default: 192 + 64, or as many as there is room for) are random; the demo model gets
+    stories and tasks, and goes on for up to ``new`` tokens. ``tasks`` caps the demo's tasks (default: all). Raises
+    ConfigError for sizes that cannot be, and for those that this model has no use for.
     """
-    if min(sequences, prompt, new) < 1 or (layers is not None and layers < 1):
-        raise ConfigError(
-            f"sequences {sequences}, prompt {prompt}, new {new}, layers {layers}: give at least 1"
-        )
+    sizes = {"sequences": sequences, "prompt": prompt, "new": new, "layers": layers, "tasks": tasks}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} is {size}; give at least 1")
     demo = model == "demo" and not random_weights and layers is None
+    if demo and prompt is not None:
+        raise ConfigError(
+            "the demo's prompts are stories and tasks; leave out prompt, or take random_weights"
+        )
+    if not demo and tasks is not None:
+        raise ConfigError("tasks are the demo's, with its own weights and layers; leave them out for others")
+    prompt, new = Room.of(model, config, overrides).fit(prompt, new, LENGTHS, show)
     settings: Row = {
         "max_batch_size": max(sequences, 64 if demo else 1),
         "max_seq_len": max(prompt + new, 512),

@@ -140,8 +140,15 @@ def accuracy(
     model: Model,
     layers: Annotated[int | None, typer.Option(help="Keep only so many layers, with random weights")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to compare")] = 4,
-    prompt: Annotated[int, typer.Option(help="Tokens of each that go in at once")] = 192,
-    new: Annotated[int, typer.Option(help="Tokens of each that go in one by one")] = 64,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of each that go in at once {_ROOM.format(192)}; the demo has texts of its own"
+        ),
+    ] = None,
+    new: Annotated[
+        int | None, typer.Option(help=f"Tokens of each that go in one by one {_ROOM.format(64)}")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="The engine's dtype")] = "bfloat16",
     tasks: Annotated[int | None, typer.Option(help="Most tasks of a kind for the demo model")] = None,
     seed: Seed = 0,

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from adkit.bench import peers
 from adkit.bench.machine import peak_bytes
-from adkit.bench.results import Result, Row, line, result_of
+from adkit.bench.results import Result, Row, heading, line, result_of
 from adkit.bench.subject import Subject, ranks_of
 from adkit.bench.timeline import latency_figures
 from adkit.bench.workload import LENGTHS, Lengths, Room, Workload, make_workload
-from adkit.config import Fragment
+from adkit.config import Fragment, load_config
 from adkit.contract import ConfigError
 
 WARM_UPS, REPEATS = 2, 3
@@ -51,7 +51,7 @@ def measure(
     the result after every row. Returns plain data, see ``results``. Raises ConfigError for sizes and peers that
     cannot be.
     """
-    names = peers.check(vs)
+    names = peers.check(vs, seconds=peer_seconds)
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch is {list(batches)}; give sizes of at least 1")
     for what, size, least in (("prompt", prompt, 1), ("new", new, 2)):
@@ -59,6 +59,11 @@ def measure(
             raise ConfigError(f"{what} is {size}; a rate needs {least} tokens at least")
     prompt, new = Room.of(model, config, overrides).fit(prompt, new, LENGTHS, show, least_new=2)
     most = max(batches)
+    at_once = load_config([{"max_batch_size": most}, *config], overrides).max_batch_size
+    if at_once < most:
+        raise ConfigError(
+            f"batch {most} is to decode at once, and max_batch_size is {at_once}; ask for smaller batches or raise it"
+        )
     ranks = (
         ranks_of(tp) if attention_dp else 1
     )  # each takes a share of these sizes, and may get a sequence more
@@ -77,6 +82,8 @@ def measure(
     title = f"decode latency of {subject.factory.name}, prompt {prompt}, {new} new tokens"
     sizes = {"batches": list(batches), "prompt": prompt, "new": new, "seed": seed, "repeats": REPEATS}
     result = result_of(subject, "latency", title, sizes, command)
+
+    show(heading(result))
 
     def add(row: Row) -> None:
         result["rows"].append(row)

@@ -28,12 +28,14 @@ BATCH = 64
 Run = Callable[[Workload], Timeline]
 
 
-def check(names: Sequence[str], known: Sequence[str] | None = None) -> list[str]:
-    """The names, when all are peers; ConfigError with the nearest name otherwise."""
+def check(names: Sequence[str], known: Sequence[str] | None = None, seconds: float = 1) -> list[str]:
+    """The names, when all are peers and may take ``seconds``; ConfigError, with the nearest name, otherwise."""
     known = list(PEERS) if known is None else known
     for name in names:
         if name not in known:
             raise ConfigError(f"no peer {name!r}{nearest(name, known)}")
+    if not seconds > 0:
+        raise ConfigError(f"peer_seconds is {seconds:g}; give a peer more than 0 seconds, or leave out vs")
     return list(names)
 
 
@@ -53,9 +55,19 @@ def load_model(factory: ModelFactory, device: torch.device, dtype: torch.dtype |
 
 @contextmanager
 def peer(name: str, model: Any, load: Workload, limit: float, *, progress: bool) -> Iterator[Run]:
-    """A peer made ready for workloads like ``load``; calling it runs one, for at most ``limit`` seconds."""
+    """A peer made ready for workloads like ``load``; calling it runs one, for at most ``limit`` seconds.
+
+    The call raises TimeoutError where no token came in that time.
+    """
     with PEERS[name](model, load, limit, progress) as run:
-        yield run
+
+        def checked(load: Workload) -> Timeline:
+            made = run(load)
+            if not made.tokens:
+                raise TimeoutError(f"no token came in the {limit:g} s that a peer may take (--peer-seconds)")
+            return made
+
+        yield checked
 
 
 def measure(
@@ -81,6 +93,8 @@ def measure(
                 with peer(name, model, load, limit, progress=progress) as run:
                     row |= figures(run, load)
                 row["peak_bytes"] = machine.peak_bytes(device)
+                if name == "hf-static-compile" and device.type == "cpu":
+                    row["note"] = "not compiled: transformers compiles it on a GPU alone"
             except Exception as error:  # whatever another library makes of the model
                 row["error"] = told(error)
             add(row)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from adkit.bench import machine, peers
-from adkit.bench.results import Result, Row, line, result_of
+from adkit.bench.results import Result, Row, heading, line, result_of
 from adkit.bench.subject import Subject
 from adkit.bench.workload import Lengths, Room, make_workload
 from adkit.config import Fragment
@@ -75,6 +75,8 @@ def measure(
             "matmul_share": round(flops / seconds / subject.ceilings.matmul, 3),
             "peak_bytes": machine.peak_bytes(subject.device),
         }
+
+    show(heading(result))
 
     def add(row: Row) -> None:
         result["rows"].append(row)

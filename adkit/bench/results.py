@@ -50,6 +50,20 @@ def result_of(subject: Subject, kind: str, what: str, workload: dict[str, Any], 
     }
 
 
+def heading(result: Result) -> str:
+    """What its rows are figures of, for people."""
+    rates = result["ceilings"]
+    matmul = f"matmul {rates['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    memory = next(
+        f"{access} {rates[key] / 1e9:,.3g} GB/s"
+        for access in ("copy", "read")
+        if (key := f"{access}_bytes_per_second") in rates
+    )
+    ranks = f"{result['ranks']} x " if result["ranks"] > 1 else ""
+    where = f"{result['dtype']} on {ranks}{result['machine']} ({memory}, {matmul})"
+    return f"{result['what']}: {where}, weights: {result['weights']}"
+
+
 def line(row: Row) -> str:
     """A row for people."""
     head = f"{row['engine']:<18} {row['requests']:>5} x"
@@ -71,7 +85,9 @@ def line(row: Row) -> str:
         gaps = row["inter_token_seconds"]
         parts.append(f"then {gaps['p50'] * 1e3:.2f} ms (p99 {gaps['p99'] * 1e3:.2f})")
     if row.get("cut"):
-        parts.append(f"stopped after {row['seconds']:.0f} s")
+        parts.append(f"stopped after {row['seconds']:.3g} s")
+    if "note" in row:
+        parts.append(row["note"])
     return f"{head} {', '.join(parts)}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from adkit.bench import peers
 from adkit.bench.machine import peak_bytes
-from adkit.bench.results import Result, Row, line, result_of
+from adkit.bench.results import Result, Row, heading, line, result_of
 from adkit.bench.subject import Subject
 from adkit.bench.timeline import throughput_figures
 from adkit.bench.work import least_seconds
@@ -50,7 +50,7 @@ def measure(
     (default: 128 of both, or as many as there is room for). ``keep`` is given the result after every row. Returns plain
     data, see ``results``. Raises ConfigError for sizes and peers that cannot be.
     """
-    names = peers.check(vs)
+    names = peers.check(vs, seconds=peer_seconds)
     if requests < 1:
         raise ConfigError(f"requests is {requests}; give at least 1")
     prompts = None if prompt is None else Lengths.parse(prompt, "prompt")
@@ -79,6 +79,8 @@ def measure(
     least = least_seconds(subject.work, subject.ceilings, lengths, load.news, subject.cache_limit)
     limit = load.new_tokens / least
     result["limit_output_tokens_per_second"] = round(limit, 1)
+
+    show(heading(result))
 
     def add(row: Row) -> None:
         result["rows"].append(row)

@@ -64,16 +64,21 @@ def percentiles(values: Iterable[float], shares: Sequence[int] = (50, 90, 99)) -
 
 
 def latency_figures(runs: Sequence[Timeline]) -> dict[str, object]:
-    """Rates and delays of some runs of one batch: medians over runs, percentiles over all tokens."""
+    """Rates and delays of some runs of one batch: medians over runs, percentiles over all tokens.
+
+    Where runs were cut, of the tokens until then, and how long they took.
+    """
     batch = len(runs[0].stamps)
     rate = statistics.median(t.decode_rate for t in runs)
-    return {
+    cut = [t for t in runs if t.cut]
+    figures: dict[str, object] = {
         "batch": batch,
         "tokens_per_second": round(rate, 1),
         "steps_per_second": round(rate / batch, 2),
         "first_token_seconds": percentiles((t for r in runs for t in r.first_token), (50, 99)),
         "inter_token_seconds": percentiles(g for r in runs for g in r.gaps),
     }
+    return figures | ({"cut": True, "seconds": round(max(t.seconds for t in cut), 3)} if cut else {})
 
 
 def throughput_figures(run: Timeline, prompt_lengths: Sequence[int]) -> dict[str, object]:

@@ -62,6 +62,7 @@ def resolve(
         why = f"a config has {_SHAPES_ONLY}"
     elif hasattr(model, "model_type") and hasattr(model, "get_text_config"):
         config, name = model, str(getattr(model, "name_or_path", "") or model.model_type)
+        name = Path(name).name if Path(name).is_dir() else name  # as a directory itself is named
         why = f"a config has {_SHAPES_ONLY}"
     elif not isinstance(model, str | Path):
         raise ModelError(

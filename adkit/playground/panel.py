@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from adkit.contract import AdkitError, Completions, RequestError, SamplingParams
+from adkit.contract import AdkitError, Completions, RequestError, SamplingParams, nearest
 from adkit.playground.driver import Driver, Request
 from adkit.playground.gauge import Gauge, PlayStats
 from adkit.playground.view import answer, meters, page_map
@@ -94,6 +94,11 @@ class Playground:
         """
         if self._closed.is_set():
             raise RequestError("This panel is closed; make a new one with wb.play()")
+        if isinstance(prompt, (list, tuple)) and any(isinstance(p, (str, list, tuple)) for p in prompt):
+            raise RequestError(
+                "the panel takes one prompt at a time, a string or token ids; call generate() once for each, and they "
+                "run side by side"
+            )
         settings = {**self._settings, **(self._controls.read() if self._controls else {}), **sampling}
         params = self._params(settings)
         if prompt is None:
@@ -225,11 +230,11 @@ class Playground:
         if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
             raise RequestError(f"copies is {copies!r}; expected a whole number, at least 1")
         fields = {k: v for k, v in settings.items() if k != "copies"}
-        try:
-            first = SamplingParams(**fields)
-        except TypeError as error:
-            known = ", ".join(["copies", *SamplingParams.__dataclass_fields__])
-            raise RequestError(f"{error}; expected some of {known}") from None
+        known = SamplingParams.__dataclass_fields__
+        for name in fields:
+            if name not in known:
+                raise RequestError(f"there is no sampling field {name!r}{nearest(name, ['copies', *known])}")
+        first = SamplingParams(**fields)
         if seed is None:
             return [first] * copies
         return [SamplingParams(**{**fields, "seed": seed + n}) for n in range(copies)]

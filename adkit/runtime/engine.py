@@ -112,7 +112,9 @@ class Engine:
     def check(self, prompt: Iterable[int], params: SamplingParams) -> array[int]:
         """The prompt as an array of token ids; raises RequestError for a request that cannot be served."""
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {params!r}; expected a SamplingParams")
+            raise RequestError(
+                f"params is {params!r}; expected a SamplingParams, as adkit.SamplingParams(max_tokens=64)"
+            )
         try:
             tokens = array("q", prompt)
         except (TypeError, OverflowError) as error:
@@ -131,11 +133,16 @@ class Engine:
                 f"The prompt has {len(tokens)} tokens; the model has learned {self.model.max_positions} positions "
                 "and no more. Shorten the prompt."
             )
-        if len(tokens) >= self.config.max_seq_len or len(tokens) > self.longest:
+        if len(tokens) >= self.config.max_seq_len:
             raise RequestError(
-                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len} (prompt and "
-                f"at least one new token) and the cache holds {self.longest} tokens. Shorten the prompt, or "
-                "raise max_seq_len or the cache's share of memory (free_gpu_memory_fraction)."
+                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len}, for the prompt and at "
+                "least one new token. Shorten the prompt, or raise max_seq_len."
+            )
+        if len(tokens) > self.longest:
+            raise RequestError(
+                f"The prompt has {len(tokens)} tokens; max_seq_len is {self.config.max_seq_len}, but the cache holds "
+                f"{self.longest} tokens of one sequence. Shorten the prompt, or raise the cache's share of memory "
+                "(free_gpu_memory_fraction)."
             )
         if params.stop and self._decoder is None:
             raise RequestError(

@@ -91,9 +91,8 @@ class LiveModel:
         Raises RequestError for a request that cannot be served as given.
         """
         texts, single = self._one_or_many(prompts)
-        completions = self._complete(
-            self._requests([self._encode(t, i) for i, t in enumerate(texts)], params), progress
-        )
+        tokens = [self._encode(t, _name("Prompt", i, single)) for i, t in enumerate(texts)]
+        completions = self._complete(self._requests(tokens, params), progress)
         return completions[0] if single else completions
 
     @overload
@@ -121,19 +120,25 @@ class LiveModel:
             )
         single = all(isinstance(m, Mapping) for m in messages)
         conversations = [messages] if single else messages
-        prompts = [self._apply_chat_template(c, i) for i, c in enumerate(conversations)]
+        prompts = [
+            self._apply_chat_template(c, _name("Conversation", i, single))
+            for i, c in enumerate(conversations)
+        ]
         completions = self._complete(self._requests(prompts, params), progress)
         return completions[0] if single else completions
 
-    def stream(self, prompts: Prompt | Seq[Prompt], params: Params = None) -> Iterator[Delta]:
+    def stream(
+        self, prompts: Prompt | Messages | Seq[Prompt | Messages], params: Params = None
+    ) -> Iterator[Delta]:
         """Yield each request's pieces as they come; ``index`` is the prompt's place in the list.
 
-        A delta's text can be empty while a character or a possible stop string is incomplete. Closing the
-        iterator cancels what is unfinished. Raises RequestError (at the call) for a request that cannot be
-        served.
+        A conversation, as :meth:`chat` takes it, may stand in a prompt's place. A delta's text can be empty while a
+        character or a possible stop string is incomplete. Closing the iterator cancels what is unfinished.
+        Raises RequestError (at the call) for a request that cannot be served.
         """
-        texts, _ = self._one_or_many(prompts)
-        return self._stream(self._requests([self._encode(t, i) for i, t in enumerate(texts)], params))
+        texts, single = ([prompts], True) if _is_conversation(prompts) else self._one_or_many(prompts)
+        tokens = [self._tokens(t, i, single) for i, t in enumerate(texts)]
+        return self._stream(self._requests(tokens, params))
 
     def submit(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Sequence:
         """Queue one prompt, or one conversation, and return its handle without running anything.
@@ -141,9 +146,7 @@ class LiveModel:
         The handle fills as ``engine.step()`` is called, by whichever thread; ``engine.cancel(handle)`` ends it.
         Raises RequestError for a request that cannot be served as given.
         """
-        talk = isinstance(prompt, (list, tuple)) and any(isinstance(m, Mapping) for m in prompt)
-        tokens = self._apply_chat_template(prompt, 0) if talk else self._encode(prompt, 0)
-        return self.engine.add(tokens, params)
+        return self.engine.add(self._tokens(prompt, 0, single=True), params)
 
     def _stream(self, requests: list[Request]) -> Iterator[Delta]:
         with self._in_flight(requests) as handles:
@@ -199,40 +202,49 @@ class LiveModel:
             return [prompts], True
         return prompts, False
 
-    def _encode(self, prompt: Any, index: int) -> Any:
-        """One prompt's token ids."""
+    def _tokens(self, prompt: Any, index: int, single: bool) -> Any:
+        """The token ids of one prompt or one conversation."""
+        if _is_conversation(prompt):
+            return self._apply_chat_template(prompt, _name("Conversation", index, single))
+        return self._encode(prompt, _name("Prompt", index, single))
+
+    def _encode(self, prompt: Any, name: str) -> Any:
+        """One prompt's token ids; ``name`` is what errors call it."""
         prompt = _plain(prompt)
         if isinstance(prompt, list):
             return prompt
         if not isinstance(prompt, str):
+            talk = "; a conversation goes to chat()" if isinstance(prompt, Mapping) else ""
             raise RequestError(
-                f"Prompt {index} is a {type(prompt).__name__}; expected a string or a list of token ids"
+                f"{name} is a {type(prompt).__name__}; expected a string or a list of token ids{talk}"
             )
         if not prompt:
-            raise RequestError(
-                f"Prompt {index} is an empty string; give at least one character, or token ids"
-            )
+            raise RequestError(f"{name} is an empty string; give at least one character, or token ids")
         if self.tokenizer is None:
             raise RequestError(
-                f"Prompt {index} is a string, but the model has no tokenizer; give a list of token ids"
+                f"{name} is a string, but the model has no tokenizer; give a list of token ids"
             )
         try:
             return self.tokenizer(prompt)["input_ids"]
         except (TypeError, ValueError) as error:  # such as half a surrogate pair, which no encoding takes
             raise RequestError(
-                f"The tokenizer does not take prompt {index}, {prompt[:40]!r}: {error}"
+                f"{name} is {prompt[:40]!r}, which the tokenizer does not take: {error}"
             ) from error
 
-    def _apply_chat_template(self, messages: Any, index: int) -> list[int]:
+    def _apply_chat_template(self, messages: Any, name: str) -> list[int]:
         """One conversation's token ids, up to where the answer begins."""
         if (
             not isinstance(messages, (list, tuple))
             or not messages
             or not all(isinstance(m, Mapping) for m in messages)
         ):
-            raise RequestError(
-                f"Conversation {index} is {messages!r}; expected a list of messages such as {_A_MESSAGE}"
-            )
+            raise RequestError(f"{name} is {messages!r}; expected a list of messages such as {_A_MESSAGE}")
+        for i, message in enumerate(messages):
+            # Many templates leave out what is missing, and the model then answers something else.
+            if "role" not in message or not {"content", "tool_calls"} & set(message):
+                raise RequestError(
+                    f"Message {i} of {name[0].lower()}{name[1:]} is {message!r}; expected {_A_MESSAGE}"
+                )
         if not getattr(self.tokenizer, "chat_template", None):
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise RequestError(
@@ -243,7 +255,7 @@ class LiveModel:
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program of its own and raises what it likes
-            raise RequestError(f"The chat template does not take conversation {index}: {error}") from error
+            raise RequestError(f"{name} is not what the chat template takes: {error}") from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _requests(self, prompts: list[Any], params: Any) -> list[Request]:
@@ -300,6 +312,16 @@ class _ProgressBar:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.close()
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Whether it is a list of messages, well made or not."""
+    return isinstance(prompt, (list, tuple)) and any(isinstance(m, Mapping) for m in prompt)
+
+
+def _name(what: str, index: int, single: bool) -> str:
+    """What an error calls one of several prompts, or the only one."""
+    return f"The {what.lower()}" if single else f"{what} {index}"
 
 
 def _plain(value: Any) -> Any:

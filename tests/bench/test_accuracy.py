@@ -78,7 +78,18 @@ def test_agreement_tells_what_a_dtype_and_a_bound_cannot_decide():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"layers": 0}, {"sequences": 0}, {"new": 0}])
+@pytest.mark.parametrize("wrong", [{"layers": 0}, {"sequences": 0}, {"new": 0}, {"prompt": 0}, {"tasks": 0}])
 def test_impossible_sizes_are_refused(wrong):
-    with pytest.raises(ConfigError, match="give at least 1"):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is 0; give at least 1"):
         accuracy.measure("demo", **{**SMALL, **wrong})
+
+
+def test_sizes_that_a_model_has_no_use_for_are_refused():
+    with pytest.raises(ConfigError, match="the demo's prompts are stories and tasks"):
+        accuracy.measure("demo", prompt=6, **QUIET)
+    with pytest.raises(ConfigError, match="tasks are the demo's"):
+        accuracy.measure("qwen3-0.6b", **{**SMALL, "tasks": 3})
+    with pytest.raises(
+        ConfigError, match="prompt 6 and 1100 new tokens make 1106, and demo has 1024 positions"
+    ):
+        accuracy.measure("demo", **{**SMALL, "new": 1100})

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from adkit import cli
 from adkit.bench import latency, peers, prefill, throughput
 from adkit.bench.subject import Subject
-from adkit.bench.timeline import throughput_figures
+from adkit.bench.timeline import Timeline, throughput_figures
 from adkit.bench.workload import Lengths, Room, make_workload
 from adkit.contract import ConfigError
 from adkit.models import resolve
@@ -48,7 +48,11 @@ def test_latency_beside_peers(tmp_path):
     assert data["settings"]["max_batch_size"] == 4
     assert data["command"].startswith("adkit")
     assert str(tmp_path) not in out.read_text()
-    assert len(result.stdout.splitlines()) == 6
+    lines = result.stdout.splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("decode latency of demo, prompt 8, 6 new tokens: float32 on ")
+    assert lines[0].endswith("TFLOP/s), weights: checkpoint")
+    assert [line for line in lines if "not compiled" in line] == lines[5:]
     assert plot.read_text().count("hf-static-compile, batch 3") == 1
 
 
@@ -107,7 +111,19 @@ def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(monkeypatch):
     )
     assert result["rows"][1]["error"] == "RuntimeError: no such kernel"
     assert result["rows"][2]["output_tokens"] == 4
-    assert "failed: RuntimeError: no such kernel" in lines[1]
+    assert "failed: RuntimeError: no such kernel" in lines[2]
+
+
+def test_a_peer_of_whom_no_token_came_says_so(monkeypatch):
+    @contextmanager
+    def late(model, load, limit, progress):
+        yield lambda load: Timeline(0.0, [[] for _ in load.prompts], cut=True)
+
+    monkeypatch.setitem(peers.PEERS, "hf", late)
+    result = latency.measure("demo", prompt=4, new=2, vs=["hf"], peer_seconds=0.5, **QUIET)
+    assert result["rows"][1]["error"] == (
+        "TimeoutError: no token came in the 0.5 s that a peer may take (--peer-seconds)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,6 +134,8 @@ def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(monkeypatch):
         (["throughput", "demo", "--new", "some"], "new is 'some'"),
         (["throughput", "demo", "--vs", "hf-continous"], "did you mean 'hf-continuous'"),
         (["latency", "demo", "--batch", "0"], "batch is"),
+        (["latency", "demo", "--batch", "3", "--set", "max_batch_size=2"], "batch 3 is to decode at once"),
+        (["latency", "demo", "--vs", "hf", "--peer-seconds", "0"], "peer_seconds is 0; give a peer more"),
         (["latency", "demo", "--new", "1"], "new is 1; a rate needs 2 tokens"),
         (["latency", "demo", "--prompt", "100000"], "100000 and 128 new tokens make 100128, and demo has 1024"),
         (["latency", "demo", "--prompt", "1024"], "make 1152, and demo has 1024 positions; ask for less"),
@@ -161,10 +179,10 @@ def test_lengths_that_nobody_gave_fit_the_model(measure, monkeypatch):
     took = result["workload"]["prompt"], result["workload"].get("new")
     if measure is prefill.measure:
         assert took == (8, None)
-        assert lines[:-1] == ["prompt: 8 tokens and not the usual 8192, as max_seq_len is 9"]
+        assert lines[:-2] == ["prompt: 8 tokens and not the usual 8192, as max_seq_len is 9"]
     else:
         assert tuple(map(int, took)) == (4, 5)
-        assert lines[:-1] == [f"{of}: {n} tokens and not the usual 128, as max_seq_len is 9"
+        assert lines[:-2] == [f"{of}: {n} tokens and not the usual 128, as max_seq_len is 9"
                               for of, n in (("prompt", 4), ("new", 5))]  # fmt: skip
     assert result["rows"][0]["engine"] == "adkit"
 

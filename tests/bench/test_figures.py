@@ -64,6 +64,9 @@ def test_figures_of_runs():
     row = latency_figures([Timeline(0.0, [[1.0, 1.0 + d, 1.0 + 2 * d]]) for d in (0.1, 0.2, 0.4)])
     assert (row["batch"], row["tokens_per_second"], row["steps_per_second"]) == (1, 5.0, 5.0)
     assert row["inter_token_seconds"]["p50"] == 0.2
+    stopped = latency_figures([Timeline(0.0, [[1.0, 2.0]]), Timeline(0.0, [[1.0, 2.0, 3.5]], cut=True)])
+    assert (stopped["cut"], stopped["seconds"]) == (True, 3.5)
+    assert "cut" not in row
     cut = throughput_figures(Timeline(0.0, [[1.0, 2.0], []], cut=True), [30, 40])
     assert cut["cut"] is True
     assert cut["output_tokens_per_second"] == 1.0

@@ -8,7 +8,7 @@ import time
 import huggingface_hub
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
 
 from adkit.contract import ModelError
 from adkit.models import bundled_names, resolve
@@ -247,6 +247,14 @@ def test_a_missing_or_broken_tokenizer_is_a_warning_with_its_reason(tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         assert factory.tokenizer() is None
     assert str(tmp_path) in factory.why_no_tokenizer
+
+
+def test_a_config_that_was_read_from_a_directory_tells_no_path(tmp_path):
+    save_tiny(tmp_path / "mine", "llama")
+    config = AutoConfig.from_pretrained(tmp_path / "mine")
+    assert resolve(config).name == "mine"
+    config.name_or_path = "some/hub-id"
+    assert resolve(config).name == "some/hub-id"
 
 
 def test_the_demo_model_comes_with_weights_and_tokenizer():

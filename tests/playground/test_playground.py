@@ -182,7 +182,9 @@ def test_pages_tell_shared_prefixes_and_what_is_kept(workbench, panel):
         ({"prompt": [5, 99_999]}, "99999"),
         ({"prompt": "hi", "temperature": -1.0}, "temperature"),
         ({"prompt": "hi", "copies": 0}, "copies is 0"),
-        ({"prompt": "hi", "warmth": 1.0}, "warmth"),
+        ({"prompt": "hi", "warmth": 1.0}, "no sampling field 'warmth'"),
+        ({"prompt": "hi", "max_token": 1}, "'max_token'; did you mean 'max_tokens'"),
+        ({"prompt": ["hi", "you"]}, "one prompt at a time"),
         ({"prompt": [5] * 3000}, "max_seq_len"),
     ],
 )

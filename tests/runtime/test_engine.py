@@ -237,7 +237,11 @@ def test_interrupt_cancels_everything_and_leaves_the_engine_usable(lab):
         ([-1], SamplingParams(), "Token id -1 at position 0"),
         ([1.5], SamplingParams(), "integers"),
         ([2**70], SamplingParams(), "integers"),
-        ([1] * 64, SamplingParams(), "64 tokens; max_seq_len is 64"),
+        (
+            [1] * 64,
+            SamplingParams(),
+            r"64 tokens; max_seq_len is 64, .*Shorten the prompt, or raise max_seq_len\.$",
+        ),
         ([1], {"temperature": 1}, "expected a SamplingParams"),
         ([1], SamplingParams(stop="x"), "stop_token_ids"),
     ],
@@ -251,7 +255,9 @@ def test_requests_that_cannot_be_served_are_refused(lab, prompt, params, message
 
 def test_prompt_that_can_never_fit_the_cache_is_refused_with_the_numbers(lab):
     engine, _ = lab.engine(4, 4)
-    with pytest.raises(RequestError, match=r"13 tokens.*max_seq_len is 64.*cache holds 12 tokens.*Shorten"):
+    with pytest.raises(
+        RequestError, match=r"13 tokens.*max_seq_len is 64, but the cache holds 12 tokens.*Shorten"
+    ):
         engine.add([1] * 13)
     handle = engine.add([1] * 12, SamplingParams(max_tokens=5))
     lab.drain(engine)

@@ -198,7 +198,7 @@ def test_interrupt_during_generate_leaves_no_pages_held(live):
     [
         ("hello", None, "no tokenizer; give a list of token ids"),
         (["", [1]], None, "Prompt 0 is an empty string"),
-        ("", None, "empty string"),
+        ("", None, "^The prompt is an empty string"),
         ([], None, "empty list"),
         ([[1], []], None, "Prompt 1: The prompt is empty"),
         ([[1], [99]], None, "Prompt 1: Token id 99 at position 0"),
@@ -208,7 +208,7 @@ def test_interrupt_during_generate_leaves_no_pages_held(live):
         ([[1], ["a"]], None, "Prompt 1: .*integers"),
         ([[1], [2]], [SamplingParams()], "1 SamplingParams for 2 prompts"),
         ([[1], [2]], [SamplingParams(), None], "Prompt 1: params is None"),
-        ([1], "greedy", "params is 'greedy'"),
+        ([1], "greedy", r"params is 'greedy'; expected a SamplingParams, as adkit.SamplingParams\("),
         ([1], {}, "params is {}"),
         ([1] * 100, None, "100 tokens; max_seq_len is 64"),
     ],
@@ -218,6 +218,11 @@ def test_bad_requests_are_refused_at_once_and_run_nothing(live, method, prompts,
     with pytest.raises(RequestError, match=message):
         getattr(live, method)(prompts, params)
     assert live.stats.requests == 0
+
+
+def test_a_conversation_is_sent_to_chat(live):
+    with pytest.raises(RequestError, match=r"Prompt 0 is a dict; .*; a conversation goes to chat\(\)"):
+        live.generate([{"role": "user", "content": "hello"}])
 
 
 def test_submit_queues_without_running(lab, live, spoken):
@@ -247,11 +252,20 @@ def test_chat_goes_through_the_template(spoken, tokenizers):
         assert tokenizer.decode(answer.prompt_token_ids) == "<s>user: the fox?\nassistant: "
         assert answer.prompt_token_ids.count(tokenizer.bos_token_id) == 1
         assert [a.text for a in live.chat([messages, messages])] == ["hi", "hi"]
-        with pytest.raises(RequestError, match=r"conversation 0: .*no system role"):
+        with pytest.raises(
+            RequestError, match=r"^The conversation is not what .* takes: .*no system role"
+        ):
             live.chat([{"role": "system", "content": "be brief"}])
         for wrong in ("hello", [], ["hello"], [[]], None, 5, messages[0]):
             with pytest.raises(RequestError, match="expected a list of messages"):
                 live.chat(wrong)
+        for wrong in ({"role": "user"}, {"role": "user", "text": "the fox?"}, {"content": "the fox?"}):
+            with pytest.raises(RequestError, match=r"^Message 1 of the conversation is \{.*; expected \{"):
+                live.chat([*messages, wrong])
+            with pytest.raises(RequestError, match=r"^Message 0 of conversation 1 is"):
+                live.stream([messages, [wrong]])
+        assert "".join(d.text for d in live.stream(messages)) == "hi"
+        assert [d.index for d in live.stream(["the fox?", messages]) if d.finish_reason] == [0, 1]
     finally:
         tokenizer.chat_template = None
     with pytest.raises(RequestError, match="no chat template"):
@@ -259,7 +273,7 @@ def test_chat_goes_through_the_template(spoken, tokenizers):
 
 
 def test_text_that_no_tokenizer_takes_is_a_bad_request(spoken):
-    with pytest.raises(RequestError, match="tokenizer does not take prompt 0"):
+    with pytest.raises(RequestError, match=r"^The prompt is .*, which the tokenizer does not take"):
         spoken("hi").generate("\ud800")  # half a surrogate pair
 
 
