@@ -252,9 +252,7 @@ def test_chat_goes_through_the_template(spoken, tokenizers):
         assert tokenizer.decode(answer.prompt_token_ids) == "<s>user: the fox?\nassistant: "
         assert answer.prompt_token_ids.count(tokenizer.bos_token_id) == 1
         assert [a.text for a in live.chat([messages, messages])] == ["hi", "hi"]
-        with pytest.raises(
-            RequestError, match=r"^The conversation is not what .* takes: .*no system role"
-        ):
+        with pytest.raises(RequestError, match=r"^The conversation is not what .* takes: .*no system role"):
             live.chat([{"role": "system", "content": "be brief"}])
         for wrong in ("hello", [], ["hello"], [[]], None, 5, messages[0]):
             with pytest.raises(RequestError, match="expected a list of messages"):
