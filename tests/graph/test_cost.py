@@ -71,6 +71,11 @@ def test_seconds_are_the_longer_of_compute_and_memory() -> None:
     assert (
         one(lambda a, b: a @ b, "aten.matmul", a=wide, b=wide).seconds == big.flops / device.flops["float32"]
     )
+    wide_sum = one(
+        lambda a, b: OPS.torch_fused_linear(a, b, residual=a, eps=1e-6),
+        "adkit.torch_fused_linear", a=wide, b=e(8192, 8192),
+    )  # fmt: skip
+    assert wide_sum.seconds == big.flops / device.flops["bfloat16"]  # float32 around a product in bfloat16
     assert device.peak(torch.float16) == device.peak(torch.bfloat16)
 
 
