@@ -192,16 +192,20 @@ def test_a_sum_in_place_is_the_sum(rows: int, dtype: torch.dtype, wide: bool, ar
     few = linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype)
     for way in few if rows <= linear.MOST_ROWS else [linear.LIBRARY]:
         over = residual[0].clone()
-        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over)
+        copy = torch.empty_like(over, dtype=dtype) if way != linear.LIBRARY else None
+        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over, copy=copy)
         assert placed.run(way, weight) is over
         assert torch.equal(over, layer.run(way, weight))
+        if copy is not None:
+            assert_same(copy, over.to(dtype), dtype)
     over = (
         torch.zeros(1, 40, rows, dtype=residual.dtype).transpose(1, 2).copy_(residual)
     )  # rows that do not lie so
     want = pick("fused_linear", "triton")(x, weight, bias, norm, residual, *rest)
     for into in (over, residual):
-        pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
+        read_next = pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
         assert torch.equal(into, want)
+        assert_same(read_next.contiguous(), want.to(dtype) if rows <= linear.MOST_ROWS else want, dtype)
 
 
 def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:

@@ -76,7 +76,7 @@ def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
-             "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
+             "ACT": act, "COPY": True, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
         flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
     else:

@@ -38,7 +38,8 @@ LIBRARY = {"path": "library"}
 class Layer:
     """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op.
 
-    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual.
+    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual. Kernels write it to
+    ``copy`` [M, F], too, rounded to its dtype.
     """
 
     x: Tensor
@@ -51,6 +52,7 @@ class Layer:
     act: str | None
     out_dtype: torch.dtype | None = None
     out: Tensor | None = None
+    copy: Tensor | None = None
 
     def outs(self, weight: Tensor) -> int:
         """F."""
@@ -95,13 +97,20 @@ class Layer:
         dtype = fused_dtype(weight, self.residual, self.out_dtype)
         out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype) if self.out is None else self.out
         tensors = [self.bias, self.norm_weight, self.residual]
-        pointers = [x, weight, *(x if t is None else t for t in tensors), out]
+        pointers = [
+            x,
+            weight,
+            *(x if t is None else t for t in tensors),
+            out,
+            out if self.copy is None else self.copy,
+        ]
         flags = {
             "NORM": norm,
             "HAS_NORM_WEIGHT": self.norm_weight is not None,
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
             "ACT": self.act or "",
+            "COPY": self.copy is not None,
             **pdl.launch(),
         }
         return out, pointers, flags
@@ -274,18 +283,24 @@ def fused_linear_(
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
     act: str | None = None,
-) -> None:
-    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum."""
+) -> Tensor:
+    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum, which is returned.
+
+    A kernel returns a copy rounded to the weight's dtype: each of the next layer's programs reads all of it, and half
+    the bytes.
+    """
     x = input.reshape(-1, input.shape[-1]).contiguous()
     to = residual.view(-1, residual.shape[-1])
-    whole = to.is_contiguous()
     layer = Layer(
         x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
     )
-    settings = fastest(layer, weight)  # found on copies: the sum must be made once
-    out = replace(layer, out=layer.residual).run(settings, weight)
-    if not whole:
+    settings = fastest(layer, weight)  # found without ``out``: the sum must be made once
+    rounds = settings["path"] != "library" and residual.dtype != weight.dtype
+    copy = torch.empty_like(to, dtype=weight.dtype, memory_format=torch.contiguous_format) if rounds else None
+    out = replace(layer, out=layer.residual, copy=copy).run(settings, weight)
+    if out.data_ptr() != to.data_ptr():
         to.copy_(out)
+    return residual if copy is None else copy.view(residual.shape)
 
 
 def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:

@@ -1,4 +1,7 @@
-"""Kernels of linear layers of few rows; :mod:`adkit.ops.triton.linear` chooses between them and launches them."""
+"""Kernels of linear layers of few rows; :mod:`adkit.ops.triton.linear` chooses between them and launches them.
+
+COPY: what goes to ``out_ptr`` goes to ``copy_ptr``, too, rounded to its dtype.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -27,6 +30,7 @@ def row_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
+    copy_ptr,
     width,
     outs,
     eps,
@@ -36,6 +40,7 @@ def row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -92,6 +97,8 @@ def row_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
+    if COPY:
+        tl.store(copy_ptr + rows, y.to(copy_ptr.dtype.element_ty), write)
 
 
 @triton.jit
@@ -102,6 +109,7 @@ def stream_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
+    copy_ptr,
     width,
     outs,
     eps,
@@ -111,6 +119,7 @@ def stream_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -158,6 +167,8 @@ def stream_kernel(
         if HAS_RESIDUAL:
             y += residual
         tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
+        if COPY:
+            tl.store(copy_ptr + rows, y.to(copy_ptr.dtype.element_ty), write)
         w = next_w
 
 
@@ -169,6 +180,7 @@ def rows_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
+    copy_ptr,
     many,
     width,
     outs,
@@ -179,6 +191,7 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
+    COPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -237,6 +250,8 @@ def rows_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), write)
+    if COPY:
+        tl.store(copy_ptr + to, y.to(copy_ptr.dtype.element_ty), write)
 
 
 @triton.jit
@@ -255,6 +270,7 @@ def tiles_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
+    copy_ptr,
     parts_ptr,
     counts_ptr,
     many,
@@ -268,6 +284,7 @@ def tiles_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -355,3 +372,5 @@ def tiles_kernel(
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
     tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), write)
+    if COPY:
+        tl.store(copy_ptr + to, total.to(copy_ptr.dtype.element_ty), write)
