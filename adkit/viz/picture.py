@@ -55,7 +55,8 @@ class Box:
 
 @dataclass(slots=True)
 class Arrow:
-    """One edge; ``label`` is the value's shape, ``back`` marks the edge from a folded layer to the next."""
+    """One edge; ``label`` is the value's shape (and dtype, where a
+    rewrite brings a new one), ``back`` marks the edge from a folded layer to the next."""
 
     tail: str
     head: str
@@ -407,12 +408,16 @@ def rewrite_picture(step: Step | Diff, rewrite: RewriteClass, site: int | Site =
         ("before", step.before, set(s.erased) | set(s.changed)),
         ("after", step.after, set(s.created) | set(s.changed)),
     )
+    had, has = ({g[i].dtype for i in ids if i in g.by_id} for _, g, ids in sides)
+    typed = not has <= had  # a dtype that was not there is what the rewrite is about
     for side, snapshot, ids in sides:
-        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s, step.before)
+        _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s, step.before, typed)
     return picture
 
 
-def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site, before: Snapshot) -> None:
+def _half(
+    picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Site, before: Snapshot, typed: bool
+) -> None:
     symbols = Symbols(snapshot)
     users = snapshot.users()
     cluster = (side,)
@@ -480,8 +485,9 @@ def _half(picture: Picture, side: str, snapshot: Snapshot, ids: set[int], s: Sit
     told: set[int] = set()
 
     def arrow(tail: int, head: str) -> None:
-        shape = snapshot[tail].shape
-        label = "" if shape is None or tail in told else f"[{', '.join(symbols.dim(d) for d in shape)}]"
+        value = snapshot[tail]
+        text = symbols.value(value) if typed and value.shape is not None else _dims(value, symbols)
+        label = "" if tail in told else text
         told.add(tail)
         arrows.setdefault((f"{side}{tail}", head), Arrow(f"{side}{tail}", head, label))
 

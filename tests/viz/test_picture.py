@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from adkit.viz import dot
+from adkit.viz import diff, dot
 from adkit.viz.category import COLOURS, category_of
 from adkit.viz.dot import Drawing, draw, draw_rewrite
 from adkit.viz.picture import MOST_NODES, PictureTooLarge
@@ -98,6 +99,29 @@ def test_categories_have_colours_and_name_the_work() -> None:
     assert found["adkit.torch_rmsnorm"] == "norm"
     assert found["adkit.torch_swiglu"] == "mlp"
     assert found["aten.linear"] == "linear"
+
+
+class _Wide(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.sigmoid(x).to(self.dtype)).float()
+
+
+def test_a_rewrite_that_brings_a_dtype_says_dtypes() -> None:
+    half, double = (
+        torch.export.export(_Wide(d), (torch.ones(2, 3),)) for d in (torch.float16, torch.float64)
+    )
+    labels = [
+        {a.label for r in found.rewrites for a in draw_rewrite(found, r).picture.arrows} - {""}
+        for found in (diff(half, double), diff(half, half))
+    ]
+    assert labels[0] == {"[2, 3] f32", "[2, 3] f16", "[2, 3] f64"}
+    assert labels[1] == set()
+    step = sample("llama")["match_rmsnorm_pattern"]  # which brings none
+    assert {a.label for a in draw_rewrite(step).picture.arrows} == {"", "[B, S, 64]", "[B, S, 1]"}
 
 
 def test_a_rewrite_shows_erased_and_created_nodes_between_their_neighbours() -> None:
