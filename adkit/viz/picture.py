@@ -408,8 +408,8 @@ def rewrite_picture(step: Step | Diff, rewrite: RewriteClass, site: int | Site =
         ("before", step.before, set(s.erased) | set(s.changed)),
         ("after", step.after, set(s.created) | set(s.changed)),
     )
-    had, has = ({g[i].dtype for i in ids if i in g.by_id} for _, g, ids in sides)
-    typed = not has <= had  # a dtype that was not there is what the rewrite is about
+    had, has = ({d for i in ids if i in g.by_id and (d := g[i].dtype) is not None} for _, g, ids in sides)
+    typed = any(d.is_floating_point for d in has - had)  # what was not there is what the rewrite is about
     for side, snapshot, ids in sides:
         _half(picture, side, snapshot, {i for i in ids if i in snapshot.by_id}, s, step.before, typed)
     return picture
