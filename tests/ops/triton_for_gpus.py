@@ -69,16 +69,22 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
         assert shared <= LIMIT[arch], f"{head_dim} {dtype} sm_{arch}: {shared} bytes of shared memory"
 
 
-def multiply(way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int) -> None:
+def multiply(
+    way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int, wide: bool = False
+) -> None:
     in_registers = linear.row_kernel if rows == 1 else linear.rows_kernel
-    kernel = in_registers if way["path"] == "rows" else linear.tiles_kernel
+    kernel = {"rows": in_registers, "stream": linear.stream_kernel, "tiles": linear.tiles_kernel}[way["path"]]
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
+    if wide:  # a residual stream in float32, of which a copy is made
+        types |= dict.fromkeys(("residual_ptr", "out_ptr"), "*fp32")
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
-             "ACT": act, "COPY": True, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
+             "ACT": act, "COPY": wide, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
         flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
+    elif way["path"] == "stream":
+        flags |= {"BLOCK_K": 4096}
     else:
         flags |= {"BLOCK_M": rows, "BLOCK_K": way["BLOCK_K"], "SPLIT": way["SPLIT"] > 1, "WIDE_DOT": False,
                   "AHEAD": 256, "PRECISION": "ieee" if itemsize == 4 else "tf32"}  # fmt: skip
@@ -120,6 +126,9 @@ def main() -> None:
     multiply(row, 1, "bf16", 2, "silu", 90)
     multiply(row, 4, "fp32", 4, "", 80)
     multiply(first, 64, "bf16", 2, "silu", 90)
+    stream = next(w for w in linear.candidates(1, 4096, 4096, True, torch.bfloat16) if w["path"] == "stream")
+    for way, rows in ((row, 1), (stream, 1), (row, 4), (first, 64)):
+        multiply(way, rows, "bf16", 2, "", 90, wide=True)
     multiply(linear.candidates(16, 1024, 2048, False, torch.float32)[0], 16, "fp32", 4, "", 80)
 
 
