@@ -21,7 +21,7 @@ class WidenResidualStream(Pass):
     Every layer adds to the stream twice, and a sum that is rounded to bfloat16 each time loses what is small beside
     it: in a deep model this makes most of the difference to the same model in float32. The norms that read the
     stream compute in float32 anyway, and kernels add before they round, so a wider stream costs its own bytes alone:
-    four more a number and sum, some 1% of a long prompt's time and nothing to be seen in a decode step.
+    four more a number and sum, some 1% of a long prompt's time and little in a decode step.
 
     The stream is what the last RMS norm reads, back through its sums to the embeddings. Where anything but RMS norms
     reads it (layer norms; linear layers, as in OLMo2), each reader would need a rounded copy, and the graph is left.
