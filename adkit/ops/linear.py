@@ -28,12 +28,13 @@ def product(
         out = torch.mm(rows, weight.t(), out_dtype=out_dtype).view(*input.shape[:-1], weight.shape[0])
     else:
         wide = input.to(out_dtype)
-        out = torch.cat([F.linear(wide, piece.to(out_dtype)) for piece in weight.split(_PIECE)], -1)
+        pieces = weight.split(max(1, _PIECE // weight.shape[1]))
+        out = torch.cat([F.linear(wide, piece.to(out_dtype)) for piece in pieces], -1)
     return out if bias is None else out + bias
 
 
-#: Rows of a weight that are widened at a time.
-_PIECE = 8192
+#: Numbers of a weight that are widened at a time: few enough for a cache.
+_PIECE = 1 << 21
 
 
 @define(

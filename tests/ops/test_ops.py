@@ -270,3 +270,11 @@ def test_pick_by_backend_and_device() -> None:
         pick("rmsnrm")
     with pytest.raises(ValueError, match="op 'l2norm' has no backend 'triton'"):
         pick("l2norm", "triton")
+
+
+def test_a_product_in_float32_of_half_precision_is_rounded_nowhere() -> None:
+    x, weight, bias = rand(3, 5, 1024).bfloat16(), rand(3000, 1024).bfloat16(), rand(3000).bfloat16()
+    got = pick("linear_simple", "torch")(x, weight, bias, out_dtype=torch.float32)
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
