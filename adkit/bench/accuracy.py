@@ -86,7 +86,7 @@ def measure(
         )
     if not demo and tasks is not None:
         raise ConfigError("tasks are the demo's, with its own weights and layers; leave them out for others")
-    prompt, new = Room.of(model, config, overrides).fit(prompt, new, LENGTHS, show)
+    prompt, new = Room.of(model, config, overrides, sampled=False).fit(prompt, new, LENGTHS, show)
     settings: Row = {
         "max_batch_size": max(sequences, 64 if demo else 1),
         "max_seq_len": max(prompt + new, 512),

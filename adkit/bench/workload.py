@@ -90,10 +90,13 @@ class Room:
     why: str
 
     @classmethod
-    def of(cls, model: Any, config: Sequence[Fragment], overrides: Sequence[str]) -> Room:
+    def of(
+        cls, model: Any, config: Sequence[Fragment], overrides: Sequence[str], sampled: bool = True
+    ) -> Room:
         """What the model's positions leave, and ``max_seq_len`` where settings give it; nothing is built for that.
 
-        Raises ModelError and ConfigError as a Workbench does.
+        ``sampled``: the last token is, so that no position is looked up for it. Raises ModelError and ConfigError as a
+        Workbench does.
         """
         factory = resolve(model, random_weights=True)  # its config is all that is wanted
         text = factory.config.get_text_config(decoder=True)
@@ -101,8 +104,7 @@ class Room:
         given = load_config([{"max_seq_len": sys.maxsize}, *config], overrides).max_seq_len
         if given <= positions:
             return cls(given, f"max_seq_len is {given}")
-        # The last token is sampled, and no position is looked up for it.
-        return cls(positions + 1, f"{factory.name} has {positions} positions")
+        return cls(min(positions + sampled, sys.maxsize), f"{factory.name} has {positions} positions")
 
     def fit(
         self,

@@ -390,10 +390,10 @@ def node_costs(
             continue
         call = call_of(node, snapshot, sizes)
         flops, moved = count(node, call)
-        # A product is of its narrowest operand's dtype, however wide its input's norm or its sum are.
-        floats = [t.dtype for t in call.inputs if t.dtype.is_floating_point]
-        dtype = min(floats, key=lambda d: d.itemsize, default=torch.float32)
-        compute, memory = flops / on.peak(dtype), moved / on.bandwidth
+        # A product is of its weight's dtype, however wide its input's norm or its sum are.
+        weights = [w for name in ("weight", "gate_up") if isinstance(w := call.get(name), TensorSize)]
+        floats = (t.dtype for t in (*weights, *call.outputs, *call.inputs) if t.dtype.is_floating_point)
+        compute, memory = flops / on.peak(next(floats, torch.float32)), moved / on.bandwidth
         bound = "nothing" if not (flops or moved) else "compute" if compute > memory else "memory"
         found[node.id] = NodeCost(flops, moved, max(compute, memory), bound)
     return found

@@ -30,7 +30,7 @@ def product(
         wide = input.to(out_dtype)
         pieces = weight.split(max(1, _PIECE // weight.shape[1]))
         out = torch.cat([F.linear(wide, piece.to(out_dtype)) for piece in pieces], -1)
-    return out if bias is None else out + bias
+    return out if bias is None else out.add_(bias)
 
 
 #: Numbers of a weight that are widened at a time: few enough for a cache.

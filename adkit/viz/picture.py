@@ -55,8 +55,10 @@ class Box:
 
 @dataclass(slots=True)
 class Arrow:
-    """One edge; ``label`` is the value's shape (and dtype, where a
-    rewrite brings a new one), ``back`` marks the edge from a folded layer to the next."""
+    """One edge; ``back`` marks the one from a folded layer to the next.
+
+    ``label`` is the value's shape, and its dtype where a rewrite brings a new one.
+    """
 
     tail: str
     head: str

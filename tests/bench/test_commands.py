@@ -191,6 +191,7 @@ def test_only_what_was_left_open_is_fitted():
     room = Room.of("demo", [], [])
     said = []
     assert (room.tokens, room.why) == (1025, "demo has 1024 positions")
+    assert Room.of("demo", [], [], sampled=False).tokens == 1024  # every token is fed in
     assert room.fit(None, 1, (8192, 1), said.append) == (1024, 1)
     assert room.fit(1000, None, (128, 128), said.append) == (1000, 25)
     assert room.fit(None, 1000, (128, 128), said.append) == (25, 1000)

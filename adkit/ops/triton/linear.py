@@ -151,7 +151,8 @@ class Layer:
         return out
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
-        inline = self.eps is not None and settings["inline"]
+        # A wide input would take twice the shared memory that the settings were chosen for.
+        inline = self.eps is not None and settings["inline"] and self.x.dtype == weight.dtype
         x = self.x if inline else self._normed(weight.dtype)
         out, pointers, flags = self._arguments(x, weight, inline)
         (many, outs), width = out.shape, weight.shape[1]
@@ -287,7 +288,7 @@ def fused_linear_(
     """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum, which is returned.
 
     A kernel returns a copy rounded to the weight's dtype: each of the next layer's programs reads all of it, and half
-    the bytes.
+    the bytes. (So what is returned has two possible dtypes; tracing must be over by then.)
     """
     x = input.reshape(-1, input.shape[-1]).contiguous()
     to = residual.view(-1, residual.shape[-1])
@@ -295,7 +296,8 @@ def fused_linear_(
         x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
     )
     settings = fastest(layer, weight)  # found without ``out``: the sum must be made once
-    rounds = settings["path"] != "library" and residual.dtype != weight.dtype
+    # A wide sum may have left float16's range, from which its norm brings it back.
+    rounds = settings["path"] != "library" and weight.dtype not in (residual.dtype, torch.float16)
     copy = torch.empty_like(to, dtype=weight.dtype, memory_format=torch.contiguous_format) if rounds else None
     out = replace(layer, out=layer.residual, copy=copy).run(settings, weight)
     if out.data_ptr() != to.data_ptr():

@@ -28,7 +28,7 @@ def accumulating(gm: GraphModule) -> tuple[GraphModule, int]:
     count = 0
     sums: dict[Any, Node] = {}  # residual -> what the last op that wrote it returned
     for node in list(graph.nodes):
-        overwrites = _may_overwrite(node)
+        overwrites = _may_overwrite(node)  # asked first: a layer whose norm reads its own residual must not
         if _reads_for_a_norm(node) and node.args[0] in sums:
             node.update_arg(0, sums[node.args[0]])
         if not overwrites:
@@ -74,6 +74,6 @@ def _is_fresh(node: Node) -> bool:
     if not isinstance(made, Node):
         return False
     if made.target is aten.to.dtype:
-        return dtype_of(made) != dtype_of(made.args[0])
+        return dtype_of(made.args[0]) not in (None, dtype_of(made))
     info = info_of(made.target)
-    return made.target in _ATEN or (info is not None and info.name.split("_", 1)[1] in _ADKIT)
+    return made.target in _ATEN or (info is not None and info.name.removeprefix(f"{info.backend}_") in _ADKIT)

@@ -116,14 +116,14 @@ def _readers(norm: Node, normed: Node, layers: dict[Node, _Layer]) -> list[tuple
     """The layers that read a norm's result, and the gather of tokens between; none if anything else reads
     it."""
     found: list[tuple[_Layer, Node | None]] = []
+    dtype = dtype_of(normed)
     for user in normed.users:
         gather = user if user.target is aten.index_select.default and user.args[1] == 1 else None
         for reader in [user] if gather is None else gather.users:
             if reader not in layers or reader.args[0] is not (gather or normed):
                 return []
-            if dtype_of(reader.args[1]) != dtype_of(
-                normed
-            ):  # the fused layer rounds its input to the weight's
+            # The fused layer rounds its input to the weight's dtype.
+            if dtype_of(reader.args[1]) != dtype:
                 return []
             found.append((layers[reader], gather))
     return found

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from adkit.ops.registry import OPS, info_of
+from adkit.passes.compile import in_place
 from adkit.passes.compile.in_place import accumulating
 from tests.passes.graphs import count, inputs_for, run_pass, tiny_graph
 
@@ -64,6 +68,15 @@ class _Case(nn.Module):
         if self.kind == "read afterwards":
             return y * h
         return y if seen is None else y[..., :4] * seen
+
+
+def test_an_op_of_any_name_may_read_a_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = torch.export.export(_Case("read afterwards"), (torch.randn(2, 3, 8),), strict=False).module()
+    run_pass(gm, "match_linear")
+    run_pass(gm, "fuse_gemm_epilogues", backend="torch")
+    info = dataclasses.replace(OPS["torch_l2norm"], name="spy", backend="spy")
+    monkeypatch.setattr(in_place, "info_of", lambda t: info if t is torch.ops.aten.mul.Tensor else info_of(t))
+    assert accumulating(gm)[1] == 0
 
 
 @pytest.mark.parametrize(
