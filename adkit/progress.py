@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ _TICK_SECONDS = 0.5
 
 
 class Bars:
-    """``with bars:`` around the work, ``bars.show(done, total, what)`` within it; all are closed at the end."""
+    """``with bars:`` around the work, ``bars.show(done, total, what)`` within it; all are closed at the end.
+
+    None are drawn where TQDM_DISABLE is set: tqdm itself overlooks it in notebooks.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
+        self.enabled = enabled and not os.environ.get("TQDM_DISABLE")
         self._bars: dict[str, Any] = {}
         self._at_work: list[str] = []
 
@@ -50,7 +54,7 @@ class Bars:
             if bar is None and not self._bars:  # a bar that tells more makes this one needless
                 # Not drawn before it is told what it stands for.
                 bar = tqdm(bar_format="{desc}: {elapsed}", leave=False, delay=1e-9)
-                if bar.disable:  # TQDM_DISABLE
+                if bar.disable:
                     return
                 bar.start_t -= _QUIET_SECONDS + _TICK_SECONDS
             if bar is not None:

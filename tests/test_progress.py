@@ -47,6 +47,7 @@ def told(monkeypatch: pytest.MonkeyPatch):
         def close(self) -> None:
             seen.closed += 1
 
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     monkeypatch.setattr("adkit.progress._QUIET_SECONDS", 0.0)
     monkeypatch.setattr("adkit.progress._TICK_SECONDS", 0.001)
@@ -107,3 +108,13 @@ def test_a_machine_that_switches_bars_off_sees_none(monkeypatch: pytest.MonkeyPa
         assert made.wait(60)
     assert failed == []
     assert capsys.readouterr().err == ""
+
+
+def test_no_bar_where_the_environment_wants_none(told, monkeypatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # tqdm's bars for notebooks do not look at it
+    bars = Bars()
+    with bars.busy("work"):
+        bars.show(1, 2, "pieces")
+        assert not ticking()
+    assert told.texts == []
+    assert told.closed == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -293,6 +294,7 @@ class _ProgressBar:
         self._handles = {h.id: h for h in handles}
         self._done = 0
         most = sum(h.max_len - h.prompt_len for h in handles)
+        enabled &= not os.environ.get("TQDM_DISABLE")  # which tqdm overlooks in notebooks
         self._bar = tqdm(total=most, unit=" tokens", delay=_QUIET_SECONDS, disable=not enabled)
 
     def update(self, deltas: list[Delta]) -> None:
