@@ -198,23 +198,15 @@ def test_a_sum_in_place_is_the_sum(rows: int, dtype: torch.dtype, wide: bool, ar
     few = linear.candidates(1 << (rows - 1).bit_length(), 40, 300, "norm" in around, dtype)
     for way in few if rows <= linear.MOST_ROWS else [linear.LIBRARY]:
         over = residual[0].clone()
-        copy = torch.empty_like(over, dtype=dtype) if way != linear.LIBRARY else None
-        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over, copy=copy)
+        placed = linear.Layer(x[0], bias, norm, over, *rest, out=over)
         assert placed.run(way, weight) is over
         assert torch.equal(over, layer.run(way, weight))
-        if copy is not None:
-            assert_same(copy, over.to(dtype), dtype)
-    if wide:  # beyond float16
-        residual[..., 3] = 1e5
-    rounded = rows <= linear.MOST_ROWS and dtype != torch.float16
     over = torch.zeros(1, 40, rows, dtype=residual.dtype).transpose(1, 2)  # rows do not lie side by side
     over.copy_(residual)
     want = pick("fused_linear", "triton")(x, weight, bias, norm, residual, *rest)
     for into in (over, residual):
-        read_next = pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
+        pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
         assert torch.equal(into, want)
-        assert_same(read_next.contiguous(), want.to(dtype) if rounded else want, dtype)
-        assert read_next.isfinite().all()
 
 
 def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:

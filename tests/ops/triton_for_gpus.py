@@ -76,11 +76,11 @@ def multiply(
     kernel = {"rows": in_registers, "stream": linear.stream_kernel, "tiles": linear.tiles_kernel}[way["path"]]
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
-    if wide:  # a residual stream in float32, of which a copy is made
+    if wide:  # a residual stream in float32
         types |= dict.fromkeys(("residual_ptr", "out_ptr"), "*fp32")
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
     flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
-             "ACT": act, "COPY": wide, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
+             "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
         flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
     elif way["path"] == "stream":

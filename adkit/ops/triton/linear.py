@@ -38,8 +38,7 @@ LIBRARY = {"path": "library"}
 class Layer:
     """One call without its weight, of which tuning uses copies: x [M, D], residual [M, F], the rest as in the op.
 
-    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual. Kernels write it to
-    ``copy`` [M, F], too, rounded to its dtype.
+    ``out`` [M, F] is where the result goes, if not into memory of its own; it may be the residual.
     """
 
     x: Tensor
@@ -52,7 +51,6 @@ class Layer:
     act: str | None
     out_dtype: torch.dtype | None = None
     out: Tensor | None = None
-    copy: Tensor | None = None
 
     def outs(self, weight: Tensor) -> int:
         """F."""
@@ -97,20 +95,13 @@ class Layer:
         dtype = fused_dtype(weight, self.residual, self.out_dtype)
         out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype) if self.out is None else self.out
         tensors = [self.bias, self.norm_weight, self.residual]
-        pointers = [
-            x,
-            weight,
-            *(x if t is None else t for t in tensors),
-            out,
-            out if self.copy is None else self.copy,
-        ]
+        pointers = [x, weight, *(x if t is None else t for t in tensors), out]
         flags = {
             "NORM": norm,
             "HAS_NORM_WEIGHT": self.norm_weight is not None,
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
             "ACT": self.act or "",
-            "COPY": self.copy is not None,
             **pdl.launch(),
         }
         return out, pointers, flags
@@ -284,25 +275,17 @@ def fused_linear_(
     weight_offset: float = 0.0,
     weight_in_float: bool = False,
     act: str | None = None,
-) -> Tensor:
-    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum, which is returned.
-
-    A kernel returns a copy rounded to the weight's dtype: each of the next layer's programs reads all of it, and half
-    the bytes. (So what is returned has two possible dtypes; tracing must be over by then.)
-    """
+) -> None:
+    """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum."""
     x = input.reshape(-1, input.shape[-1]).contiguous()
     to = residual.view(-1, residual.shape[-1])
     layer = Layer(
         x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
     )
     settings = fastest(layer, weight)  # found without ``out``: the sum must be made once
-    # A wide sum may have left float16's range, from which its norm brings it back.
-    rounds = settings["path"] != "library" and weight.dtype not in (residual.dtype, torch.float16)
-    copy = torch.empty_like(to, dtype=weight.dtype, memory_format=torch.contiguous_format) if rounds else None
-    out = replace(layer, out=layer.residual, copy=copy).run(settings, weight)
+    out = replace(layer, out=layer.residual).run(settings, weight)
     if out.data_ptr() != to.data_ptr():
         to.copy_(out)
-    return residual if copy is None else copy.view(residual.shape)
 
 
 def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:

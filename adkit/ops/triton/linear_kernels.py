@@ -1,6 +1,7 @@
 """Kernels of linear layers of few rows; :mod:`adkit.ops.triton.linear` chooses between them and launches them.
 
-COPY: what goes to ``out_ptr`` goes to ``copy_ptr``, too, rounded to its dtype.
+A residual is read before the weights, not when the sum is made. The sum may go over it, and programs that write share
+cache lines with those that read: at the end of a program, with nothing else to do, such a read costs a microsecond.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -30,7 +31,6 @@ def row_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
-    copy_ptr,
     width,
     outs,
     eps,
@@ -40,7 +40,6 @@ def row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
-    COPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,7 +61,10 @@ def row_kernel(
         up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
+    write = rows < outs
     pdl.wait(PDL)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
     for start in range(0, width, BLOCK_K):
         after = start + BLOCK_K + cols
         next_w = tl.load(at + start + BLOCK_K, (after < width)[None, :], 0.0, eviction_policy="evict_first")
@@ -84,7 +86,6 @@ def row_kernel(
     if NORM:
         rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
         y = y * rstd
-    write = rows < outs
     if HAS_BIAS:
         y += tl.load(bias_ptr + rows, write, 0.0).to(tl.float32)
     if ACT != "":
@@ -95,10 +96,8 @@ def row_kernel(
             other += tl.load(bias_ptr + outs + rows, write, 0.0).to(tl.float32)
         y = _act(y, ACT) * other
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows, write, 0.0).to(tl.float32)
+        y += residual
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
-    if COPY:
-        tl.store(copy_ptr + rows, y.to(copy_ptr.dtype.element_ty), write)
 
 
 @triton.jit
@@ -109,7 +108,6 @@ def stream_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
-    copy_ptr,
     width,
     outs,
     eps,
@@ -119,7 +117,6 @@ def stream_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
-    COPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -167,8 +164,6 @@ def stream_kernel(
         if HAS_RESIDUAL:
             y += residual
         tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), write)
-        if COPY:
-            tl.store(copy_ptr + rows, y.to(copy_ptr.dtype.element_ty), write)
         w = next_w
 
 
@@ -180,7 +175,6 @@ def rows_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
-    copy_ptr,
     many,
     width,
     outs,
@@ -191,7 +185,6 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
-    COPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -216,7 +209,11 @@ def rows_kernel(
         up_total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
     total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
+    write = (m < many)[:, None] & (n < outs)[None, :]
+    to = m[:, None] * outs + n[None, :]
     pdl.wait(PDL)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
     for start in range(0, width, BLOCK_K):
         after = start + BLOCK_K
         next_w = tl.load(at + after, after + cols < width, 0.0, eviction_policy="evict_first")
@@ -233,7 +230,6 @@ def rows_kernel(
             up_total += up.to(tl.float32) * x
             up = next_up
     y = tl.sum(total, 2)
-    write = (m < many)[:, None] & (n < outs)[None, :]
     if NORM:
         rstd = tl.rsqrt(tl.sum(squares, 2) / width + eps)
         y = y * rstd
@@ -246,12 +242,9 @@ def rows_kernel(
         if HAS_BIAS:
             other += tl.load(bias_ptr + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
         y = _act(y, ACT) * other
-    to = m[:, None] * outs + n[None, :]
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
+        y += residual
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), write)
-    if COPY:
-        tl.store(copy_ptr + to, y.to(copy_ptr.dtype.element_ty), write)
 
 
 @triton.jit
@@ -270,7 +263,6 @@ def tiles_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
-    copy_ptr,
     parts_ptr,
     counts_ptr,
     many,
@@ -284,7 +276,6 @@ def tiles_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
-    COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -314,7 +305,11 @@ def tiles_kernel(
         _ask_for(weight_ptr + inside[:, None] * width + ahead[None, :])
         if ACT != "":
             _ask_for(weight_ptr + (inside + outs)[:, None] * width + ahead[None, :])
+    write = (m < many)[:, None] & (n < outs)[None, :]
+    to = m.to(tl.int64)[:, None] * outs + n[None, :]
     pdl.wait(PDL)
+    if HAS_RESIDUAL and not SPLIT:
+        residual = tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
     for start in range(part * span, tl.minimum(part * span + span, width), BLOCK_K):
         live = start + cols < width
         x = tl.load(x_at + start, live[None, :], 0.0, eviction_policy="evict_last")
@@ -361,8 +356,6 @@ def tiles_kernel(
         rstd = tl.rsqrt(squares / width + eps)[:, None]
         total = total * rstd
         up_total = up_total * rstd
-    write = (m < many)[:, None] & (n < outs)[None, :]
-    to = m.to(tl.int64)[:, None] * outs + n[None, :]
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, n < outs, 0.0).to(tl.float32)[None, :]
     if ACT != "":
@@ -370,7 +363,7 @@ def tiles_kernel(
             up_total += tl.load(bias_ptr + outs + n, n < outs, 0.0).to(tl.float32)[None, :]
         total = _act(total, ACT) * up_total
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
+        if SPLIT:  # only the last program of a tile wants it
+            residual = tl.load(residual_ptr + to, write, 0.0).to(tl.float32)
+        total += residual
     tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), write)
-    if COPY:
-        tl.store(copy_ptr + to, total.to(copy_ptr.dtype.element_ty), write)

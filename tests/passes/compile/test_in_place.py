@@ -44,12 +44,6 @@ def test_a_model_computes_the_same(kind: str, sums: int, dtype: torch.dtype) -> 
         want = gm(**feed)[0]
         for _ in range(2):
             assert torch.equal(running(**feed)[0], want)
-    if kind == "llama":  # every norm reads what a sum's op returns, and the residual itself only sums do
-        written = torch.ops.adkit.torch_fused_linear_.default
-        for node in running.graph.nodes:
-            if node.target is written:
-                assert node.users
-                assert all(u.target is written for u in node.args[0].users if u > node)
     assert {p.data_ptr() for p in running.parameters()} <= {p.data_ptr() for p in gm.parameters()}
 
 
