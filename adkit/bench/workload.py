@@ -99,8 +99,7 @@ class Room:
         Workbench does.
         """
         factory = resolve(model, random_weights=True)  # its config is all that is wanted
-        text = factory.config.get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        positions = factory.positions or sys.maxsize
         given = load_config([{"max_seq_len": sys.maxsize}, *config], overrides).max_seq_len
         if given <= positions:
             return cls(given, f"max_seq_len is {given}")

@@ -81,7 +81,8 @@ class CompiledModel:
 
     ``forward`` takes the graph's inputs by keyword and returns logits [1, L, V] (all T rows when the graph
     does not gather). ``inputs`` are its placeholder names; those in ``caches`` come from the pool.
-    ``max_positions`` bounds a sequence where positions are looked up in a learned table. ``replay`` is there
+    ``max_positions`` bounds a sequence where positions are looked up in a learned table; ``made_for`` is how many the
+    config names, which a sequence of rotary or no positions may pass. ``replay`` is there
     where the backend can replay steps. ``pools``: ranks that have sequences of their own (attention data parallelism),
     each over ``caches`` of its own; logits are then those of all of them, [pools, L, V].
     """
@@ -93,6 +94,7 @@ class CompiledModel:
     device: torch.device
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
+    made_for: int | None = None
     replay: Replay | None = None
     pools: int = 1
     details: dict[str, Any] = field(default_factory=dict)

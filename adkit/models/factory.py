@@ -167,6 +167,20 @@ class ModelFactory:
                 return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
         return ()
 
+    @property
+    def positions(self) -> int | None:
+        """Positions that the config says the model is made for, those that a RoPE scaling adds included; None where it
+        says nothing."""
+        text = self.config.get_text_config(decoder=True)
+        trained = getattr(text, "max_position_embeddings", None)
+        if not isinstance(trained, int) or trained < 1:
+            return None
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = [k for k in rope.values() if isinstance(k, dict)] or [
+            rope
+        ]  # by type of layer, or one for all
+        return max(trained, *(_stretched(kind, trained) for kind in kinds))
+
     def memory_estimate(
         self, engine: EngineConfig, device: torch.device | str | None = None
     ) -> memory.MemoryEstimate:
@@ -487,6 +501,11 @@ def _by_name(parts: list[LocalWeight]) -> dict[str, list[LocalWeight]]:
     for part in parts:
         found.setdefault(part.name, []).append(part)
     return found
+
+
+def _stretched(rope: Mapping[str, Any], trained: int) -> int:
+    """Positions that a RoPE scaling is made for. Some configs count them among the trained ones, others do not."""
+    return int((rope.get("original_max_position_embeddings") or trained) * (rope.get("factor") or 1))
 
 
 def _some(names: list[str], sep: str = ", ") -> str:

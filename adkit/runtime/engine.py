@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Iterable
 from dataclasses import replace
@@ -65,6 +66,7 @@ class Engine:
         #: Whether a step is launched before the one before it is collected.
         self.overlaps = model.device.type == "cuda" if config.overlap == "auto" else config.overlap
         self._counts = EngineStats()
+        self._warned = False
         self._next_id = 0
         self._lock = threading.RLock()
         self._start_empty()
@@ -251,9 +253,25 @@ class Engine:
                 continue
             deltas.append(seq.append(*found))
             self._counts.output_tokens += 1
+            self._note_length(seq)
             if seq.finish_reason is not None:
                 self.scheduler.remove(seq)
         return deltas
+
+    def _note_length(self, seq: Sequence) -> None:
+        """Warn, once an engine, of a sequence with more positions than the config names: nothing else would tell."""
+        made_for = self.model.made_for
+        if (
+            made_for is None or self._warned or len(seq.tokens) <= made_for + 1
+        ):  # the last token has no position yet
+            return
+        self._warned = True
+        warnings.warn(
+            f"A sequence has passed position {made_for:,}, and the model's config names no more "
+            f"(max_position_embeddings): what follows may make no sense. max_seq_len={made_for} ends sequences there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _fail(self, batch: Iterable[Sequence], error: Exception) -> list[Delta]:
         """End requests with an error; what their pages hold is not to be trusted."""

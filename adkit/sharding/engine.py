@@ -93,6 +93,7 @@ def compiled(ranks: Sequence[Workbench]) -> CompiledModel:
         device=first.device,
         eos_token_ids=tuple(first.factory.eos_token_ids),
         max_positions=learned_positions(together.graphs[0]),
+        made_for=first.factory.positions,
         pools=dist.pools,
         details={"backend": f"{len(ranks)} virtual ranks"},
     )

@@ -126,6 +126,7 @@ class CompileModel(Pass):
             device=ctx.device,
             eos_token_ids=tuple(ctx.factory.eos_token_ids),
             max_positions=learned_positions(gm),
+            made_for=ctx.factory.positions,
             replay=replay,
             pools=ctx.dist.pools,
         )

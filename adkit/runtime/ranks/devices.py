@@ -140,6 +140,7 @@ def outline(ready: Ready) -> CompiledModel:
         device=torch.device(ready.device),
         eos_token_ids=ready.eos_token_ids,
         max_positions=ready.max_positions,
+        made_for=ready.made_for,
         replay=_Replays(ready.layouts, ready.num_previous) if ready.layouts else None,
         pools=ready.pools,
         details=ready.facts,

@@ -121,6 +121,7 @@ class Ready:
     page_size: int
     eos_token_ids: tuple[int, ...]
     max_positions: int | None
+    made_for: int | None = None
     num_previous: int = 0
     layouts: tuple[BatchLayout, ...] = ()
     pools: int = 1

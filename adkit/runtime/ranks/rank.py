@@ -65,6 +65,7 @@ class Rank:
             model.caches.page_size,
             tuple(model.eos_token_ids),
             model.max_positions,
+            model.made_for,
             0 if replay is None else replay.num_previous,
             () if replay is None else tuple(replay.layouts),
             model.pools,
