@@ -4,7 +4,8 @@ Settings are plain dicts, block sizes with ``num_warps`` and ``num_stages``. Whe
 interpreter, a CUDA graph being captured, ``ADKIT_TUNE=0`` for a quick start) and nothing is remembered, the first
 candidate runs: put the one that is best in general there. Results measured on some devices come with adkit
 (``tuned/``); what is measured here is kept in ``$ADKIT_CACHE_DIR`` (default ``~/.cache/adkit``) and goes before them.
-To ship what one machine has found, copy its file from there to ``tuned/``.
+To ship what one machine has found, copy its file from there to ``tuned/``; linears of one row are better measured in
+their place first (``benchmarks/kernels/decode_chain.py --tune``).
 
 Kernels of a few microseconds cannot be timed one launch at a time, and not with their data in cache: many
 launches are captured in a CUDA graph, over copies of what would come from memory (``streamed``).
