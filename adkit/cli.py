@@ -190,7 +190,7 @@ def passes(key: Annotated[str | None, typer.Argument(help="A transform to explai
     cls = get_pass(key)
     print(f"{cls.key}  (stage {cls.stage.value})\n\n{inspect.cleandoc(cls.__doc__ or '')}\n\nFields:")
     for name, field in cls.Config.model_fields.items():
-        default = cls.stage.value if name == "stage" else field.default
+        default = cls.stage.value if name == "stage" else field.get_default(call_default_factory=True)
         kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
         print(f"  {name:<22} {kind} = {default!r}\n{'':25}{field.description}")
 

@@ -74,7 +74,8 @@ def attend(
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def like_query(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Shapes of attention's output: the query's heads, of the value's size."""
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
@@ -84,7 +85,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tens
     'int? window=None, int? chunk=None, str layout="bsnd") -> Tensor',
     category="attention",
     token_local=False,
-    fake=_fake,
+    fake=like_query,
     cost=costs.attention,
 )
 def torch_attention(

@@ -7,21 +7,16 @@ R sequences lie one after another in T tokens; their keys and values live in P p
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adkit.ops import costs
-from adkit.ops.attention import alibi_bias, allowed, attend
+from adkit.ops.attention import alibi_bias, allowed, attend, like_query
 from adkit.ops.registry import define
 
 #: Scores held at once (elements): a long prompt is attended block of queries by block, in bounded memory.
 _BLOCK_SCORES = 1 << 24
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def write_slots(cache: Tensor, slots: Tensor, new: Tensor) -> None:
@@ -45,7 +40,7 @@ def read_pages(cache: Tensor, pages: Tensor, length: int, dtype: torch.dtype) ->
     "int? window=None, int? chunk=None) -> Tensor",
     category="attention",
     token_local=False,
-    fake=_fake,
+    fake=like_query,
     cost=costs.cached_attention,
     syncs=True,
 )

@@ -46,7 +46,7 @@ class PassConfig(BaseModel):
     stage: Stage = Field(description="Stage of the pipeline the transform runs in")
     enabled: bool = Field(True, description="Run the transform at all")
     run_per_gm: bool = Field(
-        True, description="Run on each graph (sub)module rather than on the whole module"
+        True, description="Taken from AutoDeploy's configs; without effect, as there is one graph"
     )
     skip_on_error: bool = Field(False, description="On error go on without the transform instead of stopping")
     run_graph_cleanup: bool = Field(True, description="Erase dead code after the transform")

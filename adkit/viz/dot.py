@@ -176,9 +176,9 @@ def dot_source(picture: Picture) -> str:
             if a.back
             else []
         )
-        label = f"label={_quote(' ' + a.label + ' ')}" if a.label else ""
+        label = f"label={quoted(' ' + a.label + ' ')}" if a.label else ""
         attributes = ", ".join(filter(None, [label, *style]))
-        out.append(f"  {_quote(a.tail)} -> {_quote(a.head)}" + (f" [{attributes}];" if attributes else ";"))
+        out.append(f"  {quoted(a.tail)} -> {quoted(a.head)}" + (f" [{attributes}];" if attributes else ";"))
     out.append("}")
     return "\n".join(out)
 
@@ -202,7 +202,7 @@ def _cluster(
             else 'style="rounded", color="#c4c9d0", fontsize=10'
         )
         out.append(
-            f"{pad}  graph [{style}, label={_quote(picture.clusters.get(child, child[-1]))}, "
+            f"{pad}  graph [{style}, label={quoted(picture.clusters.get(child, child[-1]))}, "
             "labeljust=l, labelloc=t, margin=9];"
         )
         _cluster(out, picture, tree, child)
@@ -228,8 +228,8 @@ def _box(b: Box) -> str:
     if b.highlight:
         attributes += ['color="#d6336c"', "penwidth=3"]
     if b.tooltip:
-        attributes.append(f"tooltip={_quote(b.tooltip)}")
-    return f"{_quote(b.key)} [{', '.join(attributes)}];"
+        attributes.append(f"tooltip={quoted(b.tooltip)}")
+    return f"{quoted(b.key)} [{', '.join(attributes)}];"
 
 
 def heat_colour(share: float) -> str:
@@ -276,7 +276,8 @@ def _caption(picture: Picture) -> str:
     )
 
 
-def _quote(text: str) -> str:
+def quoted(text: str) -> str:
+    """A string of the DOT language."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adkit.viz.dot import write_atomically
+from adkit.viz.dot import quoted, write_atomically
 from adkit.viz.record.format import OPS, Record
 from adkit.viz.record.read import RecordError, graph_rows
 
@@ -79,11 +79,11 @@ def dot(r: Record, step: int = -1) -> str:
         for row in inside.get(m, ()):
             label = r.targets[r.rows.target[row]].short + "\n" + r.values[r.rows.value[row]].text
             fill = r.categories[r.rows.category[row]].fill
-            body.append(f"{pad}n{r.rows.node[row]} [label={_quoted(label)}, fillcolor={_quoted(fill)}];")
+            body.append(f"{pad}n{r.rows.node[row]} [label={quoted(label)}, fillcolor={quoted(fill)}];")
         for child in children.get(m, ()):
             found = cluster(child, depth + 1)
             if found:
-                name = _quoted(r.texts[r.modules.path[child]])
+                name = quoted(r.texts[r.modules.path[child]])
                 body += [f"{pad}subgraph cluster_{child} {{", f"{pad}  label={name};", *found, f"{pad}}}"]
         return body
 
@@ -95,10 +95,6 @@ def dot(r: Record, step: int = -1) -> str:
             if i in here:
                 out.append(f"  n{i} -> n{r.rows.node[row]};")
     return "\n".join([*out, "}"]) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def export(r: Record, path: str | os.PathLike[str]) -> Path:

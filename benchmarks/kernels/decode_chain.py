@@ -1,24 +1,26 @@
 """The linears of one decode step in one CUDA graph, attention left out: how the residual stream is kept, and settings
-of one row found where they are used.
+found where they are used.
 
     python benchmarks/kernels/decode_chain.py [--rows 1 8 64] [--models qwen3-0.6b ...] [--json FILE]
-    python benchmarks/kernels/decode_chain.py --tune            # and keep the fastest settings for one row
+    python benchmarks/kernels/decode_chain.py --tune --rows 1 2 4 8   # and keep the fastest settings for these rows
 
 Weights are random and all of a model's, so none comes from the cache. ``--tune`` exchanges the settings of one linear
 after the other, measures the whole chain with each candidate, and keeps what is fastest as ``tuning`` does, in
 ``$ADKIT_CACHE_DIR``: kernels of a few microseconds are in each other's way, which timing one apart does not show. About
-a minute on an H100; memory for the weights of the largest model.
+a minute a number of rows on an H100; memory for the weights of the largest model. Rows above 64 are the library's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from adkit.ops.triton import linear, tuning
@@ -100,22 +102,16 @@ class Model:
             x = self.call("down", h, x, in_place).run(settings["down"], weights["down"])
         return self.call("lm_head", x).run(settings["lm_head"], self.head)
 
-    def keys(self, rows: int) -> dict[str, tuple[Hashable, ...]]:
-        """What tuning calls each linear for so many rows."""
-        x = torch.empty(rows, 1, device="cuda", dtype=BF16)
-        sums = ("o", "down")
-        calls = {kind: self.call(kind, x, x if kind in sums else None) for kind in LINEARS}
-        return {kind: linear.key(call, self.weight(kind)) for kind, call in calls.items()}
-
     def weight(self, kind: str) -> Tensor:
         """The head, or a linear of the first layer."""
         return self.head if kind == "lm_head" else self.layers[0][kind]
 
-    def candidates(self, kind: str, rows: int) -> list[tuning.Settings]:
-        """Ways to compute a linear, the best in general first."""
-        weight = self.weight(kind)
-        outs, width = weight.shape[0] // (2 if kind == "gate_up" else 1), weight.shape[1]
-        return linear.candidates(rows, outs, width, kind in ("qkv", "gate_up", "lm_head"), BF16)
+    def sample(self, kind: str, rows: int, dtype: torch.dtype) -> linear.Layer:
+        """A linear's call on random input, beside a residual stream of ``dtype``."""
+        weight, sums = self.weight(kind), kind in ("o", "down")
+        x = torch.randn(rows, weight.shape[1], device="cuda").to(BF16 if sums else dtype)
+        residual = torch.randn(rows, weight.shape[0], device="cuda").to(dtype) if sums else None
+        return self.call(kind, x, residual)
 
     def graph(
         self, rows: int, settings: Settings, dtype: torch.dtype, in_place: bool
@@ -128,7 +124,7 @@ class Model:
             self.step(x, attended, settings, dtype, in_place, layers=1)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self.step(x, attended, settings, dtype, in_place)
         return graph
 
@@ -155,27 +151,28 @@ def microseconds(graphs: Mapping[str, torch.cuda.CUDAGraph], replays: int = 12) 
     return {name: round(statistics.median(r[name] for r in rounds), 2) for name in graphs}
 
 
-def known(model: Model, rows: int) -> dict[str, tuning.Settings]:
-    """The settings that an engine would run with: shipped or found here before, else the best in general."""
-    remembered = {**tuning._read(tuning._packaged_file()), **tuning._read(tuning._local_file())}
-    names = {kind: tuning._name("linear", key) for kind, key in model.keys(rows).items()}
-    return {k: remembered.get(name) or model.candidates(k, rows)[0] for k, name in names.items()}
+def known(model: Model, rows: int, dtype: torch.dtype) -> dict[str, tuning.Settings]:
+    """The settings that an engine runs with: shipped, found here before, or measured now."""
+    return {k: linear.fastest(model.sample(k, rows, dtype), model.weight(k)) for k in LINEARS}
 
 
-def tune(model: Model, show: Callable[[str], None]) -> dict[str, Any]:
-    """Settings of one row, each linear's chosen with the others in place; kept for engines that start here."""
-    settings, tried = known(model, 1), {}
+def tune(model: Model, rows: int, show: Callable[[str], None]) -> dict[str, Any]:
+    """Settings for so many rows, each linear's chosen with the others in place; kept for engines that start here."""
+    settings, tried = known(model, rows, F32), {}
     for kind in LINEARS:
-        ways = {json.dumps(way, sort_keys=True): way for way in model.candidates(kind, 1)}
-        graphs = {name: model.graph(1, {**settings, kind: way}, F32, True) for name, way in ways.items()}
+        call, weight = model.sample(kind, rows, F32), model.weight(kind)
+        ways = {json.dumps(way, sort_keys=True): way for way in linear.ways(call, weight)}
+        graphs = {}
+        for name, way in ways.items():
+            with contextlib.suppress(triton.errors.TritonError):  # does not compile for these sizes
+                graphs[name] = model.graph(rows, {**settings, kind: way}, F32, in_place=True)
         times = microseconds(graphs)
         fastest = min(times, key=times.__getitem__)
         settings[kind] = ways[fastest]
         tried[kind] = dict(sorted(times.items(), key=lambda item: item[1]))
-        show(f"{model.name:13} {kind:8} {times[fastest]:8.1f} us a step with {fastest}")
-    for kind, key in model.keys(1).items():
-        tuning.keep("linear", key, settings[kind])
-    return {"settings": settings, "us": tried}
+        show(f"{model.name:13} M={rows:<3} {kind:8} {times[fastest]:8.1f} us a step with {fastest}")
+        tuning.keep("linear", linear.key(call, weight), settings[kind])
+    return {"model": model.name, "rows": rows, "settings": settings, "us": tried}
 
 
 def main() -> None:
@@ -185,22 +182,23 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--tune", action="store_true", help="find and keep settings of one row")
+    parser.add_argument("--tune", action="store_true", help="first find and keep settings for these rows")
     parser.add_argument("--json", help="file for all figures")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "chains": [],
+        "tuned": [],
     }
     with torch.inference_mode():
         for name in options.models:
             model = Model(name)
-            if options.tune:
-                result.setdefault("tuned", {})[name] = tune(model, lambda line: print(line, flush=True))
             for rows in options.rows:
-                settings = known(model, rows)
-                graphs = {k: model.graph(rows, settings, *how) for k, how in STREAMS.items()}
+                if options.tune:
+                    result["tuned"].append(tune(model, rows, lambda line: print(line, flush=True)))
+                settings = {dtype: known(model, rows, dtype) for dtype in (BF16, F32)}
+                graphs = {k: model.graph(rows, settings[how[0]], *how) for k, how in STREAMS.items()}
                 times = microseconds(graphs)
                 result["chains"].append({"model": name, "rows": rows, "us": times})
                 told = ", ".join(f"{k} {v:.1f}" for k, v in times.items())

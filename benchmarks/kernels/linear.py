@@ -103,8 +103,7 @@ def compare(model: str, rows: int, copy: float, show: Callable[[str], None]) -> 
     found = []
     for layer in layers(model, rows):
         call = layer.call(generator)
-        outs = layer.weight.shape[0] // (2 if layer.act else 1)
-        ways = linear.candidates(rows, outs, layer.weight.shape[1], layer.norm, BF16)
+        ways = linear.ways(call, layer.weight)
         begin = time.perf_counter()
         times = tuning.measure(ways, call.run, (layer.weight,))
         spent = time.perf_counter() - begin
@@ -146,6 +145,8 @@ def _short(way: dict[str, Any]) -> str:
         return "lib"
     if way["path"] == "rows":
         return f"n{way['BLOCK_N']}w{way['num_warps']}"
+    if way["path"] == "stream":
+        return f"n{way['BLOCK_N']}x{way['each']}w{way['num_warps']}"
     return f"n{way['BLOCK_N']}k{way['BLOCK_K']}/{way['SPLIT']}s{way['num_stages']}w{way['num_warps']}" + (
         "i" if way["inline"] else ""
     )

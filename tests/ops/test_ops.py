@@ -103,6 +103,15 @@ CANONICAL = sorted(
 )
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_sum_in_place_does_what_its_schema_says(wide: bool) -> None:
+    residual = rand(2, 5, 6, dtype=torch.float32 if wide else torch.bfloat16)
+    x, *weights = (rand(*s, dtype=torch.bfloat16) for s in ((2, 5, 8), (6, 8), (6,), (8,)))
+    args = (residual, x.to(residual.dtype), *weights, 1e-6)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(pick("fused_linear_", "torch"), args, test_utils=tests)
+
+
 def calls(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     for args in samples(dtype)[name]:

@@ -207,6 +207,15 @@ def test_a_sum_in_place_is_the_sum(rows: int, dtype: torch.dtype, wide: bool, ar
     for into in (over, residual):
         pick("fused_linear_", "triton")(into, x, weight, bias, norm, *rest)
         assert torch.equal(into, want)
+    several = torch.zeros(40, 2, rows, dtype=residual.dtype).permute(
+        1, 2, 0
+    )  # nor can they be viewed as rows
+    several.copy_(want)
+    pick("fused_linear_", "triton")(several, x.expand(2, -1, -1), weight, bias, norm, *rest)
+    assert_same(
+        several[:1].contiguous(), pick("fused_linear", "triton")(x, weight, bias, norm, want, *rest), dtype
+    )
+    assert torch.equal(several[0], several[1])
 
 
 def test_a_norm_of_large_values_stays_in_the_range_of_float16() -> None:

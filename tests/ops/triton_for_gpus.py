@@ -70,16 +70,27 @@ def attend(head_dim: int, dtype: str, itemsize: int, arch: int, full: bool) -> N
 
 
 def multiply(
-    way: dict[str, Any], rows: int, dtype: str, itemsize: int, act: str, arch: int, wide: bool = False
+    way: dict[str, Any],
+    rows: int,
+    dtype: str,
+    itemsize: int,
+    act: str,
+    arch: int,
+    wide: bool = False,
+    outs: int | None = None,
 ) -> None:
     in_registers = linear.row_kernel if rows == 1 else linear.rows_kernel
     kernel = {"rows": in_registers, "stream": linear.stream_kernel, "tiles": linear.tiles_kernel}[way["path"]]
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = dict.fromkeys(pointers, f"*{dtype}") | {"parts_ptr": "*fp32", "counts_ptr": "*i32"}
-    if wide:  # a residual stream in float32
+    if wide:  # a residual stream in float32, which tiles do not norm
         types |= dict.fromkeys(("residual_ptr", "out_ptr"), "*fp32")
+        types |= {} if way["path"] == "tiles" else {"x_ptr": "*fp32"}
     types |= dict.fromkeys(("many", "splits", "width", "outs"), "i32") | {"eps": "fp32", "offset": "fp32"}
-    flags = {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
+    if outs is not None:  # numbers of which a kernel is made for one value
+        del types["outs"]
+    flags = {} if outs is None else {"outs": outs}
+    flags |= {"NORM": way.get("inline", True), "HAS_NORM_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
              "ACT": act, "BLOCK_N": way["BLOCK_N"], "PDL": arch >= 90}  # fmt: skip
     if way["path"] == "rows":
         flags |= {"BLOCK_K": way["num_warps"] * 512 // itemsize} | ({} if rows == 1 else {"ROWS": rows})
@@ -129,6 +140,8 @@ def main() -> None:
     stream = next(w for w in linear.candidates(1, 4096, 4096, True, torch.bfloat16) if w["path"] == "stream")
     for way, rows in ((row, 1), (stream, 1), (row, 4), (first, 64)):
         multiply(way, rows, "bf16", 2, "", 90, wide=True)
+    for way in (row, stream):
+        multiply(way, 1, "bf16", 2, "silu", 90, outs=1)
     multiply(linear.candidates(16, 1024, 2048, False, torch.float32)[0], 16, "fp32", 4, "", 80)
 
 

@@ -16,20 +16,15 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from adkit.ops.triton import pdl
 from adkit.ops.triton.attention_step import Step
+from adkit.ops.triton.counting import MOST_COUNTERS, counters
 from adkit.ops.triton.flash import LOG2E, fold_block, load_rows, start_rows
 from adkit.ops.triton.tuning import Settings, best
 
-#: Room for a counter a token and kv head; a batch with more fills a GPU without cutting anything.
-MOST_PAIRS = 1 << 16
-
 #: Programs that fill the GPUs this is for: four a multiprocessor.
 PROGRAMS = 512
-
-_counters_of: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
@@ -251,25 +246,12 @@ def decode(
             )
 
 
-def counters(device: torch.device) -> Tensor:
-    """Zeros, one a token and kv head; every launch leaves them zero for the next one of its stream."""
-    if device.type != "cuda":
-        return torch.zeros(MOST_PAIRS, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _counters_of.get(key)
-    if found is None:
-        found = torch.zeros(MOST_PAIRS, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():  # a graph's zeros are zero only while it runs
-            _counters_of[key] = found
-    return found
-
-
 def parts_for(pairs: int, longest: int, least: int) -> int:
     """Parts that a launch has room for: enough programs to fill a GPU, none shorter than ``least`` keys.
 
     ``pairs``: tokens x kv heads; ``longest``: tokens that the page table has room for.
     """
-    if pairs > MOST_PAIRS:
+    if pairs > MOST_COUNTERS:  # they fill a GPU without cutting anything
         return 1
     wanted = triton.next_power_of_2(max(1, PROGRAMS // pairs))
     return min(wanted, 32, triton.cdiv(longest, least))
@@ -345,7 +327,7 @@ def run(step: Step, *, alone: bool, settings: Settings, parts: int | None = None
         step.page_table,
         torch.empty(rows * value_dim, dtype=torch.float32, device=device),
         torch.empty(rows * 2, dtype=torch.float32, device=device),
-        counters(device),
+        counters("flash_decoding", device),
         step.sequences,
         step.page_table.stride(0),
         step.q.stride(0),

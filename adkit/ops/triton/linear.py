@@ -25,6 +25,7 @@ from torch import Tensor
 
 from adkit.ops.linear import fused_dtype, product
 from adkit.ops.triton import pdl, tuning
+from adkit.ops.triton.counting import counters
 from adkit.ops.triton.linear_kernels import row_kernel, rows_kernel, stream_kernel, tiles_kernel
 from adkit.ops.triton.mlp import swiglu_packed
 from adkit.ops.triton.norm import rmsnorm
@@ -55,6 +56,11 @@ class Layer:
     def outs(self, weight: Tensor) -> int:
         """F."""
         return weight.shape[0] // (1 if self.act is None else 2)
+
+    def may_inline(self, weight: Tensor) -> bool:
+        """True where tiles may norm their input. A wide one would take twice the shared memory; and in float16 the
+        product of input and norm's weight may leave the range, before rstd brings it back."""
+        return self.eps is not None and self.x.dtype == weight.dtype != torch.float16
 
     def run(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
         """[M, F], computed the way that ``settings`` name."""
@@ -91,7 +97,7 @@ class Layer:
         return out if self.out is None else self.out.copy_(out)
 
     def _arguments(self, x: Tensor, weight: Tensor, norm: bool) -> tuple[Tensor, list[Any], dict[str, Any]]:
-        """The output, and the arguments that both kernels have."""
+        """The output, and the arguments that all kernels have."""
         dtype = fused_dtype(weight, self.residual, self.out_dtype)
         out = x.new_empty((x.shape[0], self.outs(weight)), dtype=dtype) if self.out is None else self.out
         tensors = [self.bias, self.norm_weight, self.residual]
@@ -142,8 +148,7 @@ class Layer:
         return out
 
     def _by_tiles(self, settings: tuning.Settings, weight: Tensor) -> Tensor:
-        # A wide input would take twice the shared memory that the settings were chosen for.
-        inline = self.eps is not None and settings["inline"] and self.x.dtype == weight.dtype
+        inline = settings["inline"] and self.may_inline(weight)
         x = self.x if inline else self._normed(weight.dtype)
         out, pointers, flags = self._arguments(x, weight, inline)
         (many, outs), width = out.shape, weight.shape[1]
@@ -153,7 +158,7 @@ class Layer:
         if split > 1:
             each = rows * block * (1 if self.act is None else 2) + rows
             parts = torch.empty(tiles * split * each, dtype=torch.float32, device=x.device)
-            counts = _counts(x.device)
+            counts = counters("linear", x.device)
         tiles_kernel[(tiles, split)](
             *pointers,
             parts,
@@ -182,15 +187,6 @@ def _padded(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
-_MOST_TILES = 1 << 16
-
-
-@lru_cache
-def _counts(device: torch.device) -> Tensor:
-    """Programs that have finished, by tile: zero between launches; never freed, since CUDA graphs hold it."""
-    return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-
-
 @lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -210,8 +206,11 @@ _TILES = ((32, 256, 3, 4), (16, 256, 4, 2), (32, 128, 6, 4), (64, 128, 4, 4))
 
 
 @lru_cache
-def candidates(rows: int, outs: int, width: int, norm: bool, dtype: torch.dtype) -> list[tuning.Settings]:
-    """Ways worth trying for input [rows, width] and output [rows, outs], the best in general first."""
+def candidates(rows: int, outs: int, width: int, inline: bool, dtype: torch.dtype) -> list[tuning.Settings]:
+    """Ways worth trying for input [rows, width] and output [rows, outs], the best in general first.
+
+    ``rows`` is a power of two; ``inline``: tiles may norm their input.
+    """
     found: list[tuning.Settings] = [
         {"path": "rows", "BLOCK_N": block, "num_warps": warps} for block, warps in _IN_REGISTERS.get(rows, ())
     ]
@@ -223,8 +222,7 @@ def candidates(rows: int, outs: int, width: int, norm: bool, dtype: torch.dtype)
             for block, each in _STREAMS
         ]
         return [*found, LIBRARY]
-    # Times a norm's weight, a residual stream may leave float16's range before rstd brings it back.
-    inlines = ([False] if dtype == torch.float16 else [True, False]) if norm else [False]
+    inlines = [True, False] if inline else [False]
     for block, columns, stages, warps in _TILES:
         tiles = triton.cdiv(outs, block)
         most = min(16, triton.cdiv(width, columns))
@@ -278,14 +276,12 @@ def fused_linear_(
 ) -> None:
     """``torch_fused_linear_``: input [..., D], weight [F, D]; residual [..., F] becomes the sum."""
     x = input.reshape(-1, input.shape[-1]).contiguous()
-    to = residual.view(-1, residual.shape[-1])
-    layer = Layer(
-        x, bias, norm_weight, to.contiguous(), eps, weight_offset, weight_in_float, act, residual.dtype
-    )
+    to = residual.reshape(-1, residual.shape[-1]).contiguous()
+    layer = Layer(x, bias, norm_weight, to, eps, weight_offset, weight_in_float, act, residual.dtype)
     settings = fastest(layer, weight)  # found without ``out``: the sum must be made once
-    out = replace(layer, out=layer.residual).run(settings, weight)
-    if out.data_ptr() != to.data_ptr():
-        to.copy_(out)
+    replace(layer, out=to).run(settings, weight)
+    if to.data_ptr() != residual.data_ptr():  # its rows do not lie one after the other
+        residual.copy_(to.view(residual.shape))
 
 
 def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:
@@ -293,19 +289,19 @@ def fastest(layer: Layer, weight: Tensor) -> tuning.Settings:
     rows = layer.x.shape[0]
     if not 0 < rows <= MOST_ROWS or not weight.is_contiguous():
         return LIBRARY
-    ways = candidates(
-        triton.next_power_of_2(rows),
-        layer.outs(weight),
-        weight.shape[1],
-        layer.eps is not None,
-        weight.dtype,
-    )
-    return tuning.best("linear", key(layer, weight), ways, layer.run, streamed=(weight,))
+    return tuning.best("linear", key(layer, weight), ways(layer, weight), layer.run, streamed=(weight,))
+
+
+def ways(layer: Layer, weight: Tensor) -> list[tuning.Settings]:
+    """Ways worth trying for a layer and any others with its ``key``."""
+    rows = triton.next_power_of_2(layer.x.shape[0])
+    return candidates(rows, layer.outs(weight), weight.shape[1], layer.may_inline(weight), weight.dtype)
 
 
 def key(layer: Layer, weight: Tensor) -> tuple[Any, ...]:
     """What the fastest way depends on."""
-    parts = {"norm": layer.eps is not None, "bias": layer.bias is not None, layer.act: layer.act is not None,
+    norm = "norm" if layer.x.dtype == weight.dtype else f"norm({str(layer.x.dtype).removeprefix('torch.')})"
+    parts = {norm: layer.eps is not None, "bias": layer.bias is not None, layer.act: layer.act is not None,
              "sum": layer.residual is not None}  # fmt: skip
     around = "+".join(str(name) for name, there in parts.items() if there) or "plain"
     dtype = str(weight.dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
 """Kernels of linear layers of few rows; :mod:`adkit.ops.triton.linear` chooses between them and launches them.
 
-A residual is read before the weights, not when the sum is made. The sum may go over it, and programs that write share
-cache lines with those that read: at the end of a program, with nothing else to do, such a read costs a microsecond.
+A residual is asked for before the products are made, not when the sum is. The sum may go over it, and programs that
+write share cache lines with those that read: at the end of a program, with nothing else to do, such a read costs a
+microsecond.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -53,7 +54,7 @@ def row_kernel(
     inside = tl.minimum(rows, outs - 1).to(tl.int64)  # rows past the end read the last one again
     cols = tl.arange(0, BLOCK_K)
     at = weight_ptr + inside[:, None] * width + cols[None, :]
-    up_at = at + outs.to(tl.int64) * width
+    up_at = at + tl.cast(outs, tl.int64) * width
     live = cols < width
     w = tl.load(at, live[None, :], 0.0, eviction_policy="evict_first")
     if ACT != "":
@@ -132,7 +133,7 @@ def stream_kernel(
     live = (cols < width)[None, :]
     rows = first + tl.arange(0, BLOCK_N)
     at = weight_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
-    up = outs.to(tl.int64) * width
+    up = tl.cast(outs, tl.int64) * width
     step = tl.num_programs(0) * BLOCK_N
     w = tl.load(at, live & (rows < outs)[:, None], 0.0, eviction_policy="evict_first")
     if ACT != "":

@@ -31,6 +31,7 @@ def accumulating(gm: GraphModule) -> tuple[GraphModule, int]:
             continue
         options = dict(node.kwargs)
         residual: Any = options.pop("residual")
+        options.pop("out_dtype", None)  # the residual's
         with graph.inserting_before(node):
             graph.call_function(OPS[f"{info.name}_"].overload, (residual, *node.args), options)
         node.replace_all_uses_with(residual)
@@ -42,10 +43,22 @@ def accumulating(gm: GraphModule) -> tuple[GraphModule, int]:
 def _may_overwrite(node: Node) -> bool:
     """True where the residual has memory of its own and the sum's dtype, and this is its last reader."""
     residual = node.kwargs.get("residual")
-    if not isinstance(residual, Node) or residual in node.args or not _is_fresh(residual):
+    if (
+        not isinstance(residual, Node)
+        or residual in node.args
+        or not _is_fresh(residual)
+        or _has_twin(residual)
+    ):
         return False
     others = [u for u in residual.users if u is not node]
     return dtype_of(residual) == dtype_of(node) and all(u < node and _is_fresh(u) for u in others)
+
+
+def _has_twin(node: Node) -> bool:
+    """True for one of several picks of the same result."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], Node):
+        return False
+    return any(u is not node and u.args == node.args for u in node.args[0].users)
 
 
 def _is_fresh(node: Node) -> bool:

@@ -90,11 +90,11 @@ def _layers(gm: GraphModule) -> list[_Layer]:
         products[layer.product] = layer
     for node in gm.graph.nodes:
         if node.target in norms:
-            for reader, gather in _readers(node, node, layers):
+            for reader, gather in _readers(node, layers):
                 reader.norm, reader.gather = node, gather
         elif node.target in sums_with_norm:
             summing, normed = _summing(node, products), _results(node)[0]
-            readers = _readers(node, normed, layers) if normed is not None else []
+            readers = _readers(normed, layers) if normed is not None else []
             if summing is not None and readers:
                 summing.add = node
                 for reader, gather in readers:
@@ -112,7 +112,7 @@ def _results(node: Node) -> tuple[Node | None, Node | None]:
     return found.get(0), found.get(1)
 
 
-def _readers(norm: Node, normed: Node, layers: dict[Node, _Layer]) -> list[tuple[_Layer, Node | None]]:
+def _readers(normed: Node, layers: dict[Node, _Layer]) -> list[tuple[_Layer, Node | None]]:
     """The layers that read a norm's result, and the gather of tokens between; none if anything else reads
     it."""
     found: list[tuple[_Layer, Node | None]] = []

@@ -133,7 +133,7 @@ def plan_sharding(
     choices = _decide(layout, config, hf_config, dist)
     choices = {n: _allowed(n, c, config, dist) for n, c in choices.items()}
     if config.shard_all_unprocessed or config.simple_shard_only:
-        choices |= _simple(layout, choices, config, dist)
+        choices |= _simple(choices, config, dist)
     choices, found = settled(gm, choices, dist)
     decisions: dict[Node, Decision] = {n: c.decision for n, c in choices.items()}
     check_sizes(found, decisions, dist)
@@ -217,7 +217,7 @@ def _refused(node: Node, choice: Choice, config: DetectShardingConfig, dist: Dis
     return "" if dim in config.sharding_dims else f"sharding_dims has no {dim}"
 
 
-def _simple(layout: Layout, choices: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:
+def _simple(choices: Choices, config: DetectShardingConfig, dist: DistConfig) -> Choices:
     """Linears that are whole, with outputs cut and joined, where ranks can share them equally."""
     found: Choices = {}
     whole = {

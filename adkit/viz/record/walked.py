@@ -89,10 +89,6 @@ class Walked:
                 id(g): k for t in self.told for g, k in ((t.was, t.before), (t.now, t.after)) if len(g)
             }
 
-    def new_nodes(self, s: Step) -> int:
-        """How many nodes following ``s`` next would add."""
-        return 0 if id(s.after) in self._known else self.rows.unknown(s.after)
-
     def _tell(self, s: Step) -> Told:
         last = next((t.after for t in reversed(self.told) if t.after >= 0), -1)
         before = self._graph(s.before, last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import pytest
 import torch
@@ -71,6 +72,34 @@ def test_an_op_of_any_name_may_read_a_residual(monkeypatch: pytest.MonkeyPatch) 
     info = dataclasses.replace(OPS["torch_l2norm"], name="spy", backend="spy")
     monkeypatch.setattr(in_place, "info_of", lambda t: info if t is torch.ops.aten.mul.Tensor else info_of(t))
     assert accumulating(gm)[1] == 0
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_residual_that_is_picked_twice_is_left(twice: bool) -> None:
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    both = graph.call_function(torch.ops.adkit.torch_fused_add_rmsnorm.default, (x, x, w, 1e-6))
+    sums = [graph.call_function(operator.getitem, (both, 1)) for _ in range(1 + twice)]
+    square = graph.placeholder("square")
+    options = {"residual": sums[0], "out_dtype": torch.float32}
+    y = graph.call_function(torch.ops.adkit.torch_fused_linear.default, (x, square), options)
+    graph.output((y, sums[-1]) if twice else y)
+    values = {n: torch.randn(s) for n, s in (("x", (2, 3, 8)), ("w", (8,)), ("square", (8, 8)))}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = values[node.name]
+        elif node.op == "call_function":
+            node.meta["val"] = torch.empty(2, 3, 8)
+    gm = torch.fx.GraphModule(nn.Module(), graph)
+    running, found = accumulating(gm)
+    assert found == (not twice)
+    feed = (values["x"], values["w"], values["square"])
+    for got, want in zip(*map(_listed, (running(*feed), gm(*feed))), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def _listed(out: object) -> list[object]:
+    return list(out) if isinstance(out, tuple) else [out]
 
 
 @pytest.mark.parametrize(
