@@ -4,8 +4,6 @@ no pickle."""
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import PassInfo, Step, Steps
 from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.records import as_data, from_data
+from adkit.viz.dot import write_atomically
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -173,24 +172,15 @@ def _plain(v: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, as :func:`adkit.viz.dot.write_atomically` does; raises AdkitError."""
     path = Path(path)
     folder = path.resolve().parent
     if not folder.is_dir():
         raise AdkitError(f"cannot write {str(path)!r}: the folder {str(folder)!r} does not exist")
     if path.is_dir():
         raise AdkitError(f"cannot write {str(path)!r}: it is a folder; give a file name in it")
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise AdkitError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-        raise
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise AdkitError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     return path

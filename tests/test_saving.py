@@ -10,6 +10,7 @@ import torch
 
 import adkit
 from adkit.contract import AdkitError
+from adkit.saving import write_text
 from adkit.viz import RecordError, load_record
 
 
@@ -139,6 +140,34 @@ def test_nothing_half_written_stays(wb, tmp_path, monkeypatch):
         wb.save(tmp_path)
     with pytest.raises(AdkitError, match="does not exist"):
         wb.save(tmp_path / "no" / "run.json")
+
+
+def test_behind_a_symlink_the_file_itself_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/run.json")
+    for text in ("first", "second"):  # the link leads nowhere at first
+        assert write_text(tmp_path / "link", text) == tmp_path / "link"
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "far" / "run.json").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["far", "link"]
+    assert os.listdir(tmp_path / "far") == ["run.json"]
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(
+        tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK
+    )  # so that the writer need not wait for one
+    try:
+        for name in ("pipe", "link"):
+            write_text(tmp_path / name, name)
+            assert os.read(reader, 100) == name.encode()
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 def test_a_function_of_the_notebook_cannot_be_saved_and_the_error_says_what_to_do(exported, tmp_path):
