@@ -117,6 +117,9 @@ def test_a_broken_config_file(broken):
     (broken / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         bench(broken)
+    (broken / "config.json").write_text("[1]")
+    with pytest.raises(ModelError, match=r"config\.json holds a list, and a config\.json is an object"):
+        bench(broken)
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", "bf16"])

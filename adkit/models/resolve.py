@@ -178,6 +178,11 @@ def _from_directory(directory: Path, given: str, trust_remote_code: bool) -> Any
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(values, dict):
+        raise ModelError(
+            f"{file} holds a {type(values).__name__}, and a config.json is an object of a model's settings "
+            '({"model_type": "llama", ...}); copy or download it again'
+        )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
