@@ -109,20 +109,21 @@ class Experts:
 class Plan:
     """How a checkpoint becomes a model.
 
-    ``where`` model name -> group; ``unexpected`` stored names with no place in the model; ``mismatched``
-    model name -> what is wrong with its shape or assembly.
+    ``where`` model name -> group; ``unexpected`` stored name with no place in the model -> the name it would have
+    there; ``mismatched`` model name -> what is wrong with its shape or assembly.
     """
 
     groups: list[Group]
     where: dict[str, Group]
-    unexpected: list[str]
+    unexpected: dict[str, str]
     mismatched: dict[str, str]
 
 
 def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False) -> Plan:
     """Match stored tensors to a (meta) model's names.
 
-    ``nested``: the checkpoint is a multi-modal model's and ``model`` its language model alone.
+    ``nested``: the checkpoint is a multi-modal model's and ``model`` its language model alone; the other parts are then
+    not unexpected.
     """
     state = {k: t for k, t in model.state_dict().items() if isinstance(t, Tensor)}
     rules = get_model_conversion_mapping(model)
@@ -132,7 +133,7 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
     prefix = model.base_model_prefix
 
     groups: dict[str, Group] = {}
-    unexpected: list[str] = []
+    unexpected: dict[str, str] = {}
     # Natural order puts expert 2 before expert 10: converters stack in the order they are given.
     for name in sorted(stored, key=dot_natural_key):
         candidate = _NESTED.sub(r"\1", name, count=1) if nested else name
@@ -140,7 +141,8 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
         if key not in state and candidate in state:  # a rule fired on a name that already fits
             key, pattern = rename_source_key(candidate, [], [], prefix, state)
         if key not in state:
-            unexpected.append(name)
+            if not nested or _of(model, key):
+                unexpected[name] = key
         elif pattern is None:
             groups[key] = Group(key, [(name, name)])
         else:
@@ -162,7 +164,7 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
             continue
         for target, shell in made.items():
             if target not in state:
-                unexpected.append(f"{target} (made from {group.sources[0][0]})")
+                unexpected[f"{target} (made from {group.sources[0][0]})"] = target
                 continue
             where[target] = group
             group.shapes[target] = tuple(shell.shape)
@@ -174,6 +176,13 @@ def make_plan(model: Any, stored: Mapping[str, Stored], *, nested: bool = False)
                     f"{list(shell.shape)} from {source}, the model has {list(state[target].shape)}"
                 )
     return Plan(list(groups.values()), where, unexpected, mismatched)
+
+
+def _of(model: Any, key: str) -> bool:
+    """Whether a name begins as the model's own do, at its top or in its base model: other modalities' do not."""
+    prefix = f"{model.base_model_prefix}."
+    owner = model.base_model if key.startswith(prefix) else model
+    return hasattr(owner, key.removeprefix(prefix).split(".")[0])
 
 
 def may_be_missing(model: Any) -> re.Pattern[str] | None:

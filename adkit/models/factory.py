@@ -319,7 +319,12 @@ class ModelFactory:
             optional = absent_ok is not None and any(absent_ok.search(n) for n in names)
             (report.made if optional else report.missing).append(first)
         ignored = conversion.may_be_unexpected(model)
-        report.unexpected = [n for n in plan.unexpected if ignored is None or not ignored.search(n)]
+        report.unexpected = [
+            name
+            for name, key in plan.unexpected.items()
+            if key not in self.computed  # old checkpoints hold buffers that are computed now
+            and (ignored is None or not (ignored.search(name) or ignored.search(key)))
+        ]
         report.mismatched = {**plan.mismatched, **self._wrong_dtypes(plan)}
         return plan, report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import ClassVar
 
@@ -51,8 +52,12 @@ class LoadWeights(Pass):
         factory = ctx.factory
         if factory.weights == "none":
             return PassInfo(skipped=True, reason=factory.why_no_weights)
+        unexpected: list[str] = []
         if factory.weights == "checkpoint":
             fit = factory.check_checkpoint()
+            unexpected = fit.unexpected
+            if unexpected and ctx.dist.rank == 0:  # every rank sees the same files
+                warnings.warn(_no_place(factory, unexpected), stacklevel=2)
             if fit.unexpected or fit.made or fit.untied:
                 ctx.report(repr(fit))
         if not self.config.force:
@@ -77,8 +82,19 @@ class LoadWeights(Pass):
         details = {
             "weights": factory.weights, "tensors": loaded.tensors, "bytes": loaded.bytes,
             "seconds": round(loaded.seconds, 3), "tied": loaded.tied, "constants": loaded.constants,
+            "unexpected": unexpected,
         }  # fmt: skip
         return PassInfo(num_matches=loaded.tensors, details=details)
+
+
+def _no_place(factory: ModelFactory, names: list[str], shown: int = 4) -> str:
+    """What to say of stored tensors that the model has no place for: how many, and the first few."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (
+        f"{factory.name}: the model has no place for {len(names)} of the checkpoint's tensors "
+        f"({', '.join(names[:shown])}{more}), which are not loaded: the text may be wrong; check that config.json "
+        "and the weights belong together"
+    )
 
 
 def _origin(factory: ModelFactory) -> str:

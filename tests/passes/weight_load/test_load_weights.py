@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from adkit.contract import EngineConfig, ModelError
+from adkit.contract import DistConfig, EngineConfig, ModelError
 from adkit.models import resolve
 from adkit.models.export import export_model
 from adkit.models.loading import FUSED, graph_tensor_names, load_graph_tensors
 from adkit.passes.base import Context
 from adkit.passes.registry import get_pass
-from tests.models.checkpoints import named, save_tiny
+from tests.models.checkpoints import named, rewrite, save_tiny
 from tests.zoo import inputs_for, rmse_ratio, tiny_config
 
 
@@ -132,3 +134,42 @@ def test_random_weights_reload_to_the_same_values():
     before = gm.get_parameter(name).clone()
     load_graph_tensors(gm, factory, [name])
     assert torch.equal(gm.get_parameter(name), before)
+
+
+def _loaded(directory, **dist):
+    factory = resolve(directory, device="cpu")
+    more = {"dist": DistConfig.of(**dist)} if dist else {}
+    return get_pass("load_weights")().apply(export_model(factory.build()), _context(factory, **more))
+
+
+def test_tensors_without_a_place_in_the_model_are_told_of_once(tmp_path):
+    save_tiny(tmp_path, "llama")
+    odd = ["model.layers.0.self_attn.q_proj.bias", *(f"model.layers.9.n{i}" for i in range(4))]
+    rewrite(tmp_path, lambda t: t.update({n: torch.zeros(48) for n in odd}))
+    with pytest.warns(
+        UserWarning, match=r"no place for 5 of .*q_proj\.bias, .*n2 and 1 more\), .* not loaded"
+    ) as told:
+        info = _loaded(tmp_path)
+    assert len(told) == 1
+    assert info.details["unexpected"] == odd
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _loaded(tmp_path, tp=2, rank=1).details["unexpected"] == odd  # rank 0 has told
+
+
+def test_what_hugging_face_ignores_is_no_reason_to_warn(tmp_path):
+    """Buffers computed today, tied weights stored twice, and what the class itself lists."""
+    save_tiny(tmp_path / "llama", "llama", tie_word_embeddings=True)
+    save_tiny(tmp_path / "gpt_neox", "gpt_neox")
+
+    def old(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors |= {f"model.{n}rotary_emb.inv_freq": torch.zeros(6) for n in ("", "layers.0.self_attn.")}
+
+    rewrite(tmp_path / "llama", old)
+    listed = "gpt_neox.layers.0.attention.masked_bias"
+    rewrite(tmp_path / "gpt_neox", lambda t: t.update({listed: torch.zeros(())}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("llama", "gpt_neox"):
+            assert _loaded(tmp_path / name).details["unexpected"] == []
