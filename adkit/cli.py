@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +85,10 @@ def run(
                 "ranks need the whole pipeline: leave out --until (wb.shard(tp=...) shows one step by step)"
             )
         wb = Workbench(**{**what, **here.settings})
-        _walk(wb, until, prompt, params, report, save, record)
-    print(f"\n{time.perf_counter() - start:.1f} s")
+        failed = _walk(wb, until, prompt, params, report, save, record)
+    print(f"\n{time.perf_counter() - start:.1f} s", flush=True)
+    if failed:
+        raise AdkitError(f"{len(failed)} of {len(prompt)} prompts failed: {failed[0]}")
 
 
 def _walk(
@@ -96,7 +99,8 @@ def _walk(
     report: Path | None,
     save: Path | None,
     record: Path | None,
-) -> None:
+) -> list[str]:
+    """Print what happens and write the files; returns why prompts failed."""
     print(
         f"{wb.name}: {type(wb.factory.config).__name__}, {wb.factory.dtype}, on {wb.device}, weights: "
         f"{wb.factory.weights}"
@@ -110,7 +114,9 @@ def _walk(
     stages.flush()
     completions: Iterable[Completion] = []
     if prompt:
-        completions = wb.llm().generate(prompt, params, progress=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\d+ of \d+ requests failed")  # said at the end, as an error
+            completions = wb.llm().generate(prompt, params, progress=False)
         for text, completion in zip(prompt, completions, strict=True):
             print(f"\n> {text}\n{completion.text.strip()}")
     if report is not None:
@@ -119,6 +125,7 @@ def _walk(
         print(f"saved: {wb.save(save)}")
     if record is not None:
         print(f"record: {wb.record(record)}")
+    return [c.error or "no reason given" for c in completions if c.finish_reason == "error"]
 
 
 def _check_files(**files: Path | None) -> None:

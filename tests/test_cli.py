@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import adkit
 from adkit import cli
+from adkit.contract import Completion, Completions
 
 SMALL = ["--set", "max_seq_len=64", "--set", "device=cpu"]
 
@@ -144,6 +146,25 @@ def test_a_prompt_without_weights_is_refused_before_anything_runs(monkeypatch, c
     assert code == 1
     assert "has none" in err
     assert "--random-weights" in err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_makes_nan_is_an_error(monkeypatch, capsys, exported, tmp_path):
+    def failed(prompts, *args, **options):
+        # what a prompt comes to whose logits are not finite (tests/runtime has the engine's part)
+        warnings.warn(f"1 of {len(prompts)} requests failed; ...", stacklevel=2)
+        fine = Completion("fine", (5,), "stop")
+        return Completions([fine, Completion("", (), "error", error="logits were not finite")])
+
+    wb = exported()
+    monkeypatch.setattr(adkit, "Workbench", lambda **settings: wb)
+    monkeypatch.setattr(wb.factory, "tokenizer", lambda: None)
+    monkeypatch.setattr(wb.llm(), "generate", failed)
+    monkeypatch.setattr(wb.factory, "tokenizer", object)
+    record = tmp_path / "run.json"
+    status, error = main(monkeypatch, capsys, "run", "x", "-p", "a", "-p", "b", "--save", record)
+    assert (status, error) == (1, "adkit: 1 of 2 prompts failed: logits were not finite\n")
+    assert record.exists()
 
 
 @pytest.mark.slow
