@@ -54,8 +54,9 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         # An unseeded request follows torch.manual_seed, as sampling from torch itself would.
-        seed = params.seed if params.seed is not None else torch.randint(2**63 - 1, ())
-        self._random = random.Random(int(seed))  # numpy's integers are not seeds to it
+        seed = int(params.seed if params.seed is not None else torch.randint(2**63 - 1, ()))
+        # It would take the absolute value of a number, but all of a text; numpy's integers are not seeds to it.
+        self._random = random.Random(seed if seed >= 0 else str(seed))
 
     @property
     def output(self) -> list[int]:

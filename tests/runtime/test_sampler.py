@@ -100,6 +100,7 @@ def test_seed_gives_the_same_tokens_again_and_other_seeds_others():
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+    assert draw(-1) == draw(-1) != draw(1)
     assert len(set(draw(1))) > 4
 
 
