@@ -115,6 +115,7 @@ def _validate(cls: type[BaseModel], values: Mapping[str, Any], where: str) -> An
         name, given = ".".join(str(p) for p in first["loc"]), first["input"]
         expected = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
         hint = nearest(given, expected) if isinstance(given, str) and expected else ""
+        hint = hint if "did you mean" in hint else ""  # the message itself lists what is known
         raise ConfigError(
             f"{where}: {name} = {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{hint}"
         ) from None

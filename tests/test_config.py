@@ -66,6 +66,7 @@ def test_the_yaml_it_writes_is_valid_input_and_says_the_same():
         ({"free_gpu_memory_fraction": 0}, "free_gpu_memory_fraction = 0"),
         ({"dtype": "float31"}, "dtype = 'float31'.*did you mean 'float32'"),
         ({"device": "tpu"}, "device = 'tpu'"),
+        ({"overlap": "x"}, "overlap = 'x': input should be 'auto', True or False$"),
     ],
 )
 def test_what_cannot_be_is_refused(given, message):
@@ -99,6 +100,11 @@ def test_a_missing_file_is_named():
 def test_an_override_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match="override"):
         load_config([], [text])
+
+
+@pytest.mark.parametrize("overlap", ["auto", True, False])
+def test_overlap_is_auto_or_switched(overlap):
+    assert load_config([], [f"overlap={overlap}"], overlap=overlap).overlap is overlap
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -30,7 +30,7 @@ class EngineConfig(BaseModel):
         "auto", description="Weights' dtype; auto: the checkpoint's on GPU, float32 on CPU"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    overlap: Literal["auto"] | bool = Field(
+    overlap: Literal["auto", True, False] = Field(
         "auto",
         description="Launch a step before the tokens of the one before have come back, so that the host's work "
         "hides behind the device's; auto: on CUDA. Outputs do not depend on it",
