@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 
 from adkit.config import load_config
-from adkit.contract import ConfigError
+from adkit.contract import ConfigError, EngineConfig
 
 
 def test_fragments_merge_in_order_and_overrides_come_last(tmp_path):
@@ -100,6 +101,15 @@ def test_a_missing_file_is_named():
 def test_an_override_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match="override"):
         load_config([], [text])
+
+
+def test_dtypes_and_devices_of_torch_become_their_names():
+    config = load_config(dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (config.dtype, config.device) == ("bfloat16", "cpu")
+    assert yaml.safe_load(config.to_yaml())["dtype"] == "bfloat16"
+    assert EngineConfig(device=torch.device("cuda", 1)).device == "cuda:1"
+    with pytest.raises(ConfigError, match="dtype = 'int8': input should be 'auto'"):
+        load_config(dtype=torch.int8)
 
 
 @pytest.mark.parametrize("overlap", ["auto", True, False])

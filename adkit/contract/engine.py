@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from adkit.contract.batch import BatchLayout, HostBatch, SequenceBatch
@@ -15,7 +15,7 @@ from adkit.contract.cache import CachePool
 
 
 class EngineConfig(BaseModel):
-    """Sizes and placement of the engine."""
+    """Sizes and placement of the engine; ``dtype`` and ``device`` may be torch's, and become their names."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -35,6 +35,12 @@ class EngineConfig(BaseModel):
         description="Launch a step before the tokens of the one before have come back, so that the host's work "
         "hides behind the device's; auto: on CUDA. Outputs do not depend on it",
     )
+
+    @field_validator("dtype", "device", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """torch's own dtypes and devices by their names."""
+        return str(given).removeprefix("torch.") if isinstance(given, torch.dtype | torch.device) else given
 
     def share(self, pools: int) -> EngineConfig:
         """What one of so many ranks is sized for that have sequences of their own: these sizes are those of all."""
