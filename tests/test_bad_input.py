@@ -150,6 +150,9 @@ def test_an_unknown_transform_or_field(llama_dir):
         ([5, 131], r"Token id 131 at position 1 .* \(0 to 130\)"),
         ([-1], "Token id -1 at position 0"),
         ([[5.5]], "integers"),
+        ([True, False], r"token ids \(integers\): True is none"),
+        ([[5, 6], [5, False]], r"Prompt 1: .*token ids \(integers\): False is none"),
+        (torch.tensor([True, True]), "True is none"),
         ({"a": 1}, "prompts is a dict"),
     ],
 )

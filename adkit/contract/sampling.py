@@ -37,13 +37,14 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str = ()
+    stop: tuple[str, ...] | list[str] | str | None = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if not isinstance(self.stop, (tuple, list)) else tuple(self.stop)
+        given = () if self.stop is None else self.stop
+        stop = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         object.__setattr__(self, "stop", stop)
         ids = self.stop_token_ids
         object.__setattr__(self, "stop_token_ids", tuple(ids) if isinstance(ids, Iterable) else (ids,))
@@ -77,6 +78,7 @@ class SamplingParams:
                 all(_is(Integral, t) for t in self.stop_token_ids),
                 "token ids (whole numbers)",
             ),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             (
                 "logprobs",
                 self.logprobs is None or (_is(Integral, self.logprobs) and 0 <= self.logprobs <= 20),

@@ -118,7 +118,10 @@ class Engine:
                 f"params is {params!r}; expected a SamplingParams, as adkit.SamplingParams(max_tokens=64)"
             )
         try:
-            tokens = array("q", prompt)
+            given = list(prompt)
+            if bool in set(map(type, given)):  # an array takes them as 1 and 0
+                raise TypeError(f"{next(t for t in given if isinstance(t, bool))} is none")
+            tokens = array("q", given)
         except (TypeError, OverflowError) as error:
             raise RequestError(f"A prompt is a string or a list of token ids (integers): {error}") from error
         if not tokens:
@@ -164,7 +167,7 @@ class Engine:
         max_len = min(len(tokens) + params.max_tokens, self.config.max_seq_len, self.longest + 1)
         if self.model.max_positions is not None:  # the last token is sampled and never looked up
             max_len = min(max_len, self.model.max_positions + 1)
-        detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop))
+        detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop or ()))
         with self._lock:
             seq = Sequence(self._next_id, tokens, params, max_len, detokenizer)
             if not params.ignore_eos:

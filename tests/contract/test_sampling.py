@@ -31,6 +31,8 @@ from adkit.contract import Completion, Completions, RequestError, SamplingParams
         {"stop": ["a", ""]},
         {"stop": 5},
         {"stop_token_ids": ["a"]},
+        {"ignore_eos": "no"},
+        {"ignore_eos": 1},
         {"logprobs": -1},
         {"logprobs": 21},
         {"logprobs": True},
@@ -47,6 +49,7 @@ def test_stops_become_tuples_and_numpy_numbers_are_numbers():
     assert params.stop == ("x",)
     assert params.stop_token_ids == (1, 2)
     assert SamplingParams(stop_token_ids=7).stop_token_ids == (7,)
+    assert SamplingParams(stop=None).stop == ()
     assert SamplingParams().greedy
     assert not params.greedy
 
