@@ -109,6 +109,14 @@ def _walk(
         raise ConfigError(
             f"--prompt needs weights, and {wb.name!r} has none: {wb.factory.why_no_weights} (here: --random-weights)"
         )
+    if prompt:
+        with warnings.catch_warnings(action="ignore"):  # the reason is in the error
+            tokenizer = wb.factory.tokenizer()
+        if tokenizer is None:
+            raise ConfigError(
+                f"--prompt needs a tokenizer, and {wb.factory.why_no_tokenizer}: put the model's tokenizer files "
+                "there, or leave out --prompt"
+            )
     stages = _StageLines()
     wb.run(until, on_step=stages.add)
     stages.flush()

@@ -113,7 +113,7 @@ def start(
         model, device = starters[executor](
             _BUILDER, spelled, dist, device=engine.device, progress=wb.bars.show, **options
         )
-    return LiveModel(model, engine, wb.factory.tokenizer(), device)
+    return LiveModel(model, engine, wb.factory.tokenizer(), device, wb.factory.why_no_tokenizer)
 
 
 def _spell(p: Pass) -> Spelled:

@@ -448,7 +448,9 @@ class Workbench:
         if self._engine is None or self._engine[0] is not compiled:
             # Two engines over one cache would write over each other's pages.
             device = lead(compiled, self._context.dist)
-            live = LiveModel(compiled, self._context.engine, self.factory.tokenizer(), device)
+            tokenizer = self.factory.tokenizer()
+            why = self.factory.why_no_tokenizer
+            live = LiveModel(compiled, self._context.engine, tokenizer, device, why)
             self._engine = (compiled, live)
             self._served.append(weakref.ref(compiled.caches))
         return self._engine[1]

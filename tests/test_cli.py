@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -146,6 +147,24 @@ def test_a_prompt_without_weights_is_refused_before_anything_runs(monkeypatch, c
     assert code == 1
     assert "has none" in err
     assert "--random-weights" in err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_prompt_without_a_tokenizer_is_refused_before_anything_runs(
+    monkeypatch, capsys, llama_dir, tmp_path
+):
+    monkeypatch.setattr(adkit.Workbench, "run", None)
+    status, error = main(monkeypatch, capsys, "run", llama_dir, *SMALL, "-p", "hi")
+    assert status == 1
+    assert "has no tokenizer files (tokenizer.json and the like)" in error
+    assert error.endswith("or leave out --prompt\n")
+    assert len(error.splitlines()) == 1
+    broken = shutil.copytree(llama_dir, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    status, error = main(monkeypatch, capsys, "run", broken, *SMALL, "-p", "hi")
+    assert status == 1
+    assert "--prompt needs a tokenizer, and the tokenizer in" in error
+    assert "cannot be read" in error
 
 
 @pytest.mark.filterwarnings("error")

@@ -49,10 +49,16 @@ class LiveModel:
     """
 
     def __init__(
-        self, model: CompiledModel, config: EngineConfig, tokenizer: Any = None, device: Device | None = None
+        self,
+        model: CompiledModel,
+        config: EngineConfig,
+        tokenizer: Any = None,
+        device: Device | None = None,
+        why_no_tokenizer: str = "",
     ) -> None:
         self.engine = Engine(model, config, tokenizer, device)
         self.tokenizer = tokenizer
+        self._why_no_tokenizer = why_no_tokenizer or "the model has no tokenizer"
 
     def close(self) -> None:
         """Cancel everything and let go of the device; ranks in processes of their own are ended.
@@ -222,9 +228,7 @@ class LiveModel:
         if not prompt:
             raise RequestError(f"{name} is an empty string; give at least one character, or token ids")
         if self.tokenizer is None:
-            raise RequestError(
-                f"{name} is a string, but the model has no tokenizer; give a list of token ids"
-            )
+            raise RequestError(f"{name} is a string, but {self._why_no_tokenizer}; give a list of token ids")
         try:
             return self.tokenizer(prompt)["input_ids"]
         except (TypeError, ValueError) as error:  # such as half a surrogate pair, which no encoding takes
@@ -246,10 +250,13 @@ class LiveModel:
                 raise RequestError(
                     f"Message {i} of {name[0].lower()}{name[1:]} is {message!r}; expected {_A_MESSAGE}"
                 )
-        if not getattr(self.tokenizer, "chat_template", None):
-            missing = "tokenizer" if self.tokenizer is None else "chat template"
+        if self.tokenizer is None:
             raise RequestError(
-                f"The model has no {missing}, which chat() needs; use generate() with a plain prompt"
+                f"chat() needs a tokenizer, but {self._why_no_tokenizer}; use generate() with token ids"
+            )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError(
+                "The model has no chat template, which chat() needs; use generate() with a plain prompt"
             )
         try:
             text = self.tokenizer.apply_chat_template(
