@@ -131,8 +131,8 @@ def descendants(steps: Iterable[Step], what: int | str) -> tuple[Trace, ...]:
     exported = [n for n in history.records.values() if not n.origins and n.source is not None]
     hits = [n for n in exported if str(n.source) == what or str(n.source).endswith(f"/{what}")]
     if not hits:
-        file, _, line = what.rpartition(":")
-        known = sorted({n.source.line for n in exported if n.source and n.source.file.endswith(file or what)})
+        file, _, line = what.rpartition(":") if ":" in what else (what, "", "")
+        known = sorted({n.source.line for n in exported if file and n.source and n.source.file.endswith(file)})
         at = int(line) if line.isdigit() else 0
         near = sorted(known, key=lambda k: abs(k - at))[:5]
         hint = (

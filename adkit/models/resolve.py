@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+_ADDRESS = re.compile(r"https?://[^/]+/(?P<id>[\w.-]+/[\w.-]+)([/?#]|$)")  # a model's page on some hub
 _SHAPES_ONLY = (
     "shapes only: pass random_weights=True for seeded random weights, or a checkpoint's directory or hub id"
 )
@@ -131,6 +133,13 @@ def _locate(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
         if not (directory / "config.json").exists():
             raise ModelError(f"the demo model is not in this installation ({directory}); reinstall adkit")
         return directory, None
+    if not model.strip():
+        raise ModelError(
+            "the model's name is empty: give 'demo', a bundled config's name, a directory or a hub id owner/name"
+        )
+    address = _ADDRESS.match(model)
+    if address:
+        raise ModelError(f"{model!r} is an address, not a model: give the hub id {address['id']!r}")
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -138,7 +147,7 @@ def _locate(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
         return path, None
     if path.exists():
         raise ModelError(f"{path} is a file: give the directory that holds config.json and the weights")
-    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or not model.strip():
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1:
         raise ModelError(f"no directory {model!r}{nearest(model, bundled_names())}")
     known = ("demo", *bundled_names())
     close = difflib.get_close_matches(model.lower(), known, 1, cutoff=0.75)

@@ -55,3 +55,7 @@ def test_unknown_ids_and_lines_are_told() -> None:
         trace_origins(steps, 999999)
     with pytest.raises(KeyError, match="no exported node came from"):
         descendants(steps, "modeling_llama.py:1")
+    with pytest.raises(KeyError, match=r"lines of modeling_llama\.py that did: \d+"):
+        descendants(steps, "modeling_llama.py")
+    with pytest.raises(KeyError, match=r"came from ''; give it as 'modeling_llama\.py:66'"):
+        descendants(steps, "")

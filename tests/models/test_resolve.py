@@ -159,10 +159,24 @@ def test_a_cached_hub_model_works_offline_and_takes_only_the_index_files(monkeyp
     assert asked[1] == ("owner/model", tmp_path.name, tuple(shards))
 
 
-@pytest.mark.parametrize("given", ["./nowhere", "/no/such/dir", "a/b/c", "~/nowhere/", " "])
+@pytest.mark.parametrize("given", ["./nowhere", "/no/such/dir", "a/b/c", "~/nowhere/"])
 def test_paths_that_are_not_there(given):
     with pytest.raises(ModelError, match="no directory"):
         resolve(given)
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_name_is_called_empty(given):
+    with pytest.raises(ModelError, match="the model's name is empty: give 'demo'"):
+        resolve(given)
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/tree/main", "?x=1"])
+def test_the_address_of_a_model_gives_its_id(rest):
+    with pytest.raises(ModelError, match="is an address, not a model: give the hub id 'Org/Name-1.5'$"):
+        resolve(f"https://example.com/Org/Name-1.5{rest}")
+    with pytest.raises(ModelError, match="no directory"):
+        resolve(f"https://example.com/Org{rest.replace('/', '')}")
 
 
 def test_files_and_directories_that_are_no_model(tmp_path):
