@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import _trace
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
@@ -123,7 +124,13 @@ def _capture(model: Any, attention: str, experts: str) -> tuple[GraphModule, Ext
                 inputs["rope_lengths"] = torch.full((BATCH, SEQUENCE), SEQUENCE)
             dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
             forward = _forward(model.forward, extensions)
-            with mock.patch.object(model, "forward", forward), torch.no_grad(), tracing(TracingContext(mode)):
+            with (
+                mock.patch.object(model, "forward", forward),
+                # Where it fails, torch prints hundreds of lines of graph; the error says all that is needed of it.
+                mock.patch.object(_trace, "print", lambda *text, **where: None, create=True),
+                torch.no_grad(),
+                tracing(TracingContext(mode)),
+            ):
                 program = torch.export.export(
                     model, (), kwargs=inputs, strict=False, dynamic_shapes=dict.fromkeys(inputs, dims)
                 )

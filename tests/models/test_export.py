@@ -323,7 +323,9 @@ def test_an_unknown_argument_of_eager_attention_is_an_error(monkeypatch: pytest.
         export_model(meta_twin(tiny_config("llama")))
 
 
-def test_an_export_failure_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_failure_names_the_module_and_prints_no_graph(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     import transformers.models.llama.modeling_llama as modeling
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -332,6 +334,7 @@ def test_an_export_failure_names_the_module(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(modeling.LlamaMLP, "forward", forward)
     with pytest.raises(ExportError, match=r"model\.layers\.0\.mlp \(LlamaMLP\)"):
         export_model(meta_twin(tiny_config("llama")))
+    assert "torch.ops.aten" not in capfd.readouterr().err
 
 
 def test_a_forward_that_goes_another_way_for_long_sequences_is_noted() -> None:
