@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.fx import GraphModule
 
-from adkit.checking import CheckResult, Checks, check_step, first_bad_step
+from adkit.checking import CheckResult, Checks, check_all, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config
 from adkit.contract import (
     AdkitError,
@@ -397,19 +397,14 @@ class Workbench:
     def check(self, step: str | int | Step | None = None, **options: Any) -> CheckResult | Checks:
         """Compare graph before and after a step (all steps that changed something, without an argument).
 
-        See :func:`adkit.checking.check_step` for the options (``weights``, ``how``, ``tolerance``, ``seed``).
+        See :func:`adkit.checking.check_step` for the options (``weights``, ``how``, ``tolerance``, ``seed``). Raises
+        AdkitError where there is no graph yet.
         """
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
             with self.bars.busy(f"checking {one.name}"):
                 return check_step(self, one, **options)
-        steps = [s for s in self._done() if len(s.before) and (s.changed or s.altered)]
-        with self.bars:
-            results = Checks()
-            for s in steps:
-                self.bars.show(len(results), len(steps), "checking steps")
-                results.append(check_step(self, s, **options))
-        return results
+        return check_all(self, **options)
 
     def errors(self, step: str | int | Step | None = None, **options: Any) -> Overlay:
         """Each node's numerical error against a wider dtype, to lay over the explorer; see adkit.numerics."""
@@ -420,7 +415,7 @@ class Workbench:
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all
-        agree."""
+        agree. See :func:`adkit.checking.first_bad_step` for what could not be compared, and what it raises."""
         with self.bars.busy("bisecting"):
             return first_bad_step(self, **options)
 

@@ -95,8 +95,10 @@ def test_before_export_the_graph_is_empty_and_everything_has_a_text(exported):
     assert repr(wb) == repr(wb)
     assert "Snapshot(0 nodes" in repr(wb.graph)
     assert wb.module is None
-    assert wb.check() == []
-    assert wb.bisect() is None
+    with pytest.raises(AdkitError, match="no graph yet to check; run through export_to_gm"):
+        wb.check()
+    with pytest.raises(AdkitError, match="no graph yet to bisect; run through export_to_gm"):
+        wb.bisect()
 
 
 def test_run_until_a_stage_or_a_transform_and_step(wb):

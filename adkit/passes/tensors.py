@@ -70,7 +70,9 @@ def take_stamps(
 
     ``loads``: the step just run read weights, so what is new under a weight's name is what the factory gives.
     """
-    recipes = {**gm.meta.get(FUSED, {}), **gm.meta.get(LOCAL, {})}
+    fused = gm.meta.get(FUSED, {})
+    recipes = {**fused, **gm.meta.get(LOCAL, {})}
+    changed = {p for n, s in previous.items() if not s.loadable for p in (n, *fused.get(n, ()))}
     stamps: Stamps = {}
     for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
         tensor = tensor_at(gm, name)
@@ -81,8 +83,9 @@ def take_stamps(
             stamps[name] = old
             continue
         stored = factory is not None and (name in recipes or name in factory.tensors)
-        # Data under a name that had none was loaded, or fused from what was loaded; other data a pass made.
-        loadable = stored and (loads or old is None)
+        # Data under a name that had none was loaded, or fused from what was loaded; other data a pass made, and
+        # what is fused of such data the factory cannot give either.
+        loadable = stored and (loads or (old is None and changed.isdisjoint(fused.get(name, ()))))
         stamps[name] = Stamp(tensor, loadable=loadable, hold=not stored, recipe=recipe_of(gm, name))
     return stamps
 
