@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from adkit.checking import CheckResult, Checks, check_all, check_step, first_bad
 from adkit.config import AdkitConfig, Fragment, load_config
 from adkit.contract import (
     AdkitError,
-    CachePool,
     CompiledModel,
     ConfigError,
     DistConfig,
@@ -36,6 +34,7 @@ from adkit.passes.pipeline import State, ordered, pending_step, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.progress import Bars
 from adkit.rewinding import return_to, start_from_cache
+from adkit.served import Served
 from adkit.watching import Watching
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class Workbench:
         self._steps: list[Step] = []
         self._engine: tuple[CompiledModel, LiveModel] | None = None
         self._ranked: tuple[Any, LiveModel] | None = None
-        self._served: list[weakref.ref[CachePool]] = []
+        self._served = Served()
         self._bind()
 
     # --- looking
@@ -220,9 +219,11 @@ class Workbench:
                 state, step = run_pass(p, before, self._context)
         except BaseException as error:
             self.watching.failed(p.key, error)
+            self._served.ran(p.key)
             self._mend()
             self.watching.changed()
             raise
+        self._served.ran(p.key)
         self._steps[i] = step
         self._bind()
         self._history, self._state = [*self._history, replace(before, module=None)], state
@@ -440,12 +441,12 @@ class Workbench:
                 self._ranked = (key, start(self, tp, **ranks))
             return self._ranked[1]
         compiled = self.compiled()
-        if self._engine is None or self._engine[0] is not compiled:
+        if self._engine is None or self._engine[0] is not compiled or self._engine[1].engine.refusal:
             # Two engines over one cache would write over each other's pages.
             device = lead(compiled, self._context.dist)
             live = LiveModel(compiled, self._context.engine, self.factory.tokenizer(), device)
             self._engine = (compiled, live)
-            self._served.append(weakref.ref(compiled.caches))
+            self._served.add(live.engine, self._state)
         return self._engine[1]
 
     def _check_weights(self) -> None:

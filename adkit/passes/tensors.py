@@ -38,6 +38,12 @@ class Stamp:
         t = self._get()
         return t if t is not None and self.holds(t) else None
 
+    @property
+    def changed(self) -> bool:
+        """True when the tensor lives and was changed in place."""
+        t = self._get()
+        return t is not None and not self.holds(t)
+
     def holds(self, tensor: Tensor) -> bool:
         """True when ``tensor`` is this one, unchanged."""
         return self._get() is tensor and _version(tensor) == self._version and _sample(tensor) == self._sample
@@ -72,7 +78,7 @@ def take_stamps(
     """
     fused = gm.meta.get(FUSED, {})
     recipes = {**fused, **gm.meta.get(LOCAL, {})}
-    changed = {p for n, s in previous.items() if not s.loadable for p in (n, *fused.get(n, ()))}
+    changed = {p for n, s in previous.items() if not s.loadable for p in (n, *_parts(s.recipe))}
     stamps: Stamps = {}
     for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
         tensor = tensor_at(gm, name)
@@ -95,6 +101,11 @@ def recipe_of(gm: GraphModule, name: str) -> Any:
     local = gm.meta.get(LOCAL, {})
     fused = gm.meta.get(FUSED, {}).get(name)
     return local.get(name) if fused is None else [(p, local.get(p)) for p in fused]
+
+
+def _parts(recipe: Any) -> list[str]:
+    """The weights that a recipe of a fused one names."""
+    return [name for name, _ in recipe] if isinstance(recipe, list) else []
 
 
 def altered(before: Stamps, after: Stamps) -> tuple[str, ...]:
