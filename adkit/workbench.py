@@ -78,8 +78,16 @@ class Workbench:
         dist: DistConfig | None = None,
         **engine: Any,
     ) -> None:
-        fragments = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
-        overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+        fragments = (
+            list(config)
+            if isinstance(config, Iterable) and not isinstance(config, (str, Mapping))
+            else [config]
+        )
+        overrides = (
+            list(overrides)
+            if isinstance(overrides, Iterable) and not isinstance(overrides, str)
+            else [overrides]
+        )
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         if dist is not None and not isinstance(dist, DistConfig):
