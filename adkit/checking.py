@@ -9,6 +9,7 @@ site a rewrite class: the nodes before and after, cut out and run on random inpu
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -33,7 +34,7 @@ from adkit.models.export import retarget_device
 from adkit.models.loading import FUSED, graph_tensor_names, load_graph_tensors
 from adkit.models.memory import free_bytes, human
 from adkit.passes.pipeline import rebuild
-from adkit.passes.tensors import Stamps, put_tensor, tensor_at
+from adkit.passes.tensors import Stamp, Stamps, put_tensor, tensor_at
 from adkit.site_checking import CannotRun, SiteChecker
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class GraphFails(AdkitError):
     """A graph raised when it was run."""
 
 
+class NotComparable(AdkitError):
+    """The weights that a graph read are not to be had: a step changed their data, and it is gone."""
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """Outcome of one check: ``rmse_ratio`` = rmse(after - before) / rms(before), ``max_abs`` = largest
@@ -69,7 +74,7 @@ class CheckResult:
     note: str = ""
 
     def __repr__(self) -> str:
-        verdict = "ok" if self.ok else "DIFFERS"
+        verdict = "ok" if self.ok else "NOT COMPARED" if self.how == "not run" else "DIFFERS"
         numbers = f"rmse ratio {self.rmse_ratio:.1e}, max abs {self.max_abs:.1e}"
         text = f"{self.name}: {verdict}, {numbers} ({self.how}, {self.weights} weights)"
         return f"{text}; {self.note}" if self.note else text
@@ -105,9 +110,13 @@ def check_step(
     takes whole where the weights are at most 2 GiB (and in half precision looks at the sites too).
     ``weights``: those loaded, the checkpoint's, or random ones from ``seed``; auto takes the first of these
     that there are. ``tolerance`` bounds the rmse ratio (default by dtype: 1e-5 in float32). What could not
-    be compared is not ok. Raises ConfigError for options that are none of these, AdkitError for weights
-    that cannot be had.
+    be compared is not ok. Raises ConfigError for options that are none of these, AdkitError for a step that
+    has not run or failed, and for weights that cannot be had.
     """
+    if step.status == "failed":
+        raise AdkitError(f"step {step.name!r} failed, so there is nothing to compare: {step.info.reason}")
+    if step.status == "pending":
+        raise AdkitError(f"step {step.name!r} has not run yet: wb.run(until={step.name!r}) runs it")
     if not len(step.before):
         raise AdkitError(f"step {step.name!r} has no graph before it to compare with")
     _one_of("how", how, ("auto", "whole", "sites"))
@@ -122,6 +131,11 @@ def check_step(
     if how == "sites":
         return _check_sites(wb, step, _limit(wb, tolerance, SITE_TOLERANCE), seed)
     limit = _limit(wb, tolerance, TOLERANCE)
+    if step.altered and all(s is not step for s in wb._done()):
+        raise NotComparable(
+            f"step {step.name!r} changed the data of {step.altered[0]!r}, and the pipeline has gone back since: run it "
+            f"again and check wb.steps[{step.name!r}]"
+        )
     stamps = stamps_around(wb, step)
     before = logits(runnable(wb, step.before, stamps[0], source, seed), step.before, wb, seed)
     try:
@@ -142,6 +156,33 @@ def check_step(
         if sharp.sites and not sharp.rmse_ratio <= sharp.tolerance:
             return sharp
     return CheckResult(step.name, ratio <= limit, max_abs, ratio, limit, "whole graph", source, note=note)
+
+
+def check_all(wb: Workbench, *, weights: Any = "auto", **options: Any) -> Checks:
+    """:func:`check_step` of each step that changed something; one whose weights are gone is not ok and says why.
+
+    Raises AdkitError where there is no graph yet, and as :func:`check_step` for options.
+    """
+    results, steps = Checks(), _to_judge(wb, "check")
+    with wb.bars:
+        for s in steps:
+            wb.bars.show(len(results), len(steps), "checking steps")
+            try:
+                result = check_step(wb, s, weights=weights, **options)
+            except NotComparable as error:
+                limit, source = _limit(wb, options.get("tolerance"), TOLERANCE), weight_source(wb, weights)
+                result = CheckResult(
+                    s.name, False, math.nan, math.nan, limit, "not run", source, note=str(error)
+                )
+            results.append(result)
+    return results
+
+
+def _to_judge(wb: Workbench, what: str) -> list[Step]:
+    """The steps that changed a graph or its weights' data."""
+    if not len(wb.graph):
+        raise AdkitError(f"there is no graph yet to {what}; run through export_to_gm first")
+    return [s for s in wb._done() if len(s.before) and (s.changed or s.altered)]
 
 
 def _check_sites(wb: Workbench, step: Step, limit: float, seed: int) -> CheckResult:
@@ -187,15 +228,16 @@ def first_bad_step(
     """Binary search for the first run step whose logits differ from the exported graph's by more than
     allowed.
 
-    A model too large to run whole is searched step by step, by sites; what cannot be run alone is passed
-    over.
+    Steps after which the graph cannot run, because the data that one gave a weight is gone, are passed over; where
+    the fault may lie in several for that, the first is returned with a warning that names them. A model too large to
+    run whole is searched step by step, by sites; what cannot be run alone is passed over. Raises NotComparable where
+    no fault was found and a step that changed weights' data could not be judged, AdkitError where there is no graph.
     """
-    steps = [s for s in wb._done() if len(s.before) and (s.changed or s.altered)]
+    steps = _to_judge(wb, "bisect")
     if not steps:
         return None
     if not _runs_whole(steps[0].before):
-        results = ((s, check_step(wb, s, how="sites", tolerance=tolerance, seed=seed)) for s in steps)
-        return next((s for s, r in results if not r.ok and r.sites and not r.rmse_ratio <= r.tolerance), None)
+        return _first_bad_by_sites(wb, steps, tolerance, seed)
     source = weight_source(wb, weights)
     limit = _limit(wb, tolerance, TOLERANCE)
 
@@ -210,22 +252,53 @@ def first_bad_step(
             "take other weights (weights=...) or look at the model"
         )
 
-    def good(s: Step) -> bool:
+    def good(i: int) -> bool:
+        s = steps[i]
         try:
             return compare(reference, run(s.after, stamps_around(wb, s)[1]))[1] <= limit
         except GraphFails:
             return False
 
-    low, high = 0, len(steps)  # steps[:low] are good, steps[high:] start bad
-    if good(steps[-1]):
+    unseen: dict[int, NotComparable] = {}
+    for i, s in enumerate(steps):
+        try:
+            _held(wb, s.after, stamps_around(wb, s)[1], source)
+        except NotComparable as error:
+            unseen[i] = error
+    seen = [i for i in range(len(steps)) if i not in unseen]
+    low, high = 0, len(seen)  # seen[:low] are good, seen[high:] start bad
+    if not seen or good(seen[-1]):
+        if len(steps) - 1 in unseen:
+            raise unseen[seen[-1] + 1 if seen else 0]
         return None
     while low < high:
         middle = (low + high) // 2
-        if good(steps[middle]):
+        if good(seen[middle]):
             low = middle + 1
         else:
             high = middle
-    return steps[low]
+    first = seen[low - 1] + 1 if low else 0
+    if first != seen[low]:
+        names = ", ".join(repr(s.name) for s in steps[first : seen[low] + 1])
+        warnings.warn(
+            f"the fault is in one of {names}, and the first is returned: {unseen[first]}", stacklevel=3
+        )
+    return steps[first]
+
+
+def _first_bad_by_sites(wb: Workbench, steps: list[Step], tolerance: float | None, seed: int) -> Step | None:
+    for s in steps:
+        r = check_step(wb, s, how="sites", tolerance=tolerance, seed=seed)
+        if not r.ok and r.sites and not r.rmse_ratio <= r.tolerance:
+            return s
+    for s in steps:
+        if s.altered:
+            raise NotComparable(
+                f"step {s.name!r} changed the data of {s.altered[0]!r}, which sites cannot judge, and {wb.name!r} "
+                f"is too large to run whole: try wb.check({s.name!r}, how='whole') all the same, or a config with "
+                "fewer layers"
+            )
+    return None
 
 
 def compare(expected: Tensor, actual: Tensor) -> tuple[float, float]:
@@ -309,6 +382,45 @@ def _compiled_by(wb: Workbench, step: Step) -> CompiledModel | None:
     return None
 
 
+def _held(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str) -> dict[str, Tensor]:
+    """What a graph reads that need not be loaded; raises NotComparable for data that a step made and that is gone."""
+    module = wb._state.module
+    known = {*wb.factory.tensors, *getattr(module, "meta", {}).get(FUSED, {})}
+    found = {}
+    for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
+        stamp = stamps.get(name)
+        if name in known and (stamp is None or stamp.loadable):
+            have = None if stamp is None or source != "loaded" else stamp.tensor()
+        elif stamp is not None:
+            have = stamp.tensor()
+            if name in known and (have is None or source == "random"):
+                raise NotComparable(_why_gone(wb, name, stamp, source))
+        else:
+            have = None if module is None else tensor_at(module, name)
+        if have is not None and not have.is_meta:
+            found[name] = have
+    return found
+
+
+def _why_gone(wb: Workbench, name: str, stamp: Stamp, source: str) -> str:
+    """Which step gave a weight data of its own, why a check cannot have it, and what to do."""
+    parts = (name, *getattr(wb._state.module, "meta", {}).get(FUSED, {}).get(name, ()))
+    after = [s.tensors for s in (*wb._history, wb._state)][1:]
+    made = [i for i, t in enumerate(after) if any(p in t and not t[p].loadable for p in parts)]
+    stood = [i for i, t in enumerate(after) if t.get(name) is stamp]
+    if not made or not stood:
+        return f"the data of {name!r} was changed, and is gone: run the pipeline again"
+    done, first = wb._done(), after[made[0]]
+    part = next(p for p in parts if p in first and not first[p].loadable)
+    said = f"step {done[made[0]].name!r} changed the data of {part!r}"
+    if source == "random":
+        return f"{said}, and random weights cannot stand in for it: take weights='loaded'"
+    if stood[-1] + 1 == len(done):
+        return f"{said}, and something outside the pipeline changed it again: wb.rewind({done[made[0]].name!r}) and run"
+    later = done[stood[-1] + 1].name
+    return f"{said}, and step {later!r} changed or freed it since: wb.rewind({later!r}) and check there"
+
+
 def runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, seed: int) -> GraphModule:
     """``snapshot`` as a module with real weights on the Workbench's device; the Workbench's own stay as
     they are."""
@@ -317,27 +429,8 @@ def runnable(wb: Workbench, snapshot: Snapshot, stamps: Stamps, source: str, see
     holder.meta = {  # type: ignore[assignment]
         k: v for k, v in getattr(module, "meta", {}).items() if k not in ("adkit_ids", "adkit_journal")
     }
-    known = {*wb.factory.tensors, *getattr(module, "meta", {}).get(FUSED, {})}
-    for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
-        stamp = stamps.get(name)
-        if name in known and (stamp is None or stamp.loadable):
-            have = None if stamp is None or source != "loaded" else stamp.tensor()
-        elif stamp is not None:
-            have = stamp.tensor()
-            if name in known and (have is None or source == "random"):
-                why = (
-                    "random weights cannot stand in for it"
-                    if source == "random"
-                    else "later steps changed it again"
-                )
-                raise AdkitError(
-                    f"a step changed the data of {name!r}, and {why}: wb.rewind to just after that step "
-                    "and check there"
-                )
-        else:
-            have = None if module is None else tensor_at(module, name)
-        if have is not None and not have.is_meta:
-            put_tensor(holder, name, have)
+    for name, have in _held(wb, snapshot, stamps, source).items():
+        put_tensor(holder, name, have)
     gm = rebuild(snapshot, holder)
     missing = [n for n in graph_tensor_names(gm) if cast(Tensor, tensor_at(gm, n)).is_meta]
     if missing:

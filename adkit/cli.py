@@ -45,7 +45,7 @@ def run(
     save: Annotated[Path | None, typer.Option(help="Save the run as JSON, to load again")] = None,
     record: Annotated[Path | None, typer.Option(help="Write the record, .json or .json.gz")] = None,
     random_weights: Annotated[
-        bool, typer.Option(help="Seeded random weights where there is no checkpoint")
+        bool, typer.Option(help="Seeded random weights, although there may be a checkpoint")
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Let the model's repository run its own code")

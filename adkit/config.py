@@ -125,6 +125,10 @@ def read_fragment(fragment: Fragment) -> dict[str, Any]:
     """A mapping as it is, or the mapping a YAML file holds."""
     if isinstance(fragment, Mapping):
         return dict(fragment)
+    if not isinstance(fragment, (str, Path)):
+        raise ConfigError(
+            f"a fragment of the configuration is {fragment!r}; expected a mapping or a YAML file"
+        )
     path = Path(fragment)
     if not path.is_file():
         raise ConfigError(f"no configuration file {str(path)!r}; give a YAML file or a mapping")
@@ -140,6 +144,8 @@ def read_fragment(fragment: Fragment) -> dict[str, Any]:
 
 def parse_override(text: str) -> dict[str, Any]:
     """``transforms.fuse_gemms.enabled=false`` as a nested mapping; the value is read as YAML."""
+    if not isinstance(text, str):
+        raise ConfigError(f"override {text!r} is not a string of the form a.b.c=value")
     key, sep, value = text.partition("=")
     parts = key.strip().split(".")
     if not sep or not all(parts):

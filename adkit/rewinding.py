@@ -88,7 +88,7 @@ def _fresh(wb: Workbench, caches: CachePool | None) -> CachePool | None:
     it back."""
     if caches is None or not caches.num_pages:
         return caches
-    if caches.tensors and not any(pool() is caches for pool in wb._served):
+    if caches.tensors and not wb._served.uses(caches):
         return caches
     new = replace(caches, tensors={})
     new.allocate(new.num_pages, torch.device("meta") if wb.factory.weights == "none" else wb.device)

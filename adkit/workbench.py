@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.fx import GraphModule
 
-from adkit.checking import CheckResult, Checks, check_step, first_bad_step
+from adkit.checking import CheckResult, Checks, check_all, check_step, first_bad_step
 from adkit.config import AdkitConfig, Fragment, load_config
 from adkit.contract import (
     AdkitError,
-    CachePool,
     CompiledModel,
     ConfigError,
     DistConfig,
@@ -36,6 +34,7 @@ from adkit.passes.pipeline import State, ordered, pending_step, run_pass
 from adkit.passes.pipeline_cache import PipelineCache, fingerprint
 from adkit.progress import Bars
 from adkit.rewinding import return_to, start_from_cache
+from adkit.served import Served
 from adkit.watching import Watching
 
 if TYPE_CHECKING:
@@ -79,8 +78,16 @@ class Workbench:
         dist: DistConfig | None = None,
         **engine: Any,
     ) -> None:
-        fragments = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
-        overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+        fragments = (
+            list(config)
+            if isinstance(config, Iterable) and not isinstance(config, (str, Mapping))
+            else [config]
+        )
+        overrides = (
+            list(overrides)
+            if isinstance(overrides, Iterable) and not isinstance(overrides, str)
+            else [overrides]
+        )
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         if dist is not None and not isinstance(dist, DistConfig):
@@ -120,7 +127,7 @@ class Workbench:
         self._steps: list[Step] = []
         self._engine: tuple[CompiledModel, LiveModel] | None = None
         self._ranked: tuple[Any, LiveModel] | None = None
-        self._served: list[weakref.ref[CachePool]] = []
+        self._served = Served()
         self._bind()
 
     # --- looking
@@ -220,9 +227,11 @@ class Workbench:
                 state, step = run_pass(p, before, self._context)
         except BaseException as error:
             self.watching.failed(p.key, error)
+            self._served.ran(p.key)
             self._mend()
             self.watching.changed()
             raise
+        self._served.ran(p.key)
         self._steps[i] = step
         self._bind()
         self._history, self._state = [*self._history, replace(before, module=None)], state
@@ -397,19 +406,14 @@ class Workbench:
     def check(self, step: str | int | Step | None = None, **options: Any) -> CheckResult | Checks:
         """Compare graph before and after a step (all steps that changed something, without an argument).
 
-        See :func:`adkit.checking.check_step` for the options (``weights``, ``how``, ``tolerance``, ``seed``).
+        See :func:`adkit.checking.check_step` for the options (``weights``, ``how``, ``tolerance``, ``seed``). Raises
+        AdkitError where there is no graph yet.
         """
         if step is not None:
             one = step if isinstance(step, Step) else self.steps[step]
             with self.bars.busy(f"checking {one.name}"):
                 return check_step(self, one, **options)
-        steps = [s for s in self._done() if len(s.before) and (s.changed or s.altered)]
-        with self.bars:
-            results = Checks()
-            for s in steps:
-                self.bars.show(len(results), len(steps), "checking steps")
-                results.append(check_step(self, s, **options))
-        return results
+        return check_all(self, **options)
 
     def errors(self, step: str | int | Step | None = None, **options: Any) -> Overlay:
         """Each node's numerical error against a wider dtype, to lay over the explorer; see adkit.numerics."""
@@ -420,7 +424,7 @@ class Workbench:
 
     def bisect(self, **options: Any) -> Step | None:
         """The first step after export whose graph no longer agrees with the exported one; None if all
-        agree."""
+        agree. See :func:`adkit.checking.first_bad_step` for what could not be compared, and what it raises."""
         with self.bars.busy("bisecting"):
             return first_bad_step(self, **options)
 
@@ -445,14 +449,14 @@ class Workbench:
                 self._ranked = (key, start(self, tp, **ranks))
             return self._ranked[1]
         compiled = self.compiled()
-        if self._engine is None or self._engine[0] is not compiled:
+        if self._engine is None or self._engine[0] is not compiled or self._engine[1].engine.refusal:
             # Two engines over one cache would write over each other's pages.
             device = lead(compiled, self._context.dist)
             tokenizer = self.factory.tokenizer()
             why = self.factory.why_no_tokenizer
             live = LiveModel(compiled, self._context.engine, tokenizer, device, why)
             self._engine = (compiled, live)
-            self._served.append(weakref.ref(compiled.caches))
+            self._served.add(live.engine, self._state)
         return self._engine[1]
 
     def _check_weights(self) -> None:

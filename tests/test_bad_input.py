@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,11 +183,26 @@ def test_sampling_values_out_of_range(field, value):
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ({"page_size": 10**9}, "a shorter max_seq_len or smaller pages"),
+        ({"max_batch_size": 10**8}, "a smaller max_batch_size"),
+        ({"max_batch_size": 1, "max_num_tokens": 1, "max_seq_len": 1}, "a smaller dtype"),
+    ],
+)
+def test_advice_on_memory_begins_with_the_largest_part(sizes, advice):
+    estimate = adkit.Workbench("demo", device="cpu", progress=False, **sizes).memory_estimate()
+    with pytest.raises(MemoryLimitError, match=f"free: use {advice}"):
+        replace(estimate, free=10_000).require()
+
+
 def test_out_of_memory_for_the_weights(exported, monkeypatch):
     monkeypatch.setattr("adkit.models.memory.free_bytes", lambda device: 10_000)
     wb = exported()
     with pytest.raises(
-        MemoryLimitError, match=r"tiny-llama needs at least .* and cpu has 10.0 kB free: use a smaller dtype"
+        MemoryLimitError,
+        match=r"tiny-llama needs at least .* and cpu has 10.0 kB free: use .*a smaller dtype",
     ):
         wb.llm()
     assert wb.steps["match_linear"].status == "done"

@@ -40,6 +40,25 @@ def planted(**fields):
     return type("Variant", (Planted,), fields)
 
 
+GATE, DOWN = (f"model.layers.1.mlp.{x}_proj.weight" for x in ("gate", "down"))
+
+
+class Rescale(adkit.Pass):
+    """Multiply one weight by a factor, in place."""
+
+    key = "rescale"
+    stage = adkit.Stage.POST_LOAD_FUSION
+    weight, factor = GATE, 1.5
+
+    def apply(self, gm, ctx):
+        gm.get_parameter(self.weight).data.mul_(self.factor)
+        return adkit.PassInfo(num_matches=1)
+
+
+def rescale(**fields):
+    return type("Variant", (Rescale,), fields)
+
+
 class DropWindow(adkit.Pass):
     """Forget the attention window, by changing the node in place."""
 
@@ -107,6 +126,103 @@ def test_a_wrong_pass_differs(exported, how, factor):
 def test_bisect_finds_the_bad_step_among_many(exported, weights):
     wb = exported().insert(planted(op=LINEAR), before="fuse_swiglu").run()
     assert wb.bisect(weights=weights) is wb.steps["planted"]
+
+
+@pytest.fixture(scope="module")
+def rescaled(exported):
+    """A weight changed in place that a later step fuses with another."""
+    return exported().insert(Rescale, before="fuse_gemms").run()
+
+
+@pytest.mark.parametrize("weights", ["auto", "checkpoint"])
+def test_bisect_names_a_step_that_changed_a_weight_which_was_fused_since(rescaled, weights):
+    with pytest.warns(UserWarning, match="one of 'rescale', 'fuse_gemms'"):
+        assert rescaled.bisect(weights=weights) is rescaled.steps["rescale"]
+
+
+def test_random_weights_do_not_clear_a_step_that_changed_weights(rescaled, exported):
+    for wb in (rescaled, exported().insert(rescale(weight=DOWN), before="fuse_gemms").run()):
+        with pytest.raises(AdkitError, match=r"step 'rescale' changed the data of 'model\.layers\.1\.mlp"):
+            wb.bisect(weights="random")
+        with pytest.raises(AdkitError, match=r"step 'rescale' changed the data .* random weights"):
+            wb.check("rescale", weights="random")
+        bad = wb.insert(planted(), after="match_linear").run()
+        assert bad.bisect(weights="random") is bad.steps["planted"], "what came before it is judged"
+        wb.disable("planted").run()
+
+
+def test_what_lost_its_weights_is_a_row_that_says_so_and_the_others_are_checked(rescaled):
+    checks = rescaled.check()
+    assert not checks.ok
+    assert [c.name for c in checks if not c.ok] == ["rescale", "fuse_gemms"]
+    assert {c.name for c in checks if c.ok} > {"match_linear", "insert_cached_attention"}
+    lost = next(c for c in checks if c.name == "rescale")
+    assert lost.how == "not run"
+    assert f"step 'rescale' changed the data of '{GATE}', and step 'fuse_gemms'" in lost.note
+    assert "NOT COMPARED" in repr(checks)
+    with pytest.raises(AdkitError, match=r"wb.rewind\('fuse_gemms'\) and check there"):
+        rescaled.check("rescale")
+
+
+def test_bisect_by_sites_does_not_clear_a_step_that_changed_weights(rescaled, monkeypatch):
+    monkeypatch.setattr("adkit.checking.WHOLE_LIMIT", 0)
+    with pytest.raises(AdkitError, match=r"step 'rescale' changed the data .* sites cannot judge"):
+        rescaled.bisect()
+
+
+def test_the_advice_for_lost_weights_helps(exported):
+    wb = exported().insert(Rescale, before="fuse_gemms").run()
+    left = wb.steps["rescale"]
+    wb.rewind("fuse_gemms")
+    assert not wb.check("rescale").ok
+    assert wb.check("rescale").rmse_ratio > 1e-3
+    assert wb.bisect() is wb.steps["rescale"]
+    with pytest.raises(AdkitError, match=r"'rescale' changed the data .* has gone back since"):
+        wb.check(left)
+
+
+def test_a_weight_changed_twice_names_both_steps(exported):
+    wb = exported().insert(rescale(weight=DOWN), before="fuse_gemms")
+    wb.insert(rescale(weight=DOWN, key="again"), after="rescale").run()
+    with pytest.warns(
+        UserWarning, match="one of 'rescale', 'again', and .* step 'again' changed or freed it"
+    ):
+        assert wb.bisect() is wb.steps["rescale"]
+    assert wb.check("fuse_gemms").ok, "the data that it read stands"
+
+
+def test_a_change_outside_the_pipeline_is_told_from_a_step_s(exported):
+    wb = exported().insert(rescale(weight=DOWN), before="fuse_gemms").run()
+    with torch.no_grad():
+        wb.module.get_parameter(DOWN).mul_(2)
+    with pytest.raises(AdkitError, match=r"'rescale' .* something outside the pipeline"):
+        wb.bisect()
+
+
+def test_a_fused_weight_made_of_changed_ones_is_not_read_from_the_checkpoint_on_going_back(exported):
+    fused = "model.layers.1.mlp.gate_up_proj_fused.weight"
+    wb = exported().insert(Rescale, before="fuse_gemms").run(until="fuse_gemms")
+    expected = wb.module.get_parameter(fused).clone()
+    wb.insert(rescale(weight=fused, key="again"), after="fuse_gemms").run()
+    wb.rewind("again")
+    assert torch.equal(wb.module.get_parameter(fused), expected)
+
+
+def test_a_step_that_has_not_run_or_failed_says_so(exported):
+    class Fails(adkit.Pass):
+        """Fail."""
+
+        key = "fails"
+        stage = adkit.Stage.PATTERN_MATCHER
+
+        def apply(self, gm, ctx):
+            raise RuntimeError("not today")
+
+    wb = exported().insert(Fails).configure("fails", skip_on_error=True).run(until="pattern_matcher")
+    with pytest.raises(AdkitError, match="'fuse_gemms' has not run yet"):
+        wb.check("fuse_gemms")
+    with pytest.raises(AdkitError, match=r"'fails' failed, .* RuntimeError: not today"):
+        wb.check("fails")
 
 
 def test_bisect_does_not_judge_by_a_reference_of_nan(exported, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+import adkit
 from adkit.config import load_config
 from adkit.contract import ConfigError, EngineConfig
 
@@ -120,3 +121,17 @@ def test_overlap_is_auto_or_switched(overlap):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="CUDA devices; use 'auto' or 'cpu'"):
         load_config(device="cuda:99").usable_device()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": 5}, "fragment of the configuration is 5; expected a mapping or a YAML file"),
+        ({"config": [None]}, "fragment of the configuration is None"),
+        ({"overrides": 5}, "override 5 is not a string of the form a.b.c=value"),
+        ({"overrides": [5]}, "override 5 is not a string"),
+    ],
+)
+def test_settings_of_another_type_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        adkit.Workbench("demo", progress=False, **given)

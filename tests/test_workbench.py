@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import adkit
-from adkit.contract import AdkitError, ConfigError, MemoryLimitError, ModelError, PassError
+from adkit.contract import AdkitError, ConfigError, EngineError, MemoryLimitError, ModelError, PassError
 from adkit.models.factory import ModelFactory
 
 PROMPTS = ([5, 6, 7, 8, 9], [11, 12])
@@ -95,8 +95,10 @@ def test_before_export_the_graph_is_empty_and_everything_has_a_text(exported):
     assert repr(wb) == repr(wb)
     assert "Snapshot(0 nodes" in repr(wb.graph)
     assert wb.module is None
-    assert wb.check() == []
-    assert wb.bisect() is None
+    with pytest.raises(AdkitError, match="no graph yet to check; run through export_to_gm"):
+        wb.check()
+    with pytest.raises(AdkitError, match="no graph yet to bisect; run through export_to_gm"):
+        wb.bisect()
 
 
 def test_run_until_a_stage_or_a_transform_and_step(wb):
@@ -296,6 +298,68 @@ def test_one_engine_a_pipeline_and_a_new_one_after_a_change(wb):
     assert caches[0].data_ptr() != caches[1].data_ptr()
     assert other.generate(PROMPTS[0], progress=False).token_ids == first
     assert llm.generate(PROMPTS[0], progress=False).token_ids == first
+
+
+class Negate(adkit.Pass):
+    """Negate the last norm."""
+
+    key = "negate"
+    stage = adkit.Stage.POST_LOAD_FUSION
+    in_place, fails = True, False
+
+    def apply(self, gm, ctx):
+        norm = gm.get_submodule("model.norm")
+        if self.in_place:
+            norm.weight.data.mul_(-1)
+        else:
+            norm.weight = torch.nn.Parameter(-norm.weight, requires_grad=False)
+        if self.fails:
+            raise ValueError("I gave up")
+        return adkit.PassInfo(num_matches=1)
+
+
+def test_an_engine_whose_weights_a_later_pass_writes_into_refuses(wb):
+    old = wb.llm()
+    first = old.generate(PROMPTS[0], progress=False).token_ids
+    waiting = old.submit(PROMPTS[0])
+    new = wb.insert(Negate).llm()
+    assert waiting.finish_reason == "cancelled"
+    for ask in (old.generate, old.submit):
+        with pytest.raises(EngineError, match=r"'negate' changed the data of 'model.norm.weight' in place"):
+            ask(PROMPTS[0])
+    assert new.generate(PROMPTS[0], progress=False).token_ids != first
+    third = wb.disable("negate").llm()
+    assert third.generate(PROMPTS[0], progress=False).token_ids == first
+    assert new.generate(PROMPTS[0], progress=False).token_ids != first, "its weight is its own"
+    with pytest.raises(EngineError, match="separate Workbenches"):
+        old.generate(PROMPTS[0], progress=False)
+
+
+def test_an_engine_refuses_after_a_pass_that_wrote_into_its_weights_and_failed(wb):
+    old = wb.llm()
+    first = old.generate(PROMPTS[0], progress=False).token_ids
+    wb.insert(type("Variant", (Negate,), {"fails": True}))
+    with pytest.raises(PassError):
+        wb.run()
+    with pytest.raises(EngineError, match="'negate' changed"):
+        old.generate(PROMPTS[0], progress=False)
+    assert wb.disable("negate").llm().generate(PROMPTS[0], progress=False).token_ids == first
+
+
+def test_an_engine_goes_on_when_a_pass_sets_a_new_parameter(wb):
+    old = wb.llm()
+    first = old.generate(PROMPTS[0], progress=False).token_ids
+    new = wb.insert(type("Variant", (Negate,), {"in_place": False})).llm()
+    assert new.generate(PROMPTS[0], progress=False).token_ids != first
+    assert old.generate(PROMPTS[0], progress=False).token_ids == first
+
+
+def test_an_engine_of_a_model_changed_after_compiling_is_made_anew(wb):
+    old = wb.llm()
+    first = old.generate(PROMPTS[0], progress=False).token_ids
+    new = wb.insert(Negate, after="compile_model").llm()
+    assert new is not old
+    assert new.generate(PROMPTS[0], progress=False).token_ids != first
 
 
 # --- failing

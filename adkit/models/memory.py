@@ -63,9 +63,18 @@ class MemoryEstimate:
             raise MemoryLimitError(
                 f"{self.name} needs at least {human(self.needed)} ({human(self.weights)} weights, "
                 f"{human(self.kv_minimum)} KV cache for one sequence, {human(self.workspace)} workspace) and "
-                f"{self.device} has {human(self.free)} free: use a smaller dtype, a shorter max_seq_len, "
+                f"{self.device} has {human(self.free)} free: use {', '.join(self._savings())}, "
                 "another device, or force=True to try all the same"
             )
+
+    def _savings(self) -> list[str]:
+        """What makes each part smaller, the largest part first."""
+        advice = [
+            (self.weights, "a smaller dtype"),
+            (self.kv_minimum, "a shorter max_seq_len or smaller pages (page_size)"),
+            (self.workspace, "a smaller max_batch_size or max_num_tokens"),
+        ]
+        return [what for _, what in sorted(advice, key=lambda part: -part[0])]
 
     def __repr__(self) -> str:
         by_dtype = ", ".join(f"{human(n)} {d}" for d, n in sorted(self.weights_by_dtype.items()))

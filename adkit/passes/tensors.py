@@ -38,6 +38,12 @@ class Stamp:
         t = self._get()
         return t if t is not None and self.holds(t) else None
 
+    @property
+    def changed(self) -> bool:
+        """True when the tensor lives and was changed in place."""
+        t = self._get()
+        return t is not None and not self.holds(t)
+
     def holds(self, tensor: Tensor) -> bool:
         """True when ``tensor`` is this one, unchanged."""
         return self._get() is tensor and _version(tensor) == self._version and _sample(tensor) == self._sample
@@ -70,7 +76,9 @@ def take_stamps(
 
     ``loads``: the step just run read weights, so what is new under a weight's name is what the factory gives.
     """
-    recipes = {**gm.meta.get(FUSED, {}), **gm.meta.get(LOCAL, {})}
+    fused = gm.meta.get(FUSED, {})
+    recipes = {**fused, **gm.meta.get(LOCAL, {})}
+    changed = {p for n, s in previous.items() if not s.loadable for p in (n, *_parts(s.recipe))}
     stamps: Stamps = {}
     for name in dict.fromkeys(n.target for n in snapshot if n.op == "get_attr"):
         tensor = tensor_at(gm, name)
@@ -81,8 +89,9 @@ def take_stamps(
             stamps[name] = old
             continue
         stored = factory is not None and (name in recipes or name in factory.tensors)
-        # Data under a name that had none was loaded, or fused from what was loaded; other data a pass made.
-        loadable = stored and (loads or old is None)
+        # Data under a name that had none was loaded, or fused from what was loaded; other data a pass made, and
+        # what is fused of such data the factory cannot give either.
+        loadable = stored and (loads or (old is None and changed.isdisjoint(fused.get(name, ()))))
         stamps[name] = Stamp(tensor, loadable=loadable, hold=not stored, recipe=recipe_of(gm, name))
     return stamps
 
@@ -92,6 +101,11 @@ def recipe_of(gm: GraphModule, name: str) -> Any:
     local = gm.meta.get(LOCAL, {})
     fused = gm.meta.get(FUSED, {}).get(name)
     return local.get(name) if fused is None else [(p, local.get(p)) for p in fused]
+
+
+def _parts(recipe: Any) -> list[str]:
+    """The weights that a recipe of a fused one names."""
+    return [name for name, _ in recipe] if isinstance(recipe, list) else []
 
 
 def altered(before: Stamps, after: Stamps) -> tuple[str, ...]:

@@ -66,6 +66,8 @@ class Engine:
         #: Whether a step is launched before the one before it is collected.
         self.overlaps = model.device.type == "cuda" if config.overlap == "auto" else config.overlap
         self._counts = EngineStats()
+        #: Why this engine serves no more requests; empty while it does.
+        self.refusal = ""
         self._warned = False
         self._next_id = 0
         self._lock = threading.RLock()
@@ -110,6 +112,12 @@ class Engine:
             preemptions=self._counts.preemptions + scheduler.num_preempted,
             reused_tokens=self._counts.reused_tokens + scheduler.num_reused_tokens,
         )
+
+    def refuse(self, why: str) -> None:
+        """Cancel everything in flight, and raise EngineError with ``why`` for every request from now on."""
+        with self._lock:
+            self.refusal = why
+            self.reset()
 
     def check(self, prompt: Iterable[int], params: SamplingParams) -> array[int]:
         """The prompt as an array of token ids; raises RequestError for a request that cannot be served."""
@@ -159,7 +167,8 @@ class Engine:
         """Queue a request; returns its handle.
 
         The output ends at ``max_tokens``, or before where prompt and output reach ``max_seq_len`` or the model's
-        last learned position, or fill the cache. Raises RequestError for a request that cannot be served.
+        last learned position, or fill the cache. Raises RequestError for a request that cannot be served, EngineError
+        for all of them after :meth:`refuse`.
         """
         params = params if params is not None else SamplingParams()
         tokens = self.check(prompt, params)
@@ -169,6 +178,8 @@ class Engine:
             max_len = min(max_len, self.model.max_positions + 1)
         detokenizer = None if self._decoder is None else Detokenizer(self._decoder, tuple(params.stop or ()))
         with self._lock:
+            if self.refusal:
+                raise EngineError(self.refusal)
             seq = Sequence(self._next_id, tokens, params, max_len, detokenizer)
             if not params.ignore_eos:
                 seq.stop_ids |= self.eos_token_ids

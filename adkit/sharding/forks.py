@@ -15,6 +15,7 @@ from adkit.growing import Growing
 from adkit.models import ModelFactory
 from adkit.passes.pipeline import State, rebuild
 from adkit.passes.tensors import put_tensor, take_stamps, tensor_at
+from adkit.served import Served
 from adkit.watching import Watching
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def fork(
         new._state = _on_shapes(wb, source)
     else:
         start, new._state = 0, State()
-    new._passes, new._engine, new._served = list(wb._passes), None, []
+    new._passes, new._engine, new._served = list(wb._passes), None, Served()
     new.watching, new.growing = Watching(new), Growing()
     new._history = wb._history[:start]
     new._steps = [replace(s) for s in wb._steps[:start]]

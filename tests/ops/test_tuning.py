@@ -185,3 +185,34 @@ def test_timed_calls_go_round_copies_that_no_cache_holds(
     large = torch.zeros(1000, dtype=torch.int8)
     weight = large
     assert tuning.measure(WAYS[:1], run, (large,)) == [1]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(tuning.__file__).parent.glob("tuned/*.json")), ids=lambda p: p.stem
+)
+def test_shipped_settings_of_linears_are_such_that_tuning_would_try(file: Path) -> None:
+    """What is no candidate any more would be measured anew at every start, and nobody told."""
+    from adkit.ops.triton import linear
+
+    shipped = {tuple(name.split()): s for name, s in json.loads(file.read_text()).items()}
+    found = {name[1:]: s for name, s in shipped.items() if name[0] == "linear"}
+    assert found
+    for (rows, features, width, around, dtype), settings in found.items():
+        weight = torch.empty(int(features), int(width), dtype=getattr(torch, dtype), device="meta")
+        parts = around.split("+")
+        wide = parts[0] == "norm(float32)"
+        x = torch.empty(int(rows), int(width), dtype=torch.float32 if wide else weight.dtype, device="meta")
+        act = next((p for p in parts if p in ("silu", "gelu", "gelu_tanh")), None)
+        outs = int(features) // (1 if act is None else 2)
+        layer = linear.Layer(
+            x,
+            bias=weight[:, 0] if "bias" in parts else None,
+            norm_weight=None,
+            residual=x.new_empty(int(rows), outs) if "sum" in parts else None,
+            eps=1e-6 if parts[0].startswith("norm") else None,
+            offset=0.0,
+            in_float=False,
+            act=act,
+        )
+        assert tuple(map(str, linear.key(layer, weight))) == (rows, features, width, around, dtype)
+        assert settings in linear.ways(layer, weight), (around, rows, features, width, settings)
