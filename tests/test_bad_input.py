@@ -65,7 +65,7 @@ def test_a_gated_repository(monkeypatch):
 
 
 def test_a_missing_tokenizer_leaves_token_ids(llm):
-    with pytest.raises(RequestError, match="has no tokenizer files .*; give a list of token ids"):
+    with pytest.raises(RequestError, match=r"has no tokenizer files .*; give a list of token ids"):
         llm.generate("hello")
     assert llm.generate([5, 6, 7], SamplingParams(max_tokens=3), progress=False).token_ids
 

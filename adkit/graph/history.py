@@ -132,7 +132,9 @@ def descendants(steps: Iterable[Step], what: int | str) -> tuple[Trace, ...]:
     hits = [n for n in exported if str(n.source) == what or str(n.source).endswith(f"/{what}")]
     if not hits:
         file, _, line = what.rpartition(":") if ":" in what else (what, "", "")
-        known = sorted({n.source.line for n in exported if file and n.source and n.source.file.endswith(file)})
+        known = sorted(
+            {n.source.line for n in exported if file and n.source and n.source.file.endswith(file)}
+        )
         at = int(line) if line.isdigit() else 0
         near = sorted(known, key=lambda k: abs(k - at))[:5]
         hint = (

@@ -173,7 +173,7 @@ def test_an_empty_name_is_called_empty(given):
 
 @pytest.mark.parametrize("rest", ["", "/", "/tree/main", "?x=1"])
 def test_the_address_of_a_model_gives_its_id(rest):
-    with pytest.raises(ModelError, match="is an address, not a model: give the hub id 'Org/Name-1.5'$"):
+    with pytest.raises(ModelError, match=r"is an address, not a model: give the hub id 'Org/Name-1\.5'$"):
         resolve(f"https://example.com/Org/Name-1.5{rest}")
     with pytest.raises(ModelError, match="no directory"):
         resolve(f"https://example.com/Org{rest.replace('/', '')}")
