@@ -19,7 +19,7 @@ from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import PassInfo, Step, Steps
 from adkit.models.loading import FUSED, LOCAL
 from adkit.passes.records import as_data, from_data
-from adkit.viz.dot import write_atomically
+from adkit.viz.files import write_atomically
 
 if TYPE_CHECKING:
     from adkit.workbench import Workbench
@@ -172,7 +172,7 @@ def _plain(v: Any) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all, as :func:`adkit.viz.dot.write_atomically` does; raises AdkitError."""
+    """Write a file whole or not at all, as :func:`adkit.viz.files.write_atomically` does; raises AdkitError."""
     path = Path(path)
     folder = path.resolve().parent
     if not folder.is_dir():

@@ -78,16 +78,7 @@ class Workbench:
         dist: DistConfig | None = None,
         **engine: Any,
     ) -> None:
-        fragments = (
-            list(config)
-            if isinstance(config, Iterable) and not isinstance(config, (str, Mapping))
-            else [config]
-        )
-        overrides = (
-            list(overrides)
-            if isinstance(overrides, Iterable) and not isinstance(overrides, str)
-            else [overrides]
-        )
+        fragments, overrides = _listed(config), _listed(overrides)
         if force:
             overrides = [*overrides, "transforms.load_weights.force=true"]
         if dist is not None and not isinstance(dist, DistConfig):
@@ -589,3 +580,9 @@ class Workbench:
         if html is not None:
             bundle["text/html"] = html
         return bundle
+
+
+def _listed(given: Any) -> list[Any]:
+    """Of one or of several, a list: a text and a mapping are one, and so is what is neither."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
+    return list(given) if several else [given]

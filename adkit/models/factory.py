@@ -176,9 +176,8 @@ class ModelFactory:
         if not isinstance(trained, int) or trained < 1:
             return None
         rope = getattr(text, "rope_parameters", None) or {}
-        kinds = [k for k in rope.values() if isinstance(k, dict)] or [
-            rope
-        ]  # by type of layer, or one for all
+        by_layer_type = [k for k in rope.values() if isinstance(k, dict)]
+        kinds = by_layer_type or [rope]
         return max(trained, *(_stretched(kind, trained) for kind in kinds))
 
     def memory_estimate(

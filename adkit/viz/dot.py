@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from html import escape
@@ -24,6 +23,7 @@ from adkit.graph.history import History
 from adkit.graph.snapshot import Snapshot
 from adkit.graph.step import Step
 from adkit.viz.category import COLOURS
+from adkit.viz.files import write_atomically
 from adkit.viz.picture import Box, Picture, picture_of, rewrite_picture
 
 MISSING = "graphviz's `dot` is not installed: apt-get install graphviz (conda: conda install graphviz)"
@@ -311,26 +311,4 @@ def _tidy(svg: str, digest: str) -> str:
     return re.sub(r"\n+", "\n", svg).strip()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed.
-
-    Behind a symlink it is the file it leads to that is replaced. What stands there and is no regular file (a FIFO, a
-    device) stays what it is: the data is written into it. Raises OSError.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-__all__ = ["MISSING", "Drawing", "dot_source", "draw", "draw_rewrite", "write_atomically"]
+__all__ = ["MISSING", "Drawing", "dot_source", "draw", "draw_rewrite", "quoted"]

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adkit.viz.dot import quoted, write_atomically
+from adkit.viz.dot import quoted
+from adkit.viz.files import write_atomically
 from adkit.viz.record.format import OPS, Record
 from adkit.viz.record.read import RecordError, graph_rows
 

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from adkit.viz.dot import write_atomically
+from adkit.viz.files import write_atomically
 from adkit.viz.record.format import Record
 from adkit.viz.static import static_html
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from adkit.viz.dot import write_atomically
+from adkit.viz.files import write_atomically
 from adkit.viz.record.format import READ, Graph, Ragged, Record, Segment, Sources
 from adkit.viz.record.splice import apply_splices
 
